@@ -1,0 +1,57 @@
+"""maml_jax: functional learning to learn in JAX, with exact meta-gradients of pure functions."""
+
+from maml_jax import losses as losses
+from maml_jax import models as models
+from maml_jax import parallel as parallel
+from maml_jax import tasks as tasks
+from maml_jax.algorithms import CATALOGUE as CATALOGUE
+from maml_jax.algorithms import fomaml as fomaml
+from maml_jax.algorithms import maml as maml
+from maml_jax.algorithms import pretrained as pretrained
+from maml_jax.algorithms import reptile as reptile
+from maml_jax.evaluate import evaluate as evaluate
+from maml_jax.inner import adapt_only as adapt_only
+from maml_jax.inner import first_order as first_order
+from maml_jax.inner import inner_loop as inner_loop
+from maml_jax.inner import mixed_mode as mixed_mode
+from maml_jax.outer import init_meta_state as init_meta_state
+from maml_jax.outer import make_meta_step as make_meta_step
+from maml_jax.outer import make_train_loop as make_train_loop
+from maml_jax.types import Batch as Batch
+from maml_jax.types import Episode as Episode
+from maml_jax.types import Evaluation as Evaluation
+from maml_jax.types import InnerInfo as InnerInfo
+from maml_jax.types import MetaInfo as MetaInfo
+from maml_jax.types import MetaLearner as MetaLearner
+from maml_jax.types import MetaState as MetaState
+from maml_jax.types import Model as Model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CATALOGUE",
+    "Batch",
+    "Episode",
+    "Evaluation",
+    "InnerInfo",
+    "MetaInfo",
+    "MetaLearner",
+    "MetaState",
+    "Model",
+    "adapt_only",
+    "evaluate",
+    "first_order",
+    "fomaml",
+    "init_meta_state",
+    "inner_loop",
+    "losses",
+    "make_meta_step",
+    "make_train_loop",
+    "maml",
+    "mixed_mode",
+    "models",
+    "parallel",
+    "pretrained",
+    "reptile",
+    "tasks",
+]

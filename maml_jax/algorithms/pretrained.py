@@ -1,0 +1,44 @@
+"""Pretraining on all tasks at once: the baseline that does not know it will have to adapt.
+
+The objective is Σ_n l_n(θ) where MAML's is Σ_n l_n(φ_n); at test time both fine-tune by gradient
+descent. It makes sense where tasks share their targets' meaning (regression); where every episode
+shuffles its labels, no single θ can do better than chance.
+
+Finn et al., 2017, section 5.1 and appendix C. https://arxiv.org/abs/1703.03400
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml_jax.algorithms.maml import fomaml
+from maml_jax.types import LossFn, MetaLearner, Model
+
+
+def pretrained(
+    model: Model, loss_fn: LossFn, *, inner_optimizer: optax.GradientTransformation, num_inner_steps: int
+) -> MetaLearner:
+    """Builds the pretraining baseline: min_θ E[L_{S ∪ Q}(θ)], adapted only when it is used.
+
+    Every example that a meta-learner is shown, support and query, is a training example here.
+
+    Args:
+      model: the network.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
+      inner_optimizer: the fine-tuning rule at test time; the training objective does not contain it.
+      num_inner_steps: K ≥ 0 fine-tuning steps in `adapt`.
+
+    Returns:
+      A `MetaLearner`; its `info` holds an empty `support_loss` [0] in training.
+
+    Raises:
+      ValueError: if `num_inner_steps` is negative.
+    """
+    fine_tuned = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps)
+    plain = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=0)
+
+    def objective(meta_params, episode):
+        both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
+        return plain.objective(meta_params, episode._replace(query=both))
+
+    return fine_tuned._replace(objective=objective)

@@ -1,0 +1,8 @@
+"""The inner loop and how it is differentiated."""
+
+from maml_jax.inner.gradients import first_order as first_order
+from maml_jax.inner.gradients import mixed_mode as mixed_mode
+from maml_jax.inner.loop import adapt_only as adapt_only
+from maml_jax.inner.loop import inner_loop as inner_loop
+
+__all__ = ["adapt_only", "first_order", "inner_loop", "mixed_mode"]

@@ -1,0 +1,79 @@
+"""Losses and metrics: pure functions of the outputs and targets of one batch.
+
+Each takes the mean over the batch, so that a step size keeps its meaning when the number of
+examples changes. (The code of the MAML paper sums the inner cross-entropy over the N classes
+instead; its inner rates are N times larger in the units used here.)
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def _check_class_scores(outputs: jax.Array, targets: jax.Array, name: str) -> None:
+    if not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
+        raise ValueError(
+            f"{name} takes integer class indices as targets, got dtype {jnp.result_type(targets)}; "
+            "for one-hot targets pass targets.argmax(-1)"
+        )
+    if jnp.ndim(outputs) < 1 or jnp.shape(outputs)[:-1] != jnp.shape(targets):
+        raise ValueError(
+            f"{name} takes outputs [..., N] and targets [...] of class indices, got outputs "
+            f"{jnp.shape(outputs)} and targets {jnp.shape(targets)}; the model's last axis must hold "
+            "one score a class"
+        )
+
+
+def mean_squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean of (outputs - targets)² over every element.
+
+    Args:
+      outputs: floating array of any shape [S, ...].
+      targets: array of the same shape.
+
+    Returns:
+      A scalar, in squared units of the targets.
+
+    Raises:
+      ValueError: if the shapes differ (a silent broadcast would average over pairs of examples).
+    """
+    if jnp.shape(outputs) != jnp.shape(targets):
+        raise ValueError(
+            f"mean_squared_error takes outputs and targets of one shape, got outputs {jnp.shape(outputs)} "
+            f"and targets {jnp.shape(targets)}; reshape the targets or change the model's last layer"
+        )
+    return jnp.mean(jnp.square(outputs - targets))
+
+
+def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Mean softmax cross-entropy, in nats per example.
+
+    Args:
+      outputs: unnormalised log-probabilities [..., N].
+      targets: integer class indices [...], in [0, N).
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if the shapes do not fit or the targets are not integers.
+    """
+    _check_class_scores(outputs, targets, "cross_entropy")
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(outputs, targets))
+
+
+def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Share of examples whose largest output is the target's, in [0, 1].
+
+    Args:
+      outputs: scores [..., N].
+      targets: integer class indices [...].
+
+    Returns:
+      A scalar. It has no useful gradient; it is a metric.
+
+    Raises:
+      ValueError: if the shapes do not fit or the targets are not integers.
+    """
+    _check_class_scores(outputs, targets, "accuracy")
+    return jnp.mean(jnp.argmax(outputs, axis=-1) == targets, dtype=jnp.result_type(outputs))

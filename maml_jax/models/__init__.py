@@ -1,0 +1,10 @@
+"""Networks as pairs of pure functions. The only part of the library that needs flax."""
+
+from maml_jax.models.conv4 import conv4 as conv4
+from maml_jax.models.from_flax import from_linen as from_linen
+from maml_jax.models.from_flax import from_nnx as from_nnx
+from maml_jax.models.layers import BatchStatNorm as BatchStatNorm
+from maml_jax.models.mlp import mlp as mlp
+from maml_jax.models.mlp import omniglot_mlp as omniglot_mlp
+
+__all__ = ["BatchStatNorm", "conv4", "from_linen", "from_nnx", "mlp", "omniglot_mlp"]
