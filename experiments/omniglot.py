@@ -1,7 +1,7 @@
 """Few-shot classification of handwritten characters (MAML paper, table 1, Omniglot).
 
-    python -m experiments.omniglot                            MAML, 5-way 1-shot
-    python -m experiments.omniglot --algorithm fomaml --way 20 --shot 5
+python -m experiments.omniglot                            MAML, 5-way 1-shot
+python -m experiments.omniglot --algorithm fomaml --way 20 --shot 5
 """
 
 import dataclasses

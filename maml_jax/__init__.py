@@ -4,6 +4,7 @@ from maml_jax import losses as losses
 from maml_jax import models as models
 from maml_jax import parallel as parallel
 from maml_jax import tasks as tasks
+from maml_jax._version import __version__ as __version__
 from maml_jax.algorithms import CATALOGUE as CATALOGUE
 from maml_jax.algorithms import fomaml as fomaml
 from maml_jax.algorithms import maml as maml
@@ -25,8 +26,6 @@ from maml_jax.types import MetaInfo as MetaInfo
 from maml_jax.types import MetaLearner as MetaLearner
 from maml_jax.types import MetaState as MetaState
 from maml_jax.types import Model as Model
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CATALOGUE",

@@ -55,9 +55,7 @@ def mean_over_tasks(function: Callable, mesh: Mesh) -> Callable:
         flat, unravel = ravel_pytree(function(params, tasks))
         return unravel(jax.lax.pmean(flat, AXIS))
 
-    return jax.shard_map(
-        local, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), out_specs=PartitionSpec()
-    )
+    return jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), PartitionSpec(AXIS)), out_specs=PartitionSpec())
 
 
 def each_task(function: Callable, mesh: Mesh) -> Callable:

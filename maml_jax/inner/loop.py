@@ -84,9 +84,7 @@ def inner_loop(
     return params, InnerInfo(losses, observed)
 
 
-def adapt_only(
-    rule: optax.GradientTransformation, adapts: Callable[[str], bool]
-) -> optax.GradientTransformation:
+def adapt_only(rule: optax.GradientTransformation, adapts: Callable[[str], bool]) -> optax.GradientTransformation:
     """Restricts an inner rule to some parameters; the others keep their meta-learned values.
 
     The outer gradient still reaches every parameter. For example, a network whose normalisation offsets

@@ -54,9 +54,9 @@ def make_sampler(
     def sample_episode(key: PRNGKey) -> Episode:
         class_key, example_key, rotation_key, episode_key = jax.random.split(key, 4)
         classes = jax.random.choice(class_key, num_classes, (way,), replace=False)
-        examples = jax.vmap(
-            lambda k: jax.random.choice(k, num_examples, (shot + query_shot,), replace=False)
-        )(jax.random.split(example_key, way))
+        examples = jax.vmap(lambda k: jax.random.choice(k, num_examples, (shot + query_shot,), replace=False))(
+            jax.random.split(example_key, way)
+        )
         drawn = images[classes[:, None], examples].astype(jnp.float32) / 255.0
         if rotations:
             turns = jax.random.randint(rotation_key, (way,), 0, 4)
