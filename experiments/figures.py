@@ -1,0 +1,101 @@
+"""Figures of the experiments."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+TITLES = {
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "reptile": "Reptile",
+    "pretrained": "pretrained on all tasks",
+    "oracle": "oracle (told amplitude and phase)",
+}
+
+
+def _save(figure: plt.Figure, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=120)
+    plt.close(figure)
+
+
+def predictions(file: Path, curves: dict[str, list[dict]]) -> None:
+    """A row of tasks for every algorithm: the true curve, the support points, predictions before and after.
+
+    Args:
+      file: the PNG to write.
+      curves: by algorithm, the tasks as `experiments.sinusoid.predictions` returns them.
+    """
+    num_tasks = len(next(iter(curves.values())))
+    figure, grid = plt.subplots(
+        len(curves), num_tasks, figsize=(4 * num_tasks, 3 * len(curves) + 0.6), sharex=True, sharey=True,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    styles = {0: ("C7", ":"), 1: ("C0", "--"), 10: ("C0", "-")}
+    for row, (algorithm, tasks) in zip(grid, curves.items(), strict=True):
+        for axes, task in zip(row, tasks, strict=True):
+            axes.plot(task["x"], task["true"], color="C3", linewidth=2.5, alpha=0.5, label="true curve")
+            for steps, values in task["predicted"].items():
+                colour, dashes = styles[steps]
+                label = "before adapting" if steps == 0 else f"after {steps} step{'s' * (steps > 1)}"
+                axes.plot(task["x"], values, color=colour, linestyle=dashes, label=label)
+            axes.plot(*task["support"], "^", color="C2", markersize=9, label="support points")
+            axes.set_ylim(-6, 6)
+            axes.grid(alpha=0.3)
+        row[0].set_ylabel(f"{TITLES.get(algorithm, algorithm)}\ny")
+    for axes in grid[-1]:
+        axes.set_xlabel("x")
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    _save(figure, file)
+
+
+def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
+    """Squared error against inner steps, a panel for every number of support points.
+
+    Args:
+      file: the PNG to write.
+      evaluations: by label, the "evaluations" of a sinusoid result.
+    """
+    shots = [evaluation["shot"] for evaluation in next(iter(evaluations.values()))]
+    figure, row = plt.subplots(
+        1, len(shots), figsize=(4.5 * len(shots), 3.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    for axes, shot in zip(row[0], shots, strict=True):
+        for label, of_label in evaluations.items():
+            mse = next(e for e in of_label if e["shot"] == shot)["metrics"]["mse"]
+            mean, ci = np.asarray(mse["mean"], float), np.asarray(mse["ci95"], float)
+            axes.plot(mean, marker="o", markersize=4, label=TITLES.get(label, label))
+            axes.fill_between(range(len(mean)), mean - ci, mean + ci, alpha=0.2)
+        axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", ylim=(0, None))
+        axes.grid(alpha=0.3)
+    row[0][0].set_ylabel("mean squared error on new points")
+    row[0][-1].legend()
+    _save(figure, file)
+
+
+def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
+    """The training objective against meta-steps, and validation where there was one.
+
+    Args:
+      file: the PNG to write.
+      run_dirs: by label, directories that hold `metrics.jsonl`.
+    """
+    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    for label, run_dir in run_dirs.items():
+        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        steps = [record["step"] for record in records]
+        axes.plot(steps, [record["loss"] for record in records], label=TITLES.get(label, label))
+    axes.set(xlabel="meta-steps", ylabel="training objective", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if validated := [record for record in records if "val" in record]:
+        right = axes.twinx()
+        right.plot([r["step"] for r in validated], [r["val"] for r in validated], "C1.-", label="validation")
+        right.set_ylabel("validation accuracy", color="C1")
+    _save(figure, file)
