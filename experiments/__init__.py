@@ -1,0 +1,1 @@
+"""The experiments: one readable file each, run as `python -m experiments.NAME --help`."""

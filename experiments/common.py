@@ -19,6 +19,7 @@ import numpy as np
 import optax
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from maml_jax import checkpoint, parallel
@@ -28,6 +29,9 @@ from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn
 ConfigT = TypeVar("ConfigT")
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 console = Console(soft_wrap=True)
+"""Where experiments print; silent in every process but the first."""
+PATIENCE = float(os.environ.get("MAML_JAX_PATIENCE", 600))
+"""Seconds that one process waits for the others, and for a compiled call of all to end, before it gives up."""
 
 
 class RunError(Exception):
@@ -35,21 +39,32 @@ class RunError(Exception):
 
 
 def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description: str) -> None:
-    """Parses the command line into `config_type` and runs; mistakes end in one paragraph and exit code 2."""
-    config = tyro.cli(config_type, description=description)
-    set_up_jax(config.precision)
-    try:
-        run(config)
-    except (RunError, ValueError, FileNotFoundError) as error:
-        if os.environ.get("MAML_JAX_TRACEBACK"):
-            raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {error}", highlight=False)
-        sys.exit(2)
+    """Parses the command line into `config_type` and runs.
+
+    Mistakes end in one paragraph and exit code 2; with MAML_JAX_TRACEBACK=1 in the environment, in a traceback.
+    """
+    program = f"python -m {sys.modules['__main__'].__spec__.name}"
+    config = tyro.cli(config_type, prog=program, description=description)
+    if hasattr(config, "precision"):  # preparing data computes nothing
+        set_up_jax(config.precision)
+    with parallel.leaving_none_behind():
+        try:
+            if hasattr(config, "distributed"):
+                parallel.initialize(config.distributed, timeout_seconds=PATIENCE)
+                console.quiet = jax.process_index() > 0
+            run(config)
+        except (RunError, ValueError, OSError, parallel.ProcessError) as error:
+            if os.environ.get("MAML_JAX_TRACEBACK"):
+                raise
+            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+            sys.exit(2)
 
 
 def set_up_jax(precision: str) -> None:
     """Matrix precision, the compilation cache, and on a CPU one virtual device per core."""
-    jax.config.update("jax_default_matmul_precision", precision)
+    # The name "bfloat16" leaves the choice to the backend, and a GPU takes TF32; the algorithm says what is meant.
+    algorithm = {"bfloat16": "BF16_BF16_F32"}.get(precision, precision)
+    jax.config.update("jax_default_matmul_precision", algorithm)
     if not jax.config.jax_compilation_cache_dir:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache_home / "maml_jax" / "programs"))
@@ -58,40 +73,78 @@ def set_up_jax(precision: str) -> None:
 
 
 def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
-    """A mesh of as many devices as divide every one of `counts`; None if that is one."""
-    devices = jax.devices()
-    usable = max(n for n in range(1, len(devices) + 1) if math.gcd(*counts) % n == 0)
-    return parallel.task_mesh(devices[:usable]) if usable > 1 else None
+    """A mesh of as many devices as divide every one of `counts`, as many of each process; None if that is one.
+
+    Raises:
+      RunError: if one of `counts` does not divide over the processes.
+    """
+    shared, processes = math.gcd(*counts), range(jax.process_count())
+    if shared % len(processes):
+        raise RunError(
+            f"{' and '.join(map(str, counts))} episodes do not divide over {len(processes)} processes; change "
+            "--meta-batch-size and --eval-episodes, or the number of processes"
+        )
+    local = [jax.local_devices(process_index=process) for process in processes]
+    usable = max(n for n in range(1, min(map(len, local)) + 1) if shared % (n * len(local)) == 0)
+    devices = [device for of_process in local for device in of_process[:usable]]
+    return parallel.task_mesh(devices) if len(devices) > 1 else None
 
 
 # Run directories
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file whole or not at all, numbers that are not finite as null; process 0 does."""
+    if jax.process_index() > 0:
+        return
     partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
     os.replace(partial, file)
 
 
+def finite(content: Any) -> Any:
+    """`content` with None for every number that is not finite, for which JSON has no word."""
+    if isinstance(content, dict):
+        return {name: finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def as_json(config: Any) -> dict[str, Any]:
-    """A configuration as it is stored: without `run_dir`, which is where and not what."""
+    """A configuration as it is stored: without `run_dir` and `distributed`, which are where and not what."""
     content = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    del content["run_dir"]
-    return content
+    return {name: value for name, value in content.items() if name not in ("run_dir", "distributed")}
 
 
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: Any) -> Iterator[Path]:
-    """Claims a run directory for this process and this configuration.
+    """Claims a run directory for this job and this configuration; process 0 does, for all.
 
     Args:
       run_dir: made if it does not exist.
       config: a dataclass, stored as `config.json`.
 
     Raises:
-      RunError: if a live process holds the directory, or it belongs to another configuration.
+      RunError: if a live process holds the directory, if it belongs to another configuration, or if this process
+        was started with another configuration than process 0.
+      ProcessError: in the others, if process 0 raises.
     """
+    with contextlib.ExitStack() as held:
+
+        def claim() -> dict[str, Any]:
+            held.enter_context(_claim(run_dir, config))
+            return as_json(config)
+
+        with parallel.together("opening the run directory", PATIENCE):
+            first = parallel.on_first(claim)
+        if first != as_json(config):
+            raise RunError(f"process {jax.process_index()} was not started with the flags of process 0, {first}")
+        yield run_dir
+
+
+@contextlib.contextmanager
+def _claim(run_dir: Path, config: Any) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / "lock", "w") as lock:
         try:
@@ -117,7 +170,25 @@ def open_run(run_dir: Path, config: Any) -> Iterator[Path]:
                 )
         else:
             write_json(config_file, wanted)
-        yield run_dir
+        yield
+
+
+def check_config(config: Any) -> None:
+    """Raises RunError, before anything expensive, if a count of `config` cannot be."""
+    least = {"num_meta_steps": 0, "eval_episodes": 2, "eval_inner_steps": 0, "val_every": 1, "log_every": 1}
+    for name, smallest in least.items():
+        if (value := getattr(config, name)) < smallest:
+            raise RunError(f"--{name.replace('_', '-')} {value} is too small; give at least {smallest}")
+    if config.val_every % config.log_every:
+        raise RunError(
+            f"--log-every {config.log_every} does not divide --val-every {config.val_every}; validations happen "
+            "between compiled calls of --log-every meta-steps"
+        )
+
+
+def outer_optimizer(config: Any) -> optax.GradientTransformation:
+    """The optimiser of the meta-parameters that `config.outer_optimizer` and `config.outer_lr` name."""
+    return {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](config.outer_lr)
 
 
 # Training
@@ -164,12 +235,14 @@ def train(
     state = jax.jit(lambda key: init_meta_state(learner, optimizer, key, inputs))(init_key)
     saved = {
         "state": state,
-        "best": {"params": state.params, "score": np.float32(-np.inf), "step": np.int32(0)},
-        "train_seconds": np.float32(0.0),
+        "best": best_of(state.params, -math.inf, 0),
+        "train_seconds": np.asarray(0.0, np.float32),
     }
     checkpoints = run_dir / "checkpoints"
-    if (newest := checkpoint.latest(checkpoints)) is not None:
-        saved = checkpoint.restore(checkpoints, newest, saved)
+    with parallel.together("restoring a checkpoint", PATIENCE):
+        if (newest := checkpoint.latest(checkpoints)) is not None:
+            saved = checkpoint.restore(checkpoints, newest, saved)
+    if newest is not None:
         console.print(f"resuming {run_dir} from step {newest}")
     best, seconds = saved["best"], {"compile": 0.0, "train": float(saved["train_seconds"])}
     state = jax.device_put(saved["state"], jax.sharding.NamedSharding(mesh, jax.P()) if mesh else None)
@@ -197,10 +270,11 @@ def train(
         while step < config.num_meta_steps:
             boundary = min(config.num_meta_steps, (step // config.val_every + 1) * config.val_every)
             loop = loop_of(min(config.log_every, boundary - step))
-            start = time.perf_counter()
-            state, info = loop(state, train_key)
-            loss = np.asarray(info.loss)
-            elapsed = time.perf_counter() - start
+            with parallel.together(f"the meta-steps after step {step}", PATIENCE):
+                start = time.perf_counter()
+                state, info = loop(state, train_key)
+                loss = np.asarray(info.loss)
+                elapsed = time.perf_counter() - start
             seconds["train"] += elapsed
             step += len(loss)
             if not np.isfinite(loss).all():
@@ -216,22 +290,34 @@ def train(
             }
             if step == boundary:
                 if validate is None:
-                    best = {"params": state.params, "score": np.float32(0.0), "step": np.int32(step)}
+                    best = best_of(state.params, 0.0, step)
                 else:
-                    record["val"] = validate(state.params)
+                    with parallel.together(f"the validation after step {step}", PATIENCE):
+                        record["val"] = validate(state.params)
                     if record["val"] > float(best["score"]):
-                        params = jax.tree.map(np.asarray, state.params)  # the state's buffers are donated
-                        best = {"params": params, "score": np.float32(record["val"]), "step": np.int32(step)}
-                seconds_so_far = np.float32(seconds["train"])
-                checkpoint.save(checkpoints, step, {"state": state, "best": best, "train_seconds": seconds_so_far})
+                        best = best_of(state.params, record["val"], step)
+                train_seconds = np.asarray(seconds["train"], np.float32)
+                checkpoint.save(checkpoints, step, {"state": state, "best": best, "train_seconds": train_seconds})
             log(record)
             show(record)
     return Trained(jax.tree.map(np.asarray, best["params"]), int(best["step"]), seconds)
 
 
+def best_of(params: ArrayTree, score: float, step: int) -> dict[str, Any]:
+    """The best state so far, on the host: the buffers of the training state are donated."""
+    return {
+        "params": jax.tree.map(np.asarray, params),
+        "score": np.asarray(score, np.float32),
+        "step": np.asarray(step, np.int32),
+    }
+
+
 @contextlib.contextmanager
 def metrics_log(file: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """Appends records to a `.jsonl` file, dropping those after `step` that an interrupted run left."""
+    """Appends records to a `.jsonl` file, dropping those after `step` that an interrupted run left; process 0 does."""
+    if jax.process_index() > 0:
+        yield lambda record: None
+        return
     kept = []
     if file.exists():
         for line in file.read_text().splitlines():
@@ -257,7 +343,7 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
         TextColumn("loss {task.fields[loss]:.4f}"),
         TextColumn("{task.fields[val]}"),
         console=console,
-        disable=not console.is_terminal,
+        disable=console.quiet or not console.is_terminal,
     )
     latest = {"val": ""}
 
@@ -285,11 +371,48 @@ def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
     return {"mean": np.asarray(evaluation.mean).tolist(), "ci95": np.asarray(evaluation.ci95).tolist()}
 
 
-def provenance() -> dict[str, Any]:
-    """Versions of Python and the packages that matter, and the device."""
+def finish(
+    run_dir: Path, experiment: str, config: Any, trained: Trained, protocol: dict, test: Callable[[], dict]
+) -> dict[str, Any]:
+    """Tests what was trained and writes results.json; a run that has one is not tested again.
+
+    Args:
+      run_dir: claimed by `open_run`.
+      experiment: its name.
+      config: the settings, stored with the results.
+      trained: from `train`.
+      protocol: how the test is done, stored with the results.
+      test: `() -> dict` with "metrics" and whatever else the experiment reports.
+
+    Returns:
+      The content of results.json.
+    """
+    file = run_dir / "results.json"
+    with parallel.together("looking for results", PATIENCE):
+        results = parallel.on_first(lambda: json.loads(file.read_text()) if file.exists() else None)
+    if results is not None:
+        console.print(f"{run_dir} is finished; these are its results")
+        return results
+    with parallel.together("the test", PATIENCE):
+        start = time.perf_counter()
+        tested = test()
     packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")
-    versions = {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
-    return {"versions": versions, "device": device_name()}
+    results = finite(
+        {
+            "experiment": experiment,
+            "algorithm": config.algorithm,
+            "config": as_json(config),
+            "protocol": protocol | {"loss_reduction": "mean", "ensemble": 1},
+            **tested,
+            "seconds": trained.seconds | {"eval": time.perf_counter() - start},
+            "meta_steps": config.num_meta_steps,
+            "seed": config.seed,
+            "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+            "device": device_name(),
+        }
+    )
+    write_json(file, results)
+    return results
 
 
 def device_name() -> str:

@@ -1,25 +1,22 @@
 """Few-shot classification of handwritten characters (MAML paper, table 1, Omniglot).
 
-python -m experiments.omniglot                            MAML, 5-way 1-shot
-python -m experiments.omniglot --algorithm fomaml --way 20 --shot 5
+Trains one of the algorithms, keeps the state with the best validation accuracy and tests it. Without
+flags this is MAML, 5-way 1-shot, with the paper's settings; --way, --shot and --algorithm choose others.
 """
 
 import dataclasses
-import time
-from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 from rich.table import Table
 
-from experiments import common
+from experiments import common, figures
 from experiments.common import RunError, console
 from maml_jax import CATALOGUE, adapt_only, evaluate, losses, models
 from maml_jax.tasks import few_shot, omniglot
-from maml_jax.types import MetaLearner
+from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +69,9 @@ class Config:
     $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     run_dir: Path | None = None
     """Where the run is kept, and resumed from; by default runs/omniglot-ALGORITHM-WAYwSHOTs-SEED."""
+    distributed: str = "auto"
+    """Processes: "auto" joins those that SLURM, Open MPI, Kubernetes or a TPU pod started with this one, if any;
+    HOST:PORT, where process 0 listens, with $JAX_NUM_PROCESSES and $JAX_PROCESS_ID; "off" is one process."""
 
 
 def with_paper_defaults(config: Config) -> Config:
@@ -98,67 +98,73 @@ def make_learner(config: Config, num_inner_steps: int) -> MetaLearner:
     return build(model, losses.cross_entropy, inner_optimizer=rule, num_inner_steps=num_inner_steps)
 
 
+def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
+    """The task distribution of each split."""
+    samplers = {}
+    for split in ("train", "val", "test"):
+        try:
+            samplers[split] = few_shot.make_sampler(
+                omniglot.load(split, config.data_dir),
+                way=config.way,
+                shot=config.shot,
+                query_shot=config.query_shot,
+                rotations=config.rotations,
+            )
+        except ValueError as error:
+            raise RunError(f"split {split!r} of Omniglot: {error}") from error
+    return samplers
+
+
 def run(config: Config) -> dict:
     """Trains, tests the state with the best validation accuracy, and returns the content of results.json."""
     config = with_paper_defaults(config)
-    if config.val_every % config.log_every:
-        raise RunError(f"--log-every {config.log_every} must divide --val-every {config.val_every}")
+    common.check_config(config)
     learner = make_learner(config, config.num_inner_steps)
     tester = make_learner(config, config.eval_inner_steps)
-    samplers = {
-        split: few_shot.make_sampler(
-            jnp.asarray(omniglot.load(split, config.data_dir)),
-            way=config.way,
-            shot=config.shot,
-            query_shot=config.query_shot,
-            rotations=config.rotations,
-        )
-        for split in ("train", "val", "test")
-    }
+    samplers = make_samplers(config)
     _, val_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
-    score = partial(
-        evaluate,
-        tester,
-        metric_fn=losses.accuracy,
-        num_episodes=config.eval_episodes,
-        mesh=common.mesh_for(config.eval_episodes),
-    )
-    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](config.outer_lr)
+    mesh = common.mesh_for(config.eval_episodes)
+
+    def score(params: ArrayTree, split: str, key: jax.Array) -> Evaluation:
+        return evaluate(
+            tester,
+            params,
+            samplers[split],
+            key,
+            metric_fn=losses.accuracy,
+            num_episodes=config.eval_episodes,
+            mesh=mesh,
+        )
+
     with common.open_run(config.run_dir, config) as run_dir:
         trained = common.train(
             run_dir,
             config,
             learner,
-            optimizer,
+            common.outer_optimizer(config),
             samplers["train"],
-            validate=lambda params: float(score(params, samplers["val"], val_key).mean[-1]),
+            validate=lambda params: float(score(params, "val", val_key).mean[-1]),
         )
-        start = time.perf_counter()
-        metric = common.as_metric(score(trained.params, samplers["test"], test_key))
-        seconds = trained.seconds | {"eval": time.perf_counter() - start}
-        results = {
-            "experiment": "omniglot",
-            "algorithm": config.algorithm,
-            "config": common.as_json(config),
-            "protocol": {
-                "way": config.way,
-                "shot": config.shot,
-                "query_shot": config.query_shot,
-                "episodes": config.eval_episodes,
-                "split": "test",
-                "selection": f"best of {config.num_meta_steps // config.val_every} validations on split val",
-                "selected_step": trained.best_step,
-                "normalisation": "transductive",
-                "loss_reduction": "mean",
-                "ensemble": 1,
-            },
-            "metrics": {"accuracy": metric},
-            "seconds": seconds,
-            "meta_steps": config.num_meta_steps,
-            "seed": config.seed,
-            **common.provenance(),
+        protocol = {
+            "way": config.way,
+            "shot": config.shot,
+            "query_shot": config.query_shot,
+            "episodes": config.eval_episodes,
+            "split": "test",
+            "selection": "highest validation accuracy on split val",
+            "selected_step": trained.best_step,
+            "normalisation": "transductive",
         }
-        common.write_json(run_dir / "results.json", results)
+        results = common.finish(
+            run_dir,
+            "omniglot",
+            config,
+            trained,
+            protocol,
+            lambda: {"metrics": {"accuracy": common.as_metric(score(trained.params, "test", test_key))}},
+        )
+        if jax.process_index() == 0:
+            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
     show(results)
     return results
 

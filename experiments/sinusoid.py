@@ -1,17 +1,12 @@
 """Sinusoid regression (MAML paper, section 5.1 and table 2 of appendix C).
 
-    python -m experiments.sinusoid                                     MAML, 70,000 meta-steps
-    python -m experiments.sinusoid --algorithm pretrained --seed 1     the baseline, another seed
-
 A network is trained on sine waves of random amplitude and phase with 10 support points a task, and
-tested with 5 and with 10 after 0 to 10 gradient steps. Rate 0.001 is behind the published table: it is
-the default of the authors' code, where the paper's text says 0.01.
+tested with 5 and with 10 after 0 to 10 gradient steps. Without flags this is MAML with the settings
+behind the published table: rate 0.001, the default of the authors' code, where the text says 0.01.
 """
 
 import dataclasses
-import json
 import math
-import time
 from pathlib import Path
 from typing import Literal
 
@@ -80,6 +75,9 @@ class Config:
     """Seed of initial parameters, tasks and evaluation."""
     run_dir: Path | None = None
     """Where the run is kept, and resumed from; by default runs/sinusoid-ALGORITHM-INNER_LR-SEED."""
+    distributed: str = "auto"
+    """Processes: "auto" joins those that SLURM, Open MPI, Kubernetes or a TPU pod started with this one, if any;
+    HOST:PORT, where process 0 listens, with $JAX_NUM_PROCESSES and $JAX_PROCESS_ID; "off" is one process."""
 
 
 def with_defaults(config: Config) -> Config:
@@ -113,9 +111,7 @@ def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
 
 def test(config: Config, params: ArrayTree, shot: int, key: jax.Array) -> dict:
     """Scores `params` on test tasks of `shot` support points; with `tune_inner_lr`, at the best test rate."""
-    sample = sinusoid.make_sampler(
-        shot=shot, query_shot=config.eval_query_shot, oracle=config.algorithm == "oracle"
-    )
+    sample = sinusoid.make_sampler(shot=shot, query_shot=config.eval_query_shot, oracle=config.algorithm == "oracle")
     tune_key, test_key = jax.random.split(key)
 
     def score(inner_lr: float, key: jax.Array) -> Evaluation:
@@ -139,47 +135,35 @@ def test(config: Config, params: ArrayTree, shot: int, key: jax.Array) -> dict:
 def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
     """Trains (or resumes, or finds finished) a run; returns the content of results.json and θ."""
     config = with_defaults(config)
+    common.check_config(config)
     learner = make_learner(config, config.inner_lr, config.num_inner_steps)
-    sample = sinusoid.make_sampler(
-        shot=config.shot, query_shot=config.query_shot, oracle=config.algorithm == "oracle"
-    )
-    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](config.outer_lr)
+    sample = sinusoid.make_sampler(shot=config.shot, query_shot=config.query_shot, oracle=config.algorithm == "oracle")
     test_key = jax.random.split(jax.random.key(config.seed), 3)[2]
     with common.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, learner, optimizer, sample)
-        if (run_dir / "results.json").exists():
-            return json.loads((run_dir / "results.json").read_text()), trained.params
-        start = time.perf_counter()
-        evaluations = [test(config, trained.params, shot, test_key) for shot in config.eval_shots]
-        results = {
-            "experiment": "sinusoid",
-            "algorithm": config.algorithm,
-            "config": common.as_json(config),
-            "protocol": {
-                "shot": config.eval_shots[0],
-                "query_shot": config.eval_query_shot,
-                "episodes": config.eval_episodes,
-                "split": "test",
-                "selection": "last state",
-                "inner_lr": "best of the grid on other tasks" if config.tune_inner_lr else "as in training",
-                "diverged_above": DIVERGED,
-                "normalisation": "none",
-                "loss_reduction": "mean",
-                "ensemble": 1,
-            },
-            "metrics": evaluations[0]["metrics"],
-            "evaluations": evaluations,
-            "seconds": trained.seconds | {"eval": time.perf_counter() - start},
-            "meta_steps": config.num_meta_steps,
-            "seed": config.seed,
-            **common.provenance(),
+        trained = common.train(run_dir, config, learner, common.outer_optimizer(config), sample)
+
+        def test_all() -> dict:
+            evaluations = [test(config, trained.params, shot, test_key) for shot in config.eval_shots]
+            return {"metrics": evaluations[0]["metrics"], "evaluations": evaluations}
+
+        protocol = {
+            "shot": config.eval_shots[0],
+            "query_shot": config.eval_query_shot,
+            "episodes": config.eval_episodes,
+            "split": "test",
+            "selection": "last state",
+            "inner_lr": "best of the grid on other tasks" if config.tune_inner_lr else "as in training",
+            "diverged_above": DIVERGED,
+            "normalisation": "none",
         }
-        common.write_json(run_dir / "results.json", results)
-        figures.inner_curves(run_dir / "figures" / "inner_steps.png", {config.algorithm: evaluations})
-        figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
-        if config.algorithm != "oracle":
-            curves = {config.algorithm: predictions(config, trained.params, evaluations[0]["inner_lr"])}
-            figures.predictions(run_dir / "figures" / "predictions.png", curves)
+        results = common.finish(run_dir, "sinusoid", config, trained, protocol, test_all)
+        if jax.process_index() == 0:
+            drawn = run_dir / "figures"
+            figures.inner_curves(drawn / "inner_steps.png", {config.algorithm: results["evaluations"]})
+            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: run_dir})
+            if config.algorithm != "oracle":
+                curves = predictions(config, trained.params, results["evaluations"][0]["inner_lr"])
+                figures.predictions(drawn / "predictions.png", {config.algorithm: curves})
     return results, trained.params
 
 

@@ -27,7 +27,7 @@ def _scores(learner, sample_episode, metric_fn, chunk_size, mesh, meta_params, k
     if mesh is not None:
         from maml_jax import parallel
 
-        parallel.check_divides(keys.shape[0], mesh, "num_episodes")
+        parallel.check_divides(keys.shape[0], mesh.size, "num_episodes")
         scores = parallel.each_task(scores, mesh)
     return scores(meta_params, keys)
 

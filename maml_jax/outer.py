@@ -6,8 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maml_jax.inner.loop import check_floating
-from maml_jax.types import ArrayTree, Episode, MetaInfo, MetaLearner, MetaState, PRNGKey, SampleEpisodeFn
+from maml_jax.types import (
+    ArrayTree,
+    Episode,
+    MetaInfo,
+    MetaLearner,
+    MetaState,
+    PRNGKey,
+    SampleEpisodeFn,
+    check_floating,
+)
 
 
 def init_meta_state(
@@ -97,7 +105,7 @@ def _over_mesh(gradient_fn, mesh):
     from maml_jax import parallel  # the other direction of the import: parallel builds on this module
 
     def checked(params, tasks):
-        parallel.check_divides(jax.tree.leaves(tasks)[0].shape[0], mesh, "meta_batch_size")
+        parallel.check_divides(jax.tree.leaves(tasks)[0].shape[0], mesh.size, "meta_batch_size")
         return parallel.mean_over_tasks(gradient_fn, mesh)(params, tasks)
 
     return checked

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 
 import chex
 import jax
+import jax.numpy as jnp
 
 ArrayTree = chex.ArrayTree
 PRNGKey = chex.PRNGKey
@@ -163,3 +164,13 @@ class Evaluation(NamedTuple):
     mean: jax.Array
     ci95: jax.Array
     per_episode: jax.Array
+
+
+def check_floating(params: ArrayTree) -> None:
+    """Raises ValueError naming the first leaf of `params` that is not a floating array."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise ValueError(
+                f"parameter {jax.tree_util.keystr(path) or '(the only leaf)'} has dtype {jnp.result_type(leaf)} and "
+                "cannot be adapted by gradients; use floating parameters, and keep integers in the model's closure"
+            )

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
 
 
 def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -22,7 +22,7 @@ def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool
 
     Args:
       fun: `(*args) -> scalar`, or `(scalar, aux)` with `has_aux`.
-      argnums: which positional arguments to differentiate.
+      argnums: which positional arguments to differentiate; negative ones count from the end.
       has_aux: whether `fun` returns auxiliary data beside its value.
 
     Returns:
@@ -61,7 +61,7 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
 
     Args:
       fun: `(*args) -> scalar`, or `(scalar, aux)` with `has_aux`.
-      argnums: which positional arguments to differentiate.
+      argnums: which positional arguments to differentiate; negative ones count from the end.
       has_aux: whether `fun` returns auxiliary data beside its value.
 
     Returns:
@@ -75,9 +75,10 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
       Pearlmutter, 1994, Fast exact multiplication by the Hessian (the product with Hv); Kemaev et al.,
       2025, Scalable meta-learning via mixed-mode differentiation. https://arxiv.org/abs/2505.00793
     """
-    positions = (argnums,) if isinstance(argnums, int) else tuple(argnums)
 
     def mixed_value_and_grad(*args, **kwargs):
+        numbers = (argnums,) if isinstance(argnums, int) else argnums
+        positions = tuple(n + len(args) if n < 0 else n for n in numbers)
         converted_fun, closed_over = jax.closure_convert(lambda *a: fun(*a, **kwargs), *args)
         chosen = tuple(jax.tree.map(jnp.asarray, args[n]) for n in positions)
         rest = tuple(None if n in positions else arg for n, arg in enumerate(args))
@@ -107,7 +108,7 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
                         "the loss as an argument (beside the support set, for example), or choose "
                         "inner_grad=jax.value_and_grad"
                     )
-            primals = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=lambda x: hasattr(x, "perturbed"))
+            primals = custom_vjp_primal_tree_values(primals)
             return value_and_grads(*primals), primals
 
         def backward(primals, cotangents):

@@ -8,23 +8,13 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
-from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn
+from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn, check_floating
 
 
 def check_num_steps(num_steps: int) -> None:
     """Raises ValueError unless `num_steps` is an integer K ≥ 0."""
     if not isinstance(num_steps, int) or num_steps < 0:
         raise ValueError(f"num_inner_steps must be an integer of at least 0, got {num_steps!r}")
-
-
-def check_floating(params: chex.ArrayTree) -> None:
-    """Raises ValueError naming the first leaf of `params` that is not a floating array."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise ValueError(
-                f"parameter {jax.tree_util.keystr(path) or '(the only leaf)'} has dtype {jnp.result_type(leaf)} and "
-                "cannot be adapted by gradients; use floating parameters, and keep integers in the model's closure"
-            )
 
 
 def inner_loop(

@@ -6,5 +6,6 @@ from maml_jax.models.from_flax import from_nnx as from_nnx
 from maml_jax.models.layers import BatchStatNorm as BatchStatNorm
 from maml_jax.models.mlp import mlp as mlp
 from maml_jax.models.mlp import omniglot_mlp as omniglot_mlp
+from maml_jax.models.resnet12 import resnet12 as resnet12
 
-__all__ = ["BatchStatNorm", "conv4", "from_linen", "from_nnx", "mlp", "omniglot_mlp"]
+__all__ = ["BatchStatNorm", "conv4", "from_linen", "from_nnx", "mlp", "omniglot_mlp", "resnet12"]

@@ -26,6 +26,7 @@ class Conv4(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[S, H, W, C] -> [S, N]."""
         strides = (1, 1) if self.pooling else (2, 2)
         hidden = inputs
         for index in range(4):

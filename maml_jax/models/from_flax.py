@@ -3,6 +3,8 @@
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from maml_jax.types import Model
@@ -42,7 +44,7 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     Args:
       module: a function from `nnx.Rngs` to a module, so that `init` can draw fresh parameters; or a
-        module, whose present parameters `init` then returns whatever the key.
+        module, whose present parameters `init` then returns copies of, whatever the key.
 
     Returns:
       A `Model` whose parameters are the `nnx.State` of the module's `nnx.Param`s.
@@ -61,6 +63,9 @@ def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
 
     def init(key, inputs):
         del inputs
-        return params if is_module else nnx.split(module(nnx.Rngs(key)), nnx.Param, ...)[1]
+        if is_module:
+            # A copy, because a training loop donates its state and the module keeps its own arrays.
+            return jax.tree.map(jnp.copy, params)
+        return nnx.split(module(nnx.Rngs(key)), nnx.Param, ...)[1]
 
     return Model(init, lambda params, inputs: nnx.merge(graphdef, params)(inputs))

@@ -82,7 +82,7 @@ class Conv(nn.Module):
         """[B, H, W, C] -> [B, H', W', F]."""
         kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, inputs.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return self.conv_fn(inputs, kernel, self.strides) + bias
+        return self.conv_fn(inputs, kernel, self.strides) + bias.reshape(1, 1, 1, -1)
 
 
 class BatchStatNorm(nn.Module):
@@ -108,13 +108,15 @@ class BatchStatNorm(nn.Module):
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[B, ..., C] -> [B, ..., C]; statistics over every axis but the last."""
         axes = tuple(range(inputs.ndim - 1))
-        centred = inputs - jnp.mean(inputs, axes)
-        multiplier = lax.rsqrt(jnp.mean(jnp.square(centred), axes) + self.epsilon)
-        channels = inputs.shape[-1:]
+        centred = inputs - jnp.mean(inputs, axes, keepdims=True)
+        multiplier = lax.rsqrt(jnp.mean(jnp.square(centred), axes, keepdims=True) + self.epsilon)
+        channels, broadcast = inputs.shape[-1:], (1,) * len(axes) + (-1,)
         if self.scale:
-            multiplier = multiplier * self.param("scale", nn.initializers.ones, channels)
+            multiplier = multiplier * self.param("scale", nn.initializers.ones, channels).reshape(broadcast)
         outputs = centred * multiplier
-        return outputs + self.param("offset", nn.initializers.zeros, channels) if self.offset else outputs
+        if self.offset:
+            outputs = outputs + self.param("offset", nn.initializers.zeros, channels).reshape(broadcast)
+        return outputs
 
 
 def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:

@@ -21,6 +21,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
+        """[S, ...] -> [S, features[-1]]."""
         hidden = inputs.reshape(inputs.shape[0], -1)
         for index, width in enumerate(self.features):
             name = f"dense_{index}"

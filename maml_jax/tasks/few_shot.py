@@ -53,24 +53,41 @@ def make_sampler(
 
     def sample_episode(key: PRNGKey) -> Episode:
         class_key, example_key, rotation_key, episode_key = jax.random.split(key, 4)
-        classes = jax.random.choice(class_key, num_classes, (way,), replace=False)
-        examples = jax.vmap(lambda k: jax.random.choice(k, num_examples, (shot + query_shot,), replace=False))(
+        classes = _draw_distinct(class_key, num_classes, way)
+        examples = jax.vmap(lambda k: _draw_distinct(k, num_examples, shot + query_shot))(
             jax.random.split(example_key, way)
         )
-        drawn = images[classes[:, None], examples].astype(jnp.float32) / 255.0
+        drawn = images[classes[:, None], examples]
         if rotations:
-            turns = jax.random.randint(rotation_key, (way,), 0, 4)
-            turned = jnp.stack([jnp.rot90(drawn, k, axes=(2, 3)) for k in range(4)])
-            drawn = turned[turns, jnp.arange(way)]
+            turns = jax.random.randint(rotation_key, (way, 1, 1, 1, 1), 0, 4)
+            drawn = jnp.where(turns % 2 == 1, jnp.rot90(drawn, axes=(2, 3)), drawn)
+            drawn = jnp.where(turns >= 2, jnp.flip(drawn, axis=(2, 3)), drawn)
+        inputs = drawn.astype(jnp.float32) / 255.0
         targets = jnp.broadcast_to(jnp.arange(way, dtype=jnp.int32)[:, None], (way, shot + query_shot))
 
         def flat(array: jax.Array) -> jax.Array:
             return array.reshape(-1, *array.shape[2:])
 
         return Episode(
-            Batch(flat(drawn[:, :shot]), flat(targets[:, :shot])),
-            Batch(flat(drawn[:, shot:]), flat(targets[:, shot:])),
+            Batch(flat(inputs[:, :shot]), flat(targets[:, :shot])),
+            Batch(flat(inputs[:, shot:]), flat(targets[:, shot:])),
             episode_key,
         )
 
     return sample_episode
+
+
+def _draw_distinct(key: PRNGKey, population: int, count: int) -> jax.Array:
+    """`count` different numbers below `population` in random order: the first swaps of a Fisher-Yates shuffle.
+
+    `jax.random.choice` sorts the whole population, which is most of the time it takes to sample an episode.
+    """
+    partners = jax.random.randint(key, (count,), jnp.arange(count), population)
+
+    def swap(i: jax.Array, order: jax.Array) -> jax.Array:
+        j = partners[i]
+        return order.at[i].set(order[j]).at[j].set(order[i])
+
+    # Added to zeros made of the key's numbers, so that inside `shard_map` the carry varies with the key.
+    order = jnp.arange(population) + jnp.zeros_like(partners[0])
+    return jax.lax.fori_loop(0, count, swap, order)[:count]

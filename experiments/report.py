@@ -1,0 +1,213 @@
+"""Makes experiments/RESULTS.md, its figures and the tables of the README from experiments/results/*.json.
+
+python -m experiments.report                      rewrite them
+python -m experiments.report --add runs/RUN ...   first take the results of finished runs
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+from collections import defaultdict
+from pathlib import Path
+
+import tyro
+
+from experiments import common, figures, omniglot, published, sinusoid
+
+HERE = Path(__file__).parent
+README = HERE.parent / "README.md"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to take in."""
+
+    add: tuple[Path, ...] = ()
+    """Run directories whose results.json is copied to experiments/results."""
+
+
+def add(run_dir: Path, results_dir: Path) -> Path:
+    """Copies the results of a finished run to `results_dir`, named after what distinguishes it.
+
+    Raises:
+      FileNotFoundError: if the run has no results.json.
+      ValueError: if other results have that name.
+    """
+    results = json.loads((run_dir / "results.json").read_text())
+    flags = [part.lstrip("-").replace(" ", "-") for part in changed_flags(results) if not part.startswith("--seed")]
+    file = results_dir / ("_".join([results["experiment"], *flags, f"seed-{results['seed']}"]) + ".json")
+    if file.exists() and json.loads(file.read_text()) != results:
+        raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
+    common.write_json(file, results)
+    return file
+
+
+def changed_flags(results: dict) -> list[str]:
+    """The flags of the command that made `results`, those at their defaults left out."""
+    module = {"omniglot": omniglot, "sinusoid": sinusoid}[results["experiment"]]
+    fill = {"omniglot": omniglot.with_paper_defaults, "sinusoid": sinusoid.with_defaults}[results["experiment"]]
+    types = {field.name: field.type for field in dataclasses.fields(module.Config)}
+    config = results["config"]
+    base = {name: config[name] for name in ("algorithm", "way", "shot") if name in config}
+    defaults = common.as_json(fill(module.Config(**base)))
+    plain = common.as_json(module.Config())
+    flags = []
+    for name, value in config.items():
+        reference = plain[name] if name in base else defaults.get(name)
+        if name in types and name != "data_dir" and value != reference:
+            flag = "--" + name.replace("_", "-")
+            flags.append(f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag} {value}")
+    return flags
+
+
+def command(results: dict) -> str:
+    """The command line that made `results`, without its seed."""
+    flags = [flag for flag in changed_flags(results) if not flag.startswith("--seed")]
+    return " ".join([f"python -m experiments.{results['experiment']}", *flags])
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_command(results: list[dict]) -> dict[str, list[dict]]:
+    """Results grouped by the command that made them, seeds together."""
+    groups = defaultdict(list)
+    for result in results:
+        groups[command(result)].append(result)
+    return dict(sorted(groups.items(), key=lambda item: _order(item[1][0])))
+
+
+def _order(result: dict) -> tuple:
+    order = ["maml", "fomaml", "reptile", "pretrained", "oracle"]
+    config = result["config"]
+    return order.index(result["algorithm"]), config.get("way", 0), config.get("shot"), config["inner_lr"]
+
+
+def over_seeds(values: list[float | None], digits: int = 2) -> str:
+    """The mean over seeds and, from two on, the smallest and largest; how many are not finite, if any."""
+    if bad := sum(value is None for value in values):
+        return f"not finite in {bad} of {len(values)}"
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def sinusoid_table(results: list[dict], shot: int) -> str:
+    """Errors after 1, 5 and 10 steps: mean over seeds, range over seeds, median, share of diverged tasks."""
+    rows = []
+    for group in by_command(results).values():
+        config, algorithm = group[0]["config"], group[0]["algorithm"]
+        chosen = [next(e for e in result["evaluations"] if e["shot"] == shot) for result in group]
+        mse = [evaluation["metrics"]["mse"] for evaluation in chosen]
+        rates = sorted({evaluation["inner_lr"] for evaluation in chosen})
+        paper = published.SINUSOID.get((algorithm, config["inner_lr"])) if shot == 5 else None
+        rows.append(
+            [
+                figures.TITLES[algorithm],
+                " or ".join(f"{rate:g}" for rate in rates),
+                *(over_seeds([m["mean"][step] for m in mse]) for step in (1, 5, 10)),
+                " / ".join(f"{number:.2f}" for number in paper) if paper else "",
+                f"{statistics.fmean(m['median'][10] for m in mse):.2f}",
+                f"{statistics.fmean(m['diverged'][10] for m in mse):.2%}",
+                str(len(group)),
+            ]
+        )
+    header = ["", "rate", "1 step", "5 steps", "10 steps", "published", "median, 10 steps", "diverged", "seeds"]
+    return markdown_table(header, rows)
+
+
+def omniglot_table(results: list[dict]) -> str:
+    """Accuracy after the steps of the test protocol, one row a command."""
+    rows = []
+    for group in by_command(results).values():
+        config, algorithm = group[0]["config"], group[0]["algorithm"]
+        accuracy = [result["metrics"]["accuracy"] for result in group]
+        steps = len(accuracy[0]["mean"]) - 1
+        cells = [f"{100 * a['mean'][-1]:.2f} ± {100 * a['ci95'][-1]:.2f}" for a in accuracy]
+        paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]), "")
+        minutes = statistics.fmean(result["seconds"]["train"] for result in group) / 60
+        rows.append(
+            [
+                figures.TITLES[algorithm],
+                f"{config['way']}-way {config['shot']}-shot",
+                ", ".join(cells),
+                paper,
+                str(steps),
+                f"{group[0]['protocol']['episodes']} x {group[0]['protocol']['query_shot']}",
+                f"{group[0]['meta_steps']:,}",
+                f"{minutes:.0f} min",
+            ]
+        )
+    header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
+    return markdown_table(header, rows)
+
+
+def details(results: list[dict]) -> str:
+    """For every command: seeds, device, versions and the whole curve."""
+    parts = []
+    for line, group in by_command(results).items():
+        first = group[0]
+        (name,) = first["metrics"]
+        versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
+        parts.append(
+            f"`{line}`\n\n- seeds {', '.join(str(result['seed']) for result in group)}; {first['device']}; {versions}\n"
+            f"- seconds of the first: {', '.join(f'{k} {v:.0f}' for k, v in first['seconds'].items())}\n"
+            f"- protocol: {', '.join(f'{k} {v}' for k, v in first['protocol'].items())}\n"
+            f"- {name} after 0, 1, ... inner steps, first seed: "
+            + ", ".join(f"{mean:.4f}" for mean in first["metrics"][name]["mean"])
+        )
+    return "\n\n".join(parts)
+
+
+def write(results_dir: Path, report: Path, readme: Path | None) -> None:
+    """Writes the report and its figure, and the tables between the markers of the README."""
+    results = [json.loads(file.read_text()) for file in sorted(results_dir.glob("*.json"))]
+    of = defaultdict(list)
+    for result in results:
+        of[result["experiment"]].append(result)
+    sections = {
+        "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
+        "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
+        "omniglot": omniglot_table(of["omniglot"]),
+    }
+    report.write_text(
+        "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
+        "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
+        "rate is that of the gradient steps at test; a task has diverged when its error is above "
+        f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more.\n\n"
+        f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
+        "![error against inner steps](figures/sinusoid.png)\n\n"
+        "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
+        f"transductive: the queries of an episode are normalised together.\n\n{sections['omniglot']}\n\n"
+        f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'])}\n"
+    )
+    if of["sinusoid"]:
+        curves = {}
+        for group in by_command(of["sinusoid"]).values():
+            first = group[0]
+            name = first["algorithm"]
+            curves[name if name not in curves else f"{figures.TITLES[name]}, rate {first['config']['inner_lr']:g}"] = (
+                first["evaluations"]
+            )
+        figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+    if readme is not None:
+        text = readme.read_text()
+        for name, table in sections.items():
+            marker = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+            text = marker.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
+        readme.write_text(text)
+
+
+def main() -> None:
+    """The command line."""
+    config = tyro.cli(Config, description=__doc__)
+    for run_dir in config.add:
+        print(add(run_dir, HERE / "results"))
+    write(HERE / "results", HERE / "RESULTS.md", README)
+
+
+if __name__ == "__main__":
+    main()

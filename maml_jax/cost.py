@@ -1,0 +1,246 @@
+"""What a step costs, counted before it is run: floating-point operations and temporary memory.
+
+Both counts are exact and free of noise. Operations are read off the traced program, where the body of a
+loop is met once and its length is written beside it; memory is read off the compiled one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from math import prod
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maml_jax.inner.gradients import first_order, mixed_mode
+from maml_jax.outer import meta_gradient
+from maml_jax.types import ArrayTree, Episode, MetaLearner
+
+# Primitives by what they cost; those named nowhere are free.
+_ARITHMETIC, _REDUCTIONS, _WINDOW_REDUCTIONS, _CUMULATIONS, _UNKNOWN = map(
+    str.split,
+    (
+        "add add_any sub mul div rem neg abs sign max min floor ceil round clamp pow integer_pow square sqrt rsqrt "
+        "cbrt exp exp2 expm1 log log1p logistic tanh sinh cosh asinh acosh atanh sin cos tan asin acos atan atan2 "
+        "erf erfc erf_inv lgamma digamma",
+        "reduce_sum reduce_max reduce_min reduce_prod",
+        "reduce_window_sum reduce_window_max reduce_window_min",
+        "cumsum cumprod cummax cummin cumlogsumexp",
+        "cholesky triangular_solve lu householder_product geqrf eigh eig svd schur hessenberg tridiagonal_solve fft "
+        "ragged_dot_general custom_linear_solve reduce reduce_window select_and_scatter select_and_scatter_add",
+    ),
+)
+
+
+class Cost(NamedTuple):
+    """The cost of one call of a function.
+
+    Attributes:
+      flops: floating-point operations; see `count_flops`.
+      temporary_bytes: see `temporary_bytes`.
+    """
+
+    flops: int
+    temporary_bytes: int
+
+
+def cost_of(function: Callable, *args: Any) -> Cost:
+    """Operations and temporary memory of `function(*args)`, which is compiled and not run.
+
+    For example, what an exact meta-gradient costs beside one of first order:
+
+    >>> from functools import partial
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from maml_jax import Batch, Episode, fomaml, losses, maml, models
+    >>> from maml_jax.cost import cost_of
+    >>> model = models.mlp(features=(40, 40, 1))
+    >>> episode = Episode(*2 * [Batch(jnp.ones((10, 1)), jnp.ones((10, 1)))])
+    >>> params = model.init(jax.random.key(0), episode.support.inputs)
+    >>> exact, first = (
+    ...     build(model, losses.mean_squared_error, inner_optimizer=optax.sgd(0.01), num_inner_steps=5)
+    ...     for build in (maml, fomaml)
+    ... )
+    >>> costs = [cost_of(jax.grad(learner.objective, has_aux=True), params, episode) for learner in (exact, first)]
+    >>> round(costs[0].flops / costs[1].flops, 1)
+    2.7
+
+    Args:
+      function: traceable, jitted or not.
+      args: its positional arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+
+    Returns:
+      A `Cost`.
+
+    Raises:
+      ValueError: as `count_flops`.
+    """
+    return Cost(count_flops(function, *args), temporary_bytes(function, *args))
+
+
+def temporary_bytes(function: Callable, *args: Any) -> int:
+    """Bytes that the compiled `function(*args)` needs beside its arguments and results.
+
+    XLA lays out this buffer when it compiles, so the number is the peak and no estimate. It is that of one
+    device.
+
+    Args:
+      function: traceable, jitted or not.
+      args: its positional arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+    """
+    # Memory is laid out before machine code is made, which the CPU's compiler spends most of its time on.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function).lower(*args).compile(options).memory_analysis().temp_size_in_bytes
+
+
+def count_flops(function: Callable, *args: Any) -> int:
+    """Floating-point operations of `function(*args)`, which is traced and not run.
+
+    A multiplication, an addition and any other function of one floating element count 1; matrix products and
+    convolutions count a multiplication and an addition a term, terms on padding left out; a reduction of n
+    elements counts n − 1. Comparison, selection, conversion, movement of data, integers and random bits are
+    free. A scan counts its length times its body, a `cond` its dearest branch, `shard_map` all devices.
+    What no result depends on is left out, as XLA would.
+
+    `compiled.cost_analysis()` agrees where there is no scan; it counts the body of a scan once.
+
+    Args:
+      function: traceable, jitted or not.
+      args: its positional arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+
+    Raises:
+      ValueError: if the function holds a `while_loop`, whose length is known when it runs, or a primitive
+        that calls functions in a way that is not known here.
+    """
+    jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+    return _count(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def inner_grad_costs(
+    build: Callable[..., MetaLearner], params: ArrayTree, episodes: Episode, *, chunk_size: int | None = None
+) -> dict[str, Cost]:
+    """Costs of one meta-gradient with each way of differentiating the inner gradient, and of a forward pass.
+
+    Args:
+      build: `build(inner_grad=...) -> MetaLearner`, such as `partial(maml, model, loss_fn, inner_optimizer=...,
+        num_inner_steps=...)`.
+      params: meta-parameters θ.
+      episodes: leaves [T, ...].
+      chunk_size: as in `outer.meta_gradient`.
+
+    Returns:
+      Costs named "first_order", "mixed_mode" and "reverse_over_reverse", and "forward" for θ applied once to
+      the support set and once to the query set of every task. Ratios of these are what a step really costs.
+    """
+
+    def gradient(inner_grad):
+        return lambda params, episodes: meta_gradient(
+            build(inner_grad=inner_grad), params, episodes, chunk_size=chunk_size
+        )
+
+    def forward(params, episodes):
+        predict = partial(build(inner_grad=first_order).predict, params)
+        return jax.lax.map(lambda episode: (predict(episode.support.inputs), predict(episode.query.inputs)), episodes)
+
+    functions = {
+        "forward": forward,
+        "first_order": gradient(first_order),
+        "mixed_mode": gradient(mixed_mode),
+        "reverse_over_reverse": gradient(jax.value_and_grad),
+    }
+    return {name: cost_of(function, params, episodes) for name, function in functions.items()}
+
+
+def _count(jaxpr: Any, is_needed: list[bool]) -> tuple[int, list[bool]]:
+    """Operations that the needed results of a jaxpr take, and which of its arguments they depend on."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # a ClosedJaxpr holds one
+    needed = {var for var, needs in zip(jaxpr.outvars, is_needed, strict=True) if needs and not _is_literal(var)}
+    total = 0
+    for eqn in reversed(jaxpr.eqns):
+        outputs = [var in needed for var in eqn.outvars]
+        if any(outputs):
+            flops, inputs = _count_equation(eqn, outputs)
+            total += flops
+            needed |= {var for var, needs in zip(eqn.invars, inputs, strict=True) if needs and not _is_literal(var)}
+    return total, [var in needed for var in jaxpr.invars]
+
+
+def _is_literal(var: Any) -> bool:
+    return hasattr(var, "val")
+
+
+def _count_equation(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _count_scan(params, outputs)
+    if name == "cond":
+        counts = [_count(branch, outputs) for branch in params["branches"]]
+        depends = map(any, zip(*(inputs for _, inputs in counts), strict=True))
+        return max(flops for flops, _ in counts), [True, *depends]
+    if name == "while":
+        raise ValueError(
+            "the operations of a while_loop cannot be counted before it has run; count its body, or use a scan or a "
+            "fori_loop with constant bounds"
+        )
+    called = [value for value in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(value)]
+    if called and not name.startswith("scatter"):
+        if len(called) > 1 or name in _UNKNOWN:
+            raise ValueError(f"the operations of the primitive {name!r} are not known to this counter")
+        flops, inputs = _count(called[0], outputs)
+        return flops * (params["mesh"].size if name == "shard_map" else 1), inputs
+    return _primitive_flops(eqn), [True] * len(eqn.invars)
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return hasattr(value, "eqns")
+
+
+def _count_scan(params: dict[str, Any], outputs: list[bool]) -> tuple[int, list[bool]]:
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    carry, stacked = outputs[:num_carry], outputs[num_carry:]
+    while True:  # what one iteration needs of the carry, the iteration before it has to make
+        flops, inputs = _count(params["jaxpr"], carry + stacked)
+        wider = [a or b for a, b in zip(carry, inputs[num_consts:], strict=False)]
+        if wider == carry:
+            return params["length"] * flops, inputs
+        carry = wider
+
+
+def _primitive_flops(eqn: Any) -> int:
+    name, params = eqn.primitive.name, eqn.params
+    inputs, output = [var.aval for var in eqn.invars], eqn.outvars[0].aval
+    if name in _UNKNOWN:
+        raise ValueError(f"the operations of the primitive {name!r} are not known to this counter")
+    if not jnp.issubdtype(output.dtype, jnp.inexact):
+        return 0
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        return 2 * output.size * prod(inputs[0].shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        return _conv_flops(params, *inputs, output)
+    if name in _ARITHMETIC:
+        return output.size
+    if name in _REDUCTIONS:
+        return inputs[0].size - output.size
+    if name in _WINDOW_REDUCTIONS:
+        return output.size * (prod(params["window_dimensions"]) - 1)
+    if name in _CUMULATIONS:
+        return output.size
+    if name == "scatter-add":
+        return inputs[2].size
+    return 0
+
+
+def _conv_flops(params: dict[str, Any], inputs: Any, kernel: Any, output: Any) -> int:
+    numbers = params["dimension_numbers"]
+    terms = 1
+    for axis in range(len(params["padding"])):
+        size = inputs.shape[numbers.lhs_spec[2 + axis]]
+        stride, low = params["window_strides"][axis], params["padding"][axis][0]
+        spread, reach = params["lhs_dilation"][axis], params["rhs_dilation"][axis]
+        starts = stride * np.arange(output.shape[numbers.out_spec[2 + axis]]) - low
+        positions = starts[:, None] + reach * np.arange(kernel.shape[numbers.rhs_spec[2 + axis]])
+        # Neither padding nor the zeros that `lhs_dilation` spreads between the inputs takes an operation.
+        terms *= int(np.sum((positions >= 0) & (positions < spread * size) & (positions % spread == 0)))
+    features, channels = (kernel.shape[axis] for axis in numbers.rhs_spec[:2])
+    return 2 * output.shape[numbers.out_spec[0]] * features * channels * terms
