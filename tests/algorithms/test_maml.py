@@ -1,0 +1,109 @@
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.test_util import check_grads
+from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
+
+from maml_jax import first_order, fomaml, losses, maml, mixed_mode, models
+
+
+def meta_gradient(learner, params, episode):
+    return jax.jit(jax.grad(learner.objective, has_aux=True))(params, episode)[0]
+
+
+@pytest.mark.parametrize("inner_grad", [mixed_mode, jax.value_and_grad])
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_maml_meta_gradient_on_linear_regression(x64, num_steps, inner_grad):
+    # Each step multiplies φ − a by P = I − αA, so the meta-gradient is P^K ∇L_Q(φ_K).
+    episode = make_episode(jax.random.key(0))
+    support, query = Quadratic.of(episode.support), Quadratic.of(episode.query)
+    theta = jnp.array([0.5, -1.0, 2.0, 0.1])
+    learner = maml(
+        linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=num_steps, inner_grad=inner_grad
+    )
+    phi, _ = learner.adapt(theta, episode.support)
+    chex.assert_trees_all_close(phi, support.descend(theta, ALPHA, num_steps), rtol=1e-12, atol=1e-12)
+    expected = support.contraction(ALPHA, num_steps) @ query.gradient(phi)
+    chex.assert_trees_all_close(meta_gradient(learner, theta, episode), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 5])
+def test_fomaml_meta_gradient_on_linear_regression(x64, num_steps):
+    # Inner gradients are constants: ∂φ/∂θ = I and ∇L_Q(φ_K) is all that remains.
+    episode = make_episode(jax.random.key(0))
+    theta = jnp.array([0.5, -1.0, 2.0, 0.1])
+    learner = fomaml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=num_steps)
+    expected = Quadratic.of(episode.query).gradient(Quadratic.of(episode.support).descend(theta, ALPHA, num_steps))
+    first = meta_gradient(learner, theta, episode)
+    chex.assert_trees_all_close(first, expected, rtol=1e-12, atol=1e-12)
+
+    exact = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=num_steps)
+    difference = jnp.linalg.norm(meta_gradient(exact, theta, episode) - first) / jnp.linalg.norm(first)
+    if num_steps == 0:
+        assert difference == 0
+    else:
+        assert difference > 0.1  # the smallest eigenvalue of αA is what separates them
+
+
+def test_fomaml_is_maml_with_first_order_gradients():
+    episode = make_episode(jax.random.key(1))
+    theta = jnp.ones(4)
+    kwargs = {"inner_optimizer": optax.sgd(ALPHA, momentum=0.5), "num_inner_steps": 3}
+    chex.assert_trees_all_equal(
+        meta_gradient(fomaml(linear_model, half_mse, **kwargs), theta, episode),
+        meta_gradient(maml(linear_model, half_mse, inner_grad=first_order, **kwargs), theta, episode),
+    )
+
+
+def test_without_inner_steps_maml_trains_on_the_query_set():
+    model = models.mlp(features=(8, 1))
+    episode = make_episode(jax.random.key(2))
+    episode = jax.tree.map(lambda x: x.reshape(len(x), -1), episode)
+    params = model.init(jax.random.key(3), episode.support.inputs)
+    learner = maml(model, losses.mean_squared_error, inner_optimizer=optax.sgd(0.1), num_inner_steps=0)
+
+    def query_loss(params):
+        return losses.mean_squared_error(model.apply(params, episode.query.inputs), episode.query.targets)
+
+    chex.assert_trees_all_equal(meta_gradient(learner, params, episode), jax.grad(query_loss)(params))
+
+
+def test_meta_gradient_of_a_network_agrees_with_finite_differences(x64):
+    model = models.mlp(features=(5, 1), activation=jnp.tanh)
+    episode = jax.tree.map(lambda x: x.reshape(len(x), -1), make_episode(jax.random.key(4), dim=2))
+    params = model.init(jax.random.key(5), episode.support.inputs)
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    learner = maml(model, losses.mean_squared_error, inner_optimizer=optax.sgd(0.5), num_inner_steps=3)
+    check_grads(jax.jit(lambda params: learner.objective(params, episode)[0]), (params,), order=1, modes=["rev"])
+
+
+def test_a_vmap_over_episodes_equals_a_loop():
+    episodes = make_episodes(jax.random.key(6), 3)
+    theta = jnp.ones(4)
+    learner = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
+    gradient = jax.jit(lambda episode: jax.grad(learner.objective, has_aux=True)(theta, episode)[0])
+    one_by_one = [gradient(jax.tree.map(lambda x, i=i: x[i], episodes)) for i in range(3)]
+    chex.assert_trees_all_close(jax.vmap(gradient)(episodes), jnp.stack(one_by_one), rtol=1e-5)
+
+
+def test_a_step_size_inside_the_learner_is_learned_to_first_order_too(x64):
+    # φ_1 = θ − α∇L_S(θ): ∂L_Q(φ_1)/∂α = −∇L_S(θ)·∇L_Q(φ_1), and stopping ∇L_S leaves that alone.
+    episode = make_episode(jax.random.key(7))
+    theta = jnp.array([0.5, -1.0, 2.0, 0.1])
+    support, query = Quadratic.of(episode.support), Quadratic.of(episode.query)
+
+    def objective(alpha):
+        learner = fomaml(linear_model, half_mse, inner_optimizer=optax.sgd(alpha), num_inner_steps=1)
+        return learner.objective(theta, episode)[0]
+
+    expected = -support.gradient(theta) @ query.gradient(support.descend(theta, ALPHA, 1))
+    chex.assert_trees_all_close(jax.grad(objective)(ALPHA), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("num_steps", [-1, 1.5])
+@pytest.mark.parametrize("builder", [maml, fomaml])
+def test_a_wrong_number_of_steps_is_refused_when_the_learner_is_built(builder, num_steps):
+    with pytest.raises(ValueError, match=rf"at least 0, got {num_steps}"):
+        builder(linear_model, half_mse, inner_optimizer=optax.sgd(0.1), num_inner_steps=num_steps)

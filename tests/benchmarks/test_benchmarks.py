@@ -1,0 +1,220 @@
+import dataclasses
+import importlib.util
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import common, memory, meta_step, peers, report, sinusoid
+
+# What the benchmarks do
+
+
+def test_summary_is_median_and_quartiles():
+    assert common.summarise([4.0, 1.0, 2.0, 3.0, 5.0]) == common.Timing(3.0, 2.0, 4.0, 5)
+    assert common.summarise([0.25]) == common.Timing(0.25, 0.25, 0.25, 1)
+    assert str(common.Timing(0.0125, 0.01, 0.02, 9)) == "12.5 (10-20)"
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a test moves by hand."""
+    now = [0.0]
+    monkeypatch.setattr(common.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_measure_warms_up_and_stops(clock):
+    durations = iter([100.0, 1.0, 2.0, 3.0, 50.0])
+
+    def call():
+        clock[0] += next(durations)
+
+    assert common.measure(call, common.Settings(max_repetitions=3, max_seconds=99)) == common.Timing(2.0, 1.5, 2.5, 3)
+    durations = iter([100.0, 4.0, 4.0, 4.0])
+    assert common.measure(call, common.Settings(max_repetitions=9, max_seconds=8.0)).repetitions == 2
+    durations = iter([100.0, 30.0])
+    assert common.measure(call, common.Settings(max_repetitions=9, max_seconds=8.0)).repetitions == 1
+
+
+def test_alternation_takes_turns_and_spares_the_slow(clock):
+    order = []
+
+    def call_of(name, seconds):
+        def call():
+            order.append(name)
+            clock[0] += seconds
+
+        return call
+
+    calls = {"a": call_of("a", 1.0), "slow": call_of("slow", 20.0), "b": call_of("b", 2.0)}
+    seconds = common.measure_alternately(calls, common.Settings(max_repetitions=3, max_seconds=30.0))
+    assert seconds == {"a": [1.0] * 3, "slow": [20.0], "b": [2.0] * 3}
+    assert "".join(order[3:]) == "aslowb" + "ab" + "ab"
+
+
+def test_stepping_leaves_the_state_it_was_given():
+    step = jax.jit(lambda state, x: (state + x, state), donate_argnums=0)
+    state = jnp.zeros(3)
+    call = common.stepping(step, state, jnp.ones(3))
+    call()
+    np.testing.assert_array_equal(call()[0], 2.0)
+    np.testing.assert_array_equal(state, 0.0)
+
+
+def test_operations_of_a_compiled_program():
+    # On 4x4 matrices: a product and, after it, a fusion, seven times; a counter and a comparison of no account.
+    def loop(a):
+        return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ a) * 2, None), a, length=7)[0]
+
+    def ops(function):
+        return sinusoid.count_ops(jax.jit(function).lower(jnp.ones((4, 4))).compile().as_text())
+
+    once = ops(lambda a: jnp.tanh(a @ a) * 2)
+    assert once == 2
+    assert 7 * once <= ops(loop) <= 7 * (once + 1) + 1  # XLA may keep a copy of the counter
+    with pytest.raises(ValueError, match="unknown length"):
+        ops(lambda a: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c + a, a))
+
+
+def test_sweep_varies_each_setting_alone():
+    config = meta_step.Config()
+    cases = list(meta_step.cases(config))
+    assert len(cases) == len(set(cases))
+    names = ("derivative", "inner_steps", "meta_batch_size", "shot", "convolution", "chunk_size")
+    for name in names:
+        assert {getattr(case, name) for case in cases} == set(getattr(config, name))
+    crossed = list(meta_step.cases(dataclasses.replace(config, cross=True)))
+    # Of the five chunk sizes 32 does not divide the smaller of the two meta-batches.
+    assert len(crossed) == 3 * 3 * (5 + 4) * 2 * 2
+
+
+def test_gradient_distance():
+    reference = {"a": np.array([3.0]), "b": np.array([[0.0, 4.0]])}
+    assert peers.distance(reference, reference) == 0.0
+    assert peers.distance({"b": np.array([[0.0, 4.0]]), "a": np.array([4.0])}, reference) == pytest.approx(0.2)
+
+
+# Each runs, at its smallest
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    """Settings of one repetition, and machine code that is made fast and not made to be fast."""
+
+    def compile_of(function, *args):
+        jitted = function if hasattr(function, "lower") else jax.jit(function)
+        return jitted.lower(*args).compile({"xla_backend_optimization_level": 0}), 0.5
+
+    monkeypatch.setattr(common, "compile_of", compile_of)
+    return {"max_repetitions": 1, "max_seconds": 5.0, "results_dir": tmp_path}
+
+
+def result_of(name, folder):
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    found = json.loads((folder / f"{name}.json").read_text())
+    assert found["versions"]["jax"] == jax.__version__
+    assert found["device"]
+    assert found["config"]["max_repetitions"] == 1
+    return common.read_results(folder / f"{name}.json")
+
+
+def test_meta_step_runs(quick, tmp_path):
+    config = meta_step.Config(
+        **quick,
+        filters=2,
+        query_shot=1,
+        derivative=("mixed_mode",),
+        inner_steps=(1,),
+        meta_batch_size=(2,),
+        shot=(1,),
+        convolution=("conv_matmul",),
+        chunk_size=(2,),
+        matmul_size=32,
+    )
+    meta_step.run(config)
+    found = result_of("meta_step", tmp_path)
+    assert len(found["rows"]) == 1
+    ours, on_mesh, one_vmap = found["headline"].values()
+    assert (ours["devices"], on_mesh["devices"]) == (1, 2)
+    assert found["speed_up"] == one_vmap["seconds"].median / ours["seconds"].median
+    # The convolution as a matrix product also multiplies the padding.
+    assert one_vmap["flops"] < ours["flops"] < 1.5 * one_vmap["flops"]
+
+
+def test_memory_runs(quick, tmp_path):
+    memory.run(memory.Config(**quick, networks=("mlp",), inner_steps=(1, 9), depth_inner_steps=9, shot=1))
+    found = result_of("memory", tmp_path)
+    bytes_of = {(row["depth"], row["inner_steps"], row["derivative"]): row["temporary_bytes"] for row in found["rows"]}
+    assert len(bytes_of) == len(found["rows"]) == 4 * (2 + 3)  # (4, 9) is in both sweeps
+    assert bytes_of[4, 9, "mixed_mode"] < bytes_of[4, 9, "reverse_over_reverse"]
+    assert bytes_of[4, 9, "first_order"] < bytes_of[4, 9, "mixed_mode"]
+
+
+def test_sinusoid_runs(quick, tmp_path):
+    config = sinusoid.Config(
+        **quick, meta_batch_size=2, shot=2, features=(3, 1), steps_per_call=3, python_steps=2, chunk_size=()
+    )
+    sinusoid.run(config)
+    rows = result_of("sinusoid", tmp_path)["rows"]
+    assert len(rows) == (3 if importlib.util.find_spec("torch") else 2)
+    assert rows[sinusoid.OURS]["ops_per_step"] > 10
+
+
+def test_peers_agree_and_run(quick, tmp_path):
+    for package in ("torch", "higher", "torchopt"):
+        pytest.importorskip(package, reason=f"{package} is not installed; pip install -e '.[peers]'")
+    peers.run(peers.Config(**quick, filters=2, query_shot=1, meta_batch_size=2, inner_steps=(2,)))
+    rows = result_of("peers", tmp_path)["rows"]
+    assert len(rows) == 7
+    assert all(row["gradient_distance"] <= 1e-4 for row in rows)
+    with pytest.raises(peers.RunError, match="further than 0"):
+        peers.run(peers.Config(**quick, filters=2, query_shot=1, meta_batch_size=2, inner_steps=(2,), tolerance=0.0))
+
+
+def test_peers_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "benchmarks.torch_peers", None)
+    episodes = common.random_episodes(num_tasks=1, way=2, shot=1, query_shot=1)
+    with pytest.raises(peers.RunError, match=r"pip install -e '\.\[peers\]'"):
+        peers.in_torch(1, episodes, peers.Config())
+
+
+# The report
+
+
+def test_report_fills_in_what_was_measured(tmp_path):
+    timing = common.Timing(0.002, 0.001, 0.003, 5)
+    row = {
+        "steps_per_second": 500.0,
+        "seconds_per_step": timing,
+        "compile_seconds": 1.0,
+        "ops_per_step": 100,
+        "seconds_per_op": 2e-5,
+        "flops_per_step": 1e6,
+    }
+    settings = common.Settings(results_dir=tmp_path)
+    common.write_results("sinusoid", settings, {"rows": {sinusoid.OURS: row}})
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- sinusoid -->old<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
+    report.write(readme, tmp_path)
+    text = readme.read_text()
+    assert text.startswith("before\n<!-- sinusoid -->\n")
+    assert text.endswith("<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
+    assert f"| {sinusoid.OURS} | 500 | 1.0 | 2 (1-3) | 1.0 |" in text
+    assert "starts 100 operations, one every 20000 ns, for 1.00 MFLOP; that is 0.5 GFLOP/s" in text
+    assert "old" not in text
+    report.write(readme, tmp_path)
+    assert readme.read_text() == text
+    readme.write_text("nowhere")
+    with pytest.raises(ValueError, match="0 places for sinusoid"):
+        report.write(readme, tmp_path)
+
+
+def test_the_numbers_in_the_readme_are_those_of_the_result_files(tmp_path):
+    copy = tmp_path / "README.md"
+    copy.write_text((report.HERE / "README.md").read_text())
+    report.write(copy, report.HERE / "results")
+    assert copy.read_text() == (report.HERE / "README.md").read_text()

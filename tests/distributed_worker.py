@@ -1,0 +1,95 @@
+"""One process of the tiny experiment that test_distributed.py starts on several processes.
+
+WORKER_FAULT=ACTION:PROCESS makes that process do something terrible to itself: "kill" and "stop" when the
+second validation begins, "hang" when it first samples.
+"""
+
+import dataclasses
+import os
+import signal
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from experiments import common
+from maml_jax import evaluate, losses, maml
+from maml_jax.models import mlp
+from maml_jax.tasks import few_shot
+
+ACTION, _, VICTIM = os.environ.get("WORKER_FAULT", "").partition(":")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """As small as an experiment can be."""
+
+    run_dir: Path
+    distributed: str = "auto"
+    algorithm: str = "maml"
+    meta_batch_size: int = 8
+    num_meta_steps: int = 12
+    eval_episodes: int = 8
+    val_every: int = 4
+    log_every: int = 2
+    chunk_size: int | None = None
+    precision: str = "float32"
+    seed: int = 0
+
+
+def fault(action: str) -> None:
+    """Does `action` if it is what this process was told to do."""
+    if action != ACTION or jax.process_index() != int(VICTIM):
+        return
+    if action == "hang":
+        time.sleep(600)
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action])
+
+
+def run(config: Config) -> None:
+    """Trains and tests; every process leaves its parameters in the run directory."""
+    images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
+    draw = few_shot.make_sampler(images, way=3, shot=1, query_shot=2)
+    learner = maml(mlp(features=(8, 3)), losses.cross_entropy, inner_optimizer=optax.sgd(0.1), num_inner_steps=2)
+    _, val_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
+
+    def sample(key):
+        fault("hang")
+        return draw(key)
+
+    def score(params, key):
+        return evaluate(
+            learner,
+            params,
+            draw,
+            key,
+            metric_fn=losses.cross_entropy,
+            num_episodes=config.eval_episodes,
+            mesh=common.mesh_for(config.eval_episodes),
+        )
+
+    validations = []
+
+    def validate(params):
+        validations.append(params)
+        if len(validations) == 2:
+            fault("kill")
+            fault("stop")
+        return -float(score(params, val_key).mean[-1])
+
+    with common.open_run(config.run_dir, config) as run_dir:
+        trained = common.train(run_dir, config, learner, optax.adam(1e-2), sample, validate=validate)
+
+        def test():
+            evaluation = score(trained.params, test_key)
+            return {"metrics": {"loss": common.as_metric(evaluation)}, "per_episode": evaluation.per_episode.tolist()}
+
+        common.finish(run_dir, "worker", config, trained, {}, test)
+        leaves = [np.int32(trained.best_step), *jax.tree.leaves(trained.params)]
+        np.savez(run_dir / f"process-{jax.process_index()}-of-{jax.process_count()}.npz", *leaves)
+
+
+if __name__ == "__main__":
+    common.main(Config, run, __doc__)

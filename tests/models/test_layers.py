@@ -1,0 +1,112 @@
+from functools import partial
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maml_jax.models import BatchStatNorm
+from maml_jax.models.layers import Conv, conv_lax, conv_matmul, max_pool
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("height", "width"), [(6, 6), (5, 4), (7, 5)])
+def test_both_convolutions_agree_in_value_and_two_derivatives(x64, height, width, strides):
+    inputs, kernel = normal(0, 2, height, width, 3), normal(1, 3, 3, 3, 4)
+    directions = normal(2, *inputs.shape), normal(3, *kernel.shape)
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_derivatives(conv_fn):
+        def scalar(inputs, kernel):
+            return jnp.sum(jnp.sin(conv_fn(inputs, kernel, strides)))
+
+        gradient = jax.grad(scalar, (0, 1))
+        return conv_fn(inputs, kernel, strides), *jax.jvp(gradient, (inputs, kernel), directions)
+
+    by_matmul, by_lax = value_and_derivatives(conv_matmul), value_and_derivatives(conv_lax)
+    chex.assert_shape(by_matmul[0], (2, -(-height // strides[0]), -(-width // strides[1]), 4))
+    chex.assert_trees_all_close(by_matmul, by_lax, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (5, 5), (1, 3)])
+def test_both_convolutions_agree_for_other_kernels(x64, size):
+    inputs, kernel = normal(0, 2, 6, 5, 2), normal(1, *size, 2, 3)
+    chex.assert_trees_all_close(
+        conv_matmul(inputs, kernel, (2, 2)), conv_lax(inputs, kernel, (2, 2)), rtol=1e-12, atol=1e-13
+    )
+
+
+def test_both_convolutions_agree_for_a_kernel_per_task(x64):
+    inputs, kernels = normal(0, 3, 2, 5, 5, 2), normal(1, 3, 3, 3, 2, 4)
+
+    def kernel_gradients(conv_fn):
+        def scalar(kernel, inputs):
+            return jnp.sum(jnp.sin(conv_fn(inputs, kernel, (2, 2))))
+
+        return jax.jit(jax.vmap(jax.grad(scalar)))(kernels, inputs)
+
+    chex.assert_trees_all_close(kernel_gradients(conv_matmul), kernel_gradients(conv_lax), rtol=1e-12)
+
+
+@pytest.mark.parametrize("conv_fn", [conv_matmul, conv_lax])
+def test_the_layer_adds_a_bias_to_its_convolution(conv_fn):
+    inputs = normal(0, 2, 6, 6, 3)
+    layer = Conv(4, strides=(2, 2), conv_fn=conv_fn)
+    params = layer.init(jax.random.key(1), inputs)["params"]
+    chex.assert_shape(params["kernel"], (3, 3, 3, 4))
+    chex.assert_trees_all_equal(params["bias"], jnp.zeros(4))
+    bias = jnp.arange(4.0)
+    outputs = layer.apply({"params": {"kernel": params["kernel"], "bias": bias}}, inputs)
+    expected = conv_lax(inputs, params["kernel"], (2, 2)) + jnp.broadcast_to(bias, (2, 3, 3, 4))
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 5, 5, 3)])
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+def test_batch_stat_norm_against_its_formula(x64, shape, scale, offset):
+    inputs = 3.0 + 2.0 * normal(0, *shape)
+    layer = BatchStatNorm(scale=scale, offset=offset, epsilon=0.1)
+    initial = layer.init(jax.random.key(1), inputs).get("params", {})
+    assert set(initial) == {name for name, present in (("scale", scale), ("offset", offset)) if present}
+    given = {"scale": jnp.array([1.0, 2.0, -1.0]), "offset": jnp.array([0.5, 0.0, 3.0])}
+
+    flat = inputs.reshape(-1, 3)
+    centred = flat - flat.mean(0, keepdims=True)
+    expected = centred / jnp.sqrt((centred**2).mean(0, keepdims=True) + 0.1)
+
+    chex.assert_trees_all_close(layer.apply({"params": initial}, inputs).reshape(-1, 3), expected, rtol=1e-12)
+    if scale:
+        expected = expected * given["scale"][None]
+    if offset:
+        expected = expected + given["offset"][None]
+    outputs = layer.apply({"params": {name: given[name] for name in initial}}, inputs)
+    chex.assert_trees_all_close(outputs.reshape(-1, 3), expected, rtol=1e-12)
+
+
+def test_batch_stat_norm_of_a_constant_batch_is_its_offset_with_finite_derivatives():
+    layer = BatchStatNorm()
+    params = {"offset": jnp.array([1.0, -2.0])}
+    inputs = jnp.full((4, 2), 7.0)
+    chex.assert_trees_all_equal(layer.apply({"params": params}, inputs), jnp.tile(params["offset"], (4, 1)))
+    chex.assert_tree_all_finite(jax.grad(lambda x: layer.apply({"params": params}, x).sum())(inputs))
+
+
+def test_max_pool_takes_the_largest_and_drops_the_remainder():
+    inputs = jnp.arange(2 * 5 * 7 * 3.0).reshape(2, 5, 7, 3)[:, ::-1]
+    outputs = max_pool(inputs)
+    chex.assert_shape(outputs, (2, 2, 3, 3))
+    for row in range(2):
+        for column in range(3):
+            window = inputs[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            chex.assert_trees_all_equal(outputs[:, row, column], window.max((1, 2)))
+
+
+def test_max_pool_of_another_window_agrees_with_reduce_window():
+    inputs = normal(0, 2, 6, 6, 2)
+    expected = jax.lax.reduce_window(inputs, -jnp.inf, jax.lax.max, (1, 3, 2, 1), (1, 3, 2, 1), "VALID")
+    chex.assert_trees_all_equal(max_pool(inputs, (3, 2)), expected)

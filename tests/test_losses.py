@@ -1,0 +1,50 @@
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from maml_jax import losses
+
+
+def test_mean_squared_error_is_the_mean_over_every_element():
+    outputs, targets = jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([[0.0, 2.0], [3.0, 1.0]])
+    chex.assert_trees_all_close(losses.mean_squared_error(outputs, targets), (1.0 + 0 + 0 + 9.0) / 4)
+
+
+def test_cross_entropy_is_the_mean_negative_log_probability():
+    outputs = jnp.array([[0.0, jnp.log(3.0)], [jnp.log(4.0), 0.0]])  # probabilities (1/4, 3/4) and (4/5, 1/5)
+    expected = -(jnp.log(3 / 4) + jnp.log(1 / 5)) / 2
+    chex.assert_trees_all_close(losses.cross_entropy(outputs, jnp.array([1, 1])), expected, rtol=1e-6)
+
+
+def test_cross_entropy_of_equal_scores_is_log_n():
+    chex.assert_trees_all_close(losses.cross_entropy(jnp.zeros((4, 5)), jnp.arange(4)), jnp.log(5.0), rtol=1e-6)
+
+
+def test_cross_entropy_survives_large_scores():
+    value, grads = jax.value_and_grad(losses.cross_entropy)(jnp.array([[1e4, -1e4]]), jnp.array([1]))
+    chex.assert_trees_all_close(value, 2e4)
+    chex.assert_trees_all_close(grads, jnp.array([[1.0, -1.0]]))
+
+
+def test_accuracy_is_the_share_of_right_answers():
+    outputs = jnp.array([[3.0, 1, 2], [0, 1, 2], [5, 4, 3], [0, 9, 1]])
+    value = losses.accuracy(outputs, jnp.array([0, 2, 1, 1]))
+    assert value == 0.75
+    assert value.dtype == outputs.dtype
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 2)])
+def test_mean_squared_error_does_not_broadcast(shape):
+    with pytest.raises(ValueError, match=r"outputs \(3, 1\) and targets \(.*reshape the targets"):
+        losses.mean_squared_error(jnp.zeros((3, 1)), jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("loss_fn", [losses.cross_entropy, losses.accuracy])
+def test_class_losses_refuse_one_hot_and_misplaced_targets(loss_fn):
+    with pytest.raises(ValueError, match=rf"{loss_fn.__name__} takes integer .* float32; .* targets.argmax\(-1\)"):
+        loss_fn(jnp.zeros((3, 5)), jnp.zeros((3, 5)))
+    with pytest.raises(ValueError, match=r"outputs \(3, 5\) and targets \(4,\); the model's last axis"):
+        loss_fn(jnp.zeros((3, 5)), jnp.zeros(4, jnp.int32))
+    with pytest.raises(ValueError, match=r"outputs \(\) and targets \(\)"):
+        loss_fn(jnp.zeros(()), jnp.zeros((), jnp.int32))
