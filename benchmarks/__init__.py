@@ -1,0 +1,1 @@
+"""The benchmarks: speed, memory, devices and peers, run as `python -m benchmarks.NAME --help`."""

@@ -8,24 +8,28 @@ import contextlib
 import dataclasses
 import json
 import os
+import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import rich.table
 import tyro
 from rich.console import Console
-from rich.table import Table
 
-from experiments.common import provenance, write_json
+from experiments.common import RunError, device_name, write_json
+from maml_jax import parallel
+from maml_jax.types import Batch, Episode, MetaState
 
 ConfigT = TypeVar("ConfigT")
-console = Console(soft_wrap=True)
+console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,22 @@ class Timing(NamedTuple):
     def __str__(self) -> str:
         """Median and quartiles in milliseconds."""
         return f"{1e3 * self.median:.4g} ({1e3 * self.lower:.4g}-{1e3 * self.upper:.4g})"
+
+
+class Table(NamedTuple):
+    """A table of a benchmark, as it is printed and as it stands in README.md.
+
+    Attributes:
+      title: what was measured.
+      columns: their headings.
+      rows: cells; what is no string is turned into one.
+      note: what follows from the table, a sentence each line.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    note: str = ""
 
 
 def summarise(values: Sequence[float]) -> Timing:
@@ -89,19 +109,19 @@ def measure_alternately(calls: dict[str, Callable[[], Any]], settings: Settings)
     """Times several calls in rounds, each once a round, so that a disturbance meets all of them.
 
     Args:
-      calls: as for `measure`, by name.
-      settings: rounds at most, and seconds at most for all calls together.
+      calls: as for `measure`, by name. One that takes more than half of `max_seconds` is in the first round alone.
+      settings: rounds at most, and the seconds after which no further round begins.
 
     Returns:
-      Seconds [rounds] of each call. The ratio of two calls is that of a round, summarised over the rounds.
+      Seconds of each call, one a round.
     """
-    for call in calls.values():
-        jax.block_until_ready(call())
+    slow = {name for name, call in calls.items() if seconds_of(call) > settings.max_seconds / 2}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
-    for _ in range(settings.max_repetitions):
+    for repetition in range(settings.max_repetitions):
         for name, call in calls.items():
-            seconds[name].append(seconds_of(call))
+            if repetition == 0 or name not in slow:
+                seconds[name].append(seconds_of(call))
         if time.perf_counter() - start > settings.max_seconds:
             break
     return seconds
@@ -127,6 +147,27 @@ def stepping(step: Callable, state: Any, *args: Any) -> Callable[[], Any]:
     return call
 
 
+def random_episodes(
+    *, num_tasks: int, way: int, shot: int, query_shot: int, shape: Sequence[int] = (28, 28, 1), seed: int = 0
+) -> Episode:
+    """Classification episodes [T, ...] of binary noise, a tenth of it ink; speed does not depend on what is drawn."""
+
+    def batch(key, per_class):
+        inputs = jax.random.bernoulli(key, 0.1, (num_tasks, way * per_class, *shape)).astype(jnp.float32)
+        return Batch(inputs, jnp.tile(jnp.repeat(jnp.arange(way), per_class), (num_tasks, 1)))
+
+    support_key, query_key = jax.random.split(jax.random.key(seed))
+    return Episode(batch(support_key, shot), batch(query_key, query_shot))
+
+
+def place(state: MetaState, episodes: Episode, mesh: jax.sharding.Mesh | None) -> tuple[MetaState, Episode]:
+    """Puts the state on every device of a mesh and divides the episodes over them, as a training run finds them."""
+    if mesh is None:
+        return state, episodes
+    everywhere, divided = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P(parallel.AXIS)))
+    return jax.device_put(state, everywhere), jax.device_put(episodes, divided)
+
+
 def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description: str, short: ConfigT) -> None:
     """Parses the command line, sets up JAX and runs.
 
@@ -140,11 +181,15 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
       short: the defaults that --short stands for.
     """
     default = short if "--short" in sys.argv[1:] else config_type()
-    config = tyro.cli(config_type, default=default, description=description)
+    prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
+    config = tyro.cli(config_type, default=default, description=description, prog=prog)
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
     jax.config.update("jax_default_matmul_precision", "float32")
-    run(config)
+    try:
+        run(config)
+    except RunError as error:
+        sys.exit(f"error: {error}")
 
 
 def write_results(name: str, settings: Settings, content: dict[str, Any]) -> Path:
@@ -165,12 +210,22 @@ def write_results(name: str, settings: Settings, content: dict[str, Any]) -> Pat
         "benchmark": name,
         "command": f"python -m benchmarks.{name} {flags}".strip(),
         "config": json.loads(json.dumps(config, default=str)),
-        **provenance(),
+        "versions": versions("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchopt", "higher"),
+        "device": device_name(),
         "load_average": os.getloadavg()[0],
     }
     write_json(file, header | _as_json(content))
     console.print(f"wrote {file}")
     return file
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of Python and of packages; those not installed are left out."""
+    found = {"python": platform.python_version()}
+    for package in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def _folder(settings: Settings) -> Path:
@@ -203,9 +258,23 @@ def figure(name: str, settings: Settings, *, columns: int = 1) -> Iterator[Any]:
     console.print(f"wrote {file}")
 
 
+def read_results(file: Path) -> dict[str, Any]:
+    """What `write_results` wrote, with every `Timing` one again."""
+    return json.loads(
+        file.read_text(), object_hook=lambda found: Timing(**found) if found.keys() == set(Timing._fields) else found
+    )
+
+
+def show(tables: Sequence[Table]) -> None:
+    """Prints tables and their notes."""
+    for table in tables:
+        print_table(table.title, table.columns, table.rows)
+        console.print(f"{table.note}\n", highlight=False)
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Prints a table, the first column to the left and the others to the right."""
-    table = Table(title=title, title_justify="left")
+    table = rich.table.Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")
     for row in rows:

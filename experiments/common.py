@@ -126,20 +126,16 @@ def open_run(run_dir: Path, config: Any) -> Iterator[Path]:
       config: a dataclass, stored as `config.json`.
 
     Raises:
-      RunError: if a live process holds the directory, if it belongs to another configuration, or if this process
-        was started with another configuration than process 0.
+      RunError: if a live process holds the directory, if it belongs to another configuration, or if the processes
+        were not started with one configuration.
       ProcessError: in the others, if process 0 raises.
     """
     with contextlib.ExitStack() as held:
-
-        def claim() -> dict[str, Any]:
-            held.enter_context(_claim(run_dir, config))
-            return as_json(config)
-
         with parallel.together("opening the run directory", PATIENCE):
-            first = parallel.on_first(claim)
-        if first != as_json(config):
-            raise RunError(f"process {jax.process_index()} was not started with the flags of process 0, {first}")
+            parallel.on_first(lambda: held.enter_context(_claim(run_dir, config)))
+            others = parallel.differing(json.dumps(as_json(config)))
+        if others:
+            raise RunError(f"of the processes, {others} were started with other settings than process 0")
         yield run_dir
 
 
@@ -233,19 +229,21 @@ def train(
     inputs = np.zeros(inputs.shape, inputs.dtype)
     mesh = mesh_for(config.meta_batch_size)
     state = jax.jit(lambda key: init_meta_state(learner, optimizer, key, inputs))(init_key)
-    saved = {
-        "state": state,
-        "best": best_of(state.params, -math.inf, 0),
-        "train_seconds": np.asarray(0.0, np.float32),
-    }
     checkpoints = run_dir / "checkpoints"
-    with parallel.together("restoring a checkpoint", PATIENCE):
+    with parallel.together("the start of training", PATIENCE):
+        if mesh is not None:
+            state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
+        saved = {
+            "state": state,
+            "best": best_of(state.params, -math.inf, 0),
+            "train_seconds": np.asarray(0.0, np.float32),
+        }
         if (newest := checkpoint.latest(checkpoints)) is not None:
             saved = checkpoint.restore(checkpoints, newest, saved)
     if newest is not None:
         console.print(f"resuming {run_dir} from step {newest}")
-    best, seconds = saved["best"], {"compile": 0.0, "train": float(saved["train_seconds"])}
-    state = jax.device_put(saved["state"], jax.sharding.NamedSharding(mesh, jax.P()) if mesh else None)
+    state, best = saved["state"], saved["best"]
+    seconds = {"compile": 0.0, "train": float(saved["train_seconds"])}
 
     loops: dict[int, Callable] = {}
 

@@ -63,7 +63,7 @@ def cost_of(function: Callable, *args: Any) -> Cost:
     ... )
     >>> costs = [cost_of(jax.grad(learner.objective, has_aux=True), params, episode) for learner in (exact, first)]
     >>> round(costs[0].flops / costs[1].flops, 1)
-    2.7
+    2.9
 
     Args:
       function: traceable, jitted or not.
@@ -172,7 +172,7 @@ def _is_literal(var: Any) -> bool:
 def _count_equation(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
     name, params = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _count_scan(params, outputs)
+        return _count_scan(eqn, outputs)
     if name == "cond":
         counts = [_count(branch, outputs) for branch in params["branches"]]
         depends = map(any, zip(*(inputs for _, inputs in counts), strict=True))
@@ -195,14 +195,20 @@ def _is_jaxpr(value: Any) -> bool:
     return hasattr(value, "eqns")
 
 
-def _count_scan(params: dict[str, Any], outputs: list[bool]) -> tuple[int, list[bool]]:
-    num_consts, num_carry = params["num_consts"], params["num_carry"]
+def _count_scan(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
+    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
+
+    def num_unstacked(outside, inside):  # constants and carries are the same inside; what is scanned loses an axis
+        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
+
+    num_carry = num_unstacked(eqn.outvars, body.outvars)
+    num_consts = num_unstacked(eqn.invars, body.invars) - num_carry
     carry, stacked = outputs[:num_carry], outputs[num_carry:]
     while True:  # what one iteration needs of the carry, the iteration before it has to make
-        flops, inputs = _count(params["jaxpr"], carry + stacked)
+        flops, inputs = _count(body, carry + stacked)
         wider = [a or b for a, b in zip(carry, inputs[num_consts:], strict=False)]
         if wider == carry:
-            return params["length"] * flops, inputs
+            return eqn.params["length"] * flops, inputs
         carry = wider
 
 

@@ -8,6 +8,7 @@ for ever for one that is gone.
 
 import contextlib
 import faulthandler
+import hashlib
 import importlib.util
 import itertools
 import json
@@ -216,13 +217,13 @@ def _explicit(address: str) -> dict[str, Any]:
 _meetings = itertools.count()
 
 
-def _meet(what: str, seconds: float) -> None:
-    """Returns when every process has come here; raises ProcessError, naming those that have not, after `seconds`."""
+def _meet(key: str, what: str, seconds: float) -> None:
+    """Waits until every process has come to `key`; after `seconds` raises ProcessError, naming those that have not."""
     import orbax.checkpoint as ocp  # heavy, and needed with several processes alone
 
     try:
         # Between the processes and not their devices: it has a limit, and says who is missing.
-        ocp.multihost.get_barrier_sync_fn()(key=f"{what} ({next(_meetings)})", timeout_ms=int(1000 * seconds))
+        ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=int(1000 * seconds))
     except Exception as error:
         raise ProcessError(
             f"process {jax.process_index()} of {jax.process_count()} waited {seconds:g} s for the others before "
@@ -248,7 +249,7 @@ def together(what: str, seconds: float) -> Iterator[None]:
     if jax.process_count() == 1:
         yield
         return
-    _meet(what, seconds)
+    _meet(f"{next(_meetings)}: {what}", what, seconds)
 
     def give_up() -> None:
         faulthandler.dump_traceback()
@@ -279,7 +280,7 @@ def leaving_none_behind(seconds: float = 10.0) -> Iterator[None]:
             traceback.print_exc()
         message = ""
         try:
-            _meet("the end after an error", seconds)
+            _meet("end", "the end after an error", seconds)
         except ProcessError as missing:
             message = str(missing)
         _end(message, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
@@ -322,3 +323,14 @@ def on_first(function: Callable[[], Any]) -> Any:
     if "error" in answer:
         raise ProcessError(answer["error"])
     return answer["result"]
+
+
+def differing(value: str) -> list[int]:
+    """The indices of the processes whose value is not that of process 0; every process calls this and is told.
+
+    Args:
+      value: this process's own.
+    """
+    digest = np.frombuffer(hashlib.sha256(value.encode()).digest(), np.uint8)
+    digests = multihost_utils.process_allgather(digest)
+    return np.flatnonzero((digests != digests[0]).any(axis=1)).tolist()

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -90,6 +91,7 @@ class Job:
                 [*command, "tests.distributed_worker", "--run-dir", str(run_dir), *flags],
                 cwd=ROOT,
                 env=shared | {name: str(value) for name, value in env.items()},
+                start_new_session=True,  # so that what a script started ends with it
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -105,7 +107,7 @@ class Job:
     def __exit__(self, *_):
         for process in self.processes:
             if process.poll() is None:
-                process.kill()
+                os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
 
     def wait(self, index=0):
@@ -214,6 +216,16 @@ def test_a_mistake_seen_by_process_0_ends_all_with_its_message(tmp_path, cache):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_processes_with_different_flags_end(tmp_path, cache):
+    first, second = explicit(2)
+    with Job(tmp_path, cache, [first, (second[0], [*second[1], "--seed", "1"])]) as job:
+        for index in range(2):
+            status, _, err = job.wait(index)
+            assert status == 2
+            assert "of the processes, [1] were started with other settings than process 0" in err
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 def test_a_stopped_process_is_missed(lost):
     # It sends no heartbeats any more.
     status, _, err = lost["stop"].wait()
@@ -225,7 +237,7 @@ def test_a_hanging_process_is_named_and_ended(lost):
     # It sends heartbeats, and is missed where the processes meet.
     status, _, err = lost["hang"].wait()
     assert status == 2
-    assert f"process 0 of 2 waited {PATIENCE} s for the others before restoring a checkpoint, and not all came" in err
+    assert f"process 0 of 2 waited {PATIENCE} s for the others before the start of training, and not all came" in err
     assert "task names:\n1" in err, err
     assert lost["hang"].wait(1)[0] not in (0, None)
 

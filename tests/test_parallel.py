@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -198,8 +200,77 @@ def test_what_cannot_be_a_job_is_refused(launched, distributed, env, message):
         launched(distributed, **env)
 
 
+def test_each_task_gathers_its_results_on_every_device():
+    mesh = parallel.task_mesh(jax.devices()[:4])
+    doubled = parallel.each_task(lambda factor, tasks: {"out": factor * tasks}, mesh)(2.0, jnp.arange(8.0))["out"]
+    np.testing.assert_array_equal(doubled, 2 * np.arange(8.0))
+    assert doubled.sharding.device_set == set(jax.devices()[:4])
+    assert doubled.is_fully_replicated
+
+
+class Ended(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def of_two(monkeypatch):
+    """This process believes that it is the first of two; returns the list of its ends, as (message, status)."""
+    ends = []
+
+    def end(message, code):
+        ends.append((message, code))
+        raise Ended
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel, "_end", end)
+    monkeypatch.setattr(parallel, "_meet", lambda key, what, seconds: None)
+    return ends
+
+
+def test_a_call_that_does_not_end_ends_the_process(of_two, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(parallel, "_end", lambda message, code: (of_two.append((message, code)), ended.set()))
+    with parallel.together("the call", seconds=0.1):
+        assert ended.wait(timeout=60)
+    assert of_two == [("process 0: the call has not ended after 0.1 s; a process or a device hangs", 1)]
+
+
+def test_a_call_that_ends_in_time_is_let_be(of_two):
+    before = threading.active_count()
+    with parallel.together("the call", seconds=3600):
+        assert threading.active_count() == before + 1
+    for _ in range(600):
+        if threading.active_count() == before:
+            break
+        time.sleep(0.1)
+    assert threading.active_count() == before
+    assert of_two == []
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(SystemExit(2), 2), (SystemExit("words"), 1), (KeyError("mine"), 1), (KeyboardInterrupt(), 1)]
+)
+def test_an_error_ends_the_process_when_it_is_one_of_several(of_two, capsys, error, status):
+    with pytest.raises(Ended), parallel.leaving_none_behind():
+        raise error
+    assert of_two == [("", status)]
+    assert ("KeyError: 'mine'" in capsys.readouterr().err) == isinstance(error, KeyError)
+
+
+def test_an_error_names_those_that_do_not_come(of_two, monkeypatch):
+    def meet(key, what, seconds):
+        raise parallel.ProcessError(f"{what}: process 1 is missing after {seconds:g} s")
+
+    monkeypatch.setattr(parallel, "_meet", meet)
+    with pytest.raises(Ended), parallel.leaving_none_behind():
+        raise SystemExit(2)
+    assert of_two == [("the end after an error: process 1 is missing after 10 s", 2)]
+
+
 def test_one_process_waits_for_nobody():
     with parallel.leaving_none_behind(), parallel.together("nothing", seconds=0.001):
         assert parallel.on_first(lambda: {"step": 3}) == {"step": 3}
+        assert parallel.differing("flags") == []
     with pytest.raises(KeyError, match="mine"), parallel.leaving_none_behind():
         raise KeyError("mine")

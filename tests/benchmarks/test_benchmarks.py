@@ -66,7 +66,7 @@ def test_stepping_leaves_the_state_it_was_given():
 
 
 def test_operations_of_a_compiled_program():
-    # On 4x4 matrices: a product and, after it, a fusion, seven times; a counter and a comparison of no account.
+    # A product and a fusion after it, seven times.
     def loop(a):
         return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ a) * 2, None), a, length=7)[0]
 
@@ -75,7 +75,7 @@ def test_operations_of_a_compiled_program():
 
     once = ops(lambda a: jnp.tanh(a @ a) * 2)
     assert once == 2
-    assert 7 * once <= ops(loop) <= 7 * (once + 1) + 1  # XLA may keep a copy of the counter
+    assert 7 * once <= ops(loop) <= 7 * (once + 2)  # an iteration also counts itself, and entering copies the arguments
     with pytest.raises(ValueError, match="unknown length"):
         ops(lambda a: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c + a, a))
 
@@ -96,6 +96,12 @@ def test_gradient_distance():
     reference = {"a": np.array([3.0]), "b": np.array([[0.0, 4.0]])}
     assert peers.distance(reference, reference) == 0.0
     assert peers.distance({"b": np.array([[0.0, 4.0]]), "a": np.array([4.0])}, reference) == pytest.approx(0.2)
+
+
+def test_unequal_gradients_end_the_comparison():
+    peers.check({"a": 0.0, "b": 1e-5}, 1e-4)
+    with pytest.raises(peers.RunError, match=r"further than 0.0001 .* \{'b': 0.001, 'c': nan\}"):
+        peers.check({"a": 0.0, "b": 1e-3, "c": float("nan")}, 1e-4)
 
 
 # Each runs, at its smallest
@@ -145,13 +151,17 @@ def test_meta_step_runs(quick, tmp_path):
     assert one_vmap["flops"] < ours["flops"] < 1.5 * one_vmap["flops"]
 
 
-def test_memory_runs(quick, tmp_path):
-    memory.run(memory.Config(**quick, networks=("mlp",), inner_steps=(1, 9), depth_inner_steps=9, shot=1))
+def test_memory_runs(quick, tmp_path, monkeypatch):
+    monkeypatch.setitem(memory.NETWORKS, "mlp", dataclasses.replace(memory.NETWORKS["mlp"], depth=2, depths=(2, 3)))
+    memory.run(memory.Config(**quick, networks=("mlp",), inner_steps=(9,), depth_inner_steps=9, shot=40))
     found = result_of("memory", tmp_path)
     bytes_of = {(row["depth"], row["inner_steps"], row["derivative"]): row["temporary_bytes"] for row in found["rows"]}
-    assert len(bytes_of) == len(found["rows"]) == 4 * (2 + 3)  # (4, 9) is in both sweeps
-    assert bytes_of[4, 9, "mixed_mode"] < bytes_of[4, 9, "reverse_over_reverse"]
-    assert bytes_of[4, 9, "first_order"] < bytes_of[4, 9, "mixed_mode"]
+    assert len(bytes_of) == len(found["rows"]) == 4 * 2  # depth 2 is in both sweeps
+    for depth in (2, 3):
+        reverse, checkpointed, mixed, first = (bytes_of[depth, 9, derivative] for derivative in memory.DERIVATIVES)
+        # With 200 examples the activations outweigh the parameters, and only reverse over reverse keeps them.
+        assert first < mixed < reverse
+        assert checkpointed < reverse
 
 
 def test_sinusoid_runs(quick, tmp_path):
@@ -171,8 +181,6 @@ def test_peers_agree_and_run(quick, tmp_path):
     rows = result_of("peers", tmp_path)["rows"]
     assert len(rows) == 7
     assert all(row["gradient_distance"] <= 1e-4 for row in rows)
-    with pytest.raises(peers.RunError, match="further than 0"):
-        peers.run(peers.Config(**quick, filters=2, query_shot=1, meta_batch_size=2, inner_steps=(2,), tolerance=0.0))
 
 
 def test_peers_say_what_to_install(monkeypatch):

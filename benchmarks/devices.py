@@ -1,0 +1,186 @@
+"""Meta-steps a second on 1, 2, 4, 8 devices, and the all-reduce between them.
+
+On a CPU the devices are virtual and share its cores: what is seen there is not a speed-up beyond the
+number of cores, but what dividing the tasks costs. SCALING.md holds the model that this checks.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import common
+from maml_jax import (
+    Batch,
+    Episode,
+    MetaLearner,
+    init_meta_state,
+    losses,
+    make_meta_step,
+    make_train_loop,
+    maml,
+    models,
+    parallel,
+)
+from maml_jax.cost import count_flops
+from maml_jax.tasks import few_shot, sinusoid
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Settings):
+    """What is measured."""
+
+    devices: tuple[int, ...] = (1, 2, 4, 8)
+    """Numbers of devices, divisors of 32; those that the machine does not have are left out, but a CPU has any."""
+    workload: tuple[Literal["sinusoid", "omniglot"], ...] = ("sinusoid", "omniglot")
+    """The sinusoid network and 32 tasks of 10 points; conv4 and 32 tasks of 5 ways and 1 shot, 15 queries a class."""
+    filters: int = 64
+    """Filters of conv4."""
+    sinusoid_steps: int = 200
+    """Meta-steps in one compiled call of the sinusoid; one of Omniglot."""
+    all_reduces: int = 100
+    """All-reduces in one compiled call."""
+
+
+SHORT = Config(short=True, max_repetitions=5, max_seconds=8.0, filters=16)
+NUM_TASKS = 32
+
+
+def workload(name: str, config: Config) -> tuple[MetaLearner, Callable, int]:
+    """A learner, its task distribution and the meta-steps of one call."""
+    if name == "sinusoid":
+        model = models.mlp(features=(40, 40, 1))
+        learner = maml(model, losses.mean_squared_error, inner_optimizer=optax.sgd(1e-3), num_inner_steps=1)
+        return learner, sinusoid.make_sampler(shot=10, query_shot=10), config.sinusoid_steps
+    images = np.random.default_rng(0).integers(0, 256, (20, 16, 28, 28, 1), np.uint8)
+    model = models.conv4(way=5, features=config.filters)
+    learner = maml(model, losses.cross_entropy, inner_optimizer=optax.sgd(0.4), num_inner_steps=1)
+    return learner, few_shot.make_sampler(images, way=5, shot=1, query_shot=15), 1
+
+
+def mesh_of(num_devices: int) -> jax.sharding.Mesh | None:
+    """A mesh of the first devices; None for one, as in the experiments."""
+    return parallel.task_mesh(jax.devices()[:num_devices]) if num_devices > 1 else None
+
+
+def run_workload(name: str, config: Config) -> dict[str, Any]:
+    """Times the training loop on every number of devices, in turns; returns the rows and what they have in common."""
+    learner, sample, num_steps = workload(name, config)
+    optimizer = optax.adam(1e-3)
+    keys = jax.random.split(jax.random.key(1), NUM_TASKS)
+    episodes = jax.eval_shape(jax.vmap(sample), keys)
+    inputs = jnp.zeros(episodes.support.inputs.shape[1:])
+    state = init_meta_state(learner, optimizer, jax.random.key(0), inputs)
+    calls, compile_seconds = {}, {}
+    for count in config.devices:
+        mesh = mesh_of(count)
+        loop = make_train_loop(
+            learner,
+            optimizer,
+            sample,
+            meta_batch_size=NUM_TASKS,
+            num_steps=num_steps,
+            # Tasks of an MLP are too small to be taken one by one.
+            chunk_size=NUM_TASKS // count if name == "sinusoid" else None,
+            mesh=mesh,
+        )
+        placed = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P())) if mesh else state
+        compiled, compile_seconds[count] = common.compile_of(loop, placed, jax.random.key(2))
+        calls[count] = common.stepping(compiled, placed, jax.random.key(2))
+    seconds = common.measure_alternately(calls, config)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return {
+        "tasks": NUM_TASKS,
+        "parameters": parameters,
+        "flops": count_flops(make_meta_step(learner, optimizer), state, _arrays(episodes)),
+        "rows": [
+            {
+                "devices": count,
+                "seconds": common.summarise([second / num_steps for second in seconds[count]]),
+                "steps_per_second": common.summarise([num_steps / second for second in seconds[count]]),
+                "times_first": common.summarise(
+                    [first / second for first, second in zip(seconds[config.devices[0]], seconds[count], strict=True)]
+                ),
+                "compile_seconds": compile_seconds[count],
+                "all_reduce_seconds": all_reduce(parameters + 1, count, config),
+            }
+            for count in config.devices
+        ],
+    }
+
+
+def _arrays(episodes: Episode) -> Episode:
+    return Episode(*(Batch(*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)) for part in episodes[:2]))
+
+
+def all_reduce(size: int, num_devices: int, config: Config) -> common.Timing | None:
+    """Seconds of the mean over devices of a float32 vector, the gradient and the loss; None on one device."""
+    if num_devices == 1:
+        return None
+    mesh = mesh_of(num_devices)
+
+    def local(vector: jax.Array) -> jax.Array:
+        def once(vector, _):
+            return jax.lax.pcast(jax.lax.pmean(vector, parallel.AXIS), parallel.AXIS, to="varying") + 1.0, None
+
+        return jax.lax.scan(once, vector, length=config.all_reduces)[0]
+
+    spec = jax.P(parallel.AXIS)
+    vectors = jax.device_put(jnp.zeros((num_devices * size,)), jax.sharding.NamedSharding(mesh, spec))
+    compiled, _ = common.compile_of(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec), vectors)
+    timing = common.measure(lambda: compiled(vectors), dataclasses.replace(config, max_seconds=2.0))
+    return common.Timing(*(second / config.all_reduces for second in timing[:3]), timing.repetitions)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures, prints, writes devices.json and devices.png, and returns the content."""
+    jax.config.update("jax_num_cpu_devices", max(config.devices))
+    config = dataclasses.replace(config, devices=tuple(n for n in config.devices if n <= jax.device_count()))
+    content = {"workloads": {name: run_workload(name, config) for name in config.workload}}
+    show(content)
+    common.write_results("devices", config, content)
+    draw(config, content)
+    return content
+
+
+def show(content: dict[str, Any]) -> None:
+    """Prints a table for every workload."""
+    for name, found in content["workloads"].items():
+        common.print_table(
+            f"{name}: {found['tasks']} tasks, {found['flops'] / found['tasks'] / 1e6:.2f} MFLOP each, "
+            f"{found['parameters']} parameters",
+            ["devices", "ms a meta-step (quartiles)", "meta-steps/s", "times first", "all-reduce ms", "compile s"],
+            [
+                [
+                    row["devices"],
+                    row["seconds"],
+                    f"{row['steps_per_second'].median:.4g}",
+                    f"{row['times_first'].median:.2f} ({row['times_first'].lower:.2f}-{row['times_first'].upper:.2f})",
+                    row["all_reduce_seconds"] or "",
+                    f"{row['compile_seconds']:.1f}",
+                ]
+                for row in found["rows"]
+            ],
+        )
+
+
+def draw(config: Config, content: dict[str, Any]) -> None:
+    """Meta-steps a second against devices, a panel for every workload."""
+    with common.figure("devices", config, columns=len(content["workloads"])) as panels:
+        for axes, (name, found) in zip(panels, content["workloads"].items(), strict=True):
+            counts = [row["devices"] for row in found["rows"]]
+            speeds = [row["steps_per_second"] for row in found["rows"]]
+            median = np.array([speed.median for speed in speeds])
+            spread = [median - [speed.lower for speed in speeds], [speed.upper for speed in speeds] - median]
+            axes.errorbar(counts, median, yerr=spread, marker="o", capsize=3)
+            axes.set(title=name, xlabel="devices", ylabel="meta-steps/s", xscale="log", ylim=(0, None))
+            axes.set_xticks(counts, counts)
+            axes.minorticks_off()
+
+
+if __name__ == "__main__":
+    common.main(Config, run, __doc__, SHORT)

@@ -1,0 +1,167 @@
+"""Temporary memory of one task's meta-gradient against inner steps and depth, for every way of differentiating.
+
+Memory is read off the compiled program, which is never run: the numbers are exact and have no spread.
+
+python -m benchmarks.memory
+python -m benchmarks.memory --short    the convolutional network alone
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from benchmarks import common
+from maml_jax import Batch, Episode, Model, first_order, losses, maml, mixed_mode, models
+from maml_jax.cost import cost_of
+
+
+def checkpointed(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """`jax.value_and_grad` that keeps its arguments alone and is computed again, then differentiated in reverse."""
+    return jax.checkpoint(jax.value_and_grad(fun, argnums, has_aux=has_aux))
+
+
+DERIVATIVES = {
+    "reverse_over_reverse": jax.value_and_grad,
+    "checkpointed": checkpointed,
+    "mixed_mode": mixed_mode,
+    "first_order": first_order,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """How a network is made with some depth, and on what images.
+
+    Attributes:
+      make: `(depth) -> Model`.
+      depth: layers or blocks in the sweep over inner steps.
+      depths: those in the sweep over depth; empty if the depth is fixed.
+      size: pixels a side.
+    """
+
+    make: Callable[[int], Model]
+    depth: int
+    depths: tuple[int, ...]
+    size: int
+
+
+NETWORKS = {
+    "mlp": Network(lambda depth: models.mlp(features=(64,) * depth + (5,)), 4, (2, 4, 8, 16), 8),
+    "conv4": Network(lambda depth: models.conv4(way=5), 4, (), 28),
+    "resnet12": Network(lambda depth: models.resnet12(way=5, widths=(8, 16, 32, 64)[:depth]), 4, (1, 2, 3, 4), 16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Settings):
+    """The sweep. Networks are small enough to compile in seconds; ratios, not bytes, carry over to larger ones."""
+
+    networks: tuple[Literal["mlp", "conv4", "resnet12"], ...] = ("mlp", "conv4", "resnet12")
+    """The MLP has 64 units a layer, conv4 the 64 filters of Omniglot, ResNet-12 an eighth of its usual widths."""
+    inner_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
+    """Inner steps."""
+    depth_inner_steps: int = 5
+    """Inner steps in the sweep over depth."""
+    shot: int = 5
+    """Support and query examples for each of five classes."""
+
+
+SHORT = Config(short=True, networks=("conv4",), inner_steps=(1, 5, 20))
+
+
+def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int) -> dict[str, Any]:
+    """Compiles the meta-gradient of one task; returns its row of the result file."""
+    network = NETWORKS[name]
+    model = network.make(depth)
+    learner = maml(
+        model,
+        losses.cross_entropy,
+        inner_optimizer=optax.sgd(0.1),
+        num_inner_steps=inner_steps,
+        inner_grad=DERIVATIVES[derivative],
+    )
+    batch = Batch(
+        jax.ShapeDtypeStruct((5 * shot, network.size, network.size, 1), jnp.float32),
+        jax.ShapeDtypeStruct((5 * shot,), jnp.int32),
+    )
+    episode = Episode(batch, batch)
+    params = jax.eval_shape(model.init, jax.random.key(0), batch.inputs)
+    gradient = jax.grad(learner.objective, has_aux=True)
+    cost = cost_of(gradient, params, episode)
+    return {
+        "network": name,
+        "depth": depth,
+        "inner_steps": inner_steps,
+        "derivative": derivative,
+        **cost._asdict(),
+        "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
+    }
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compiles, prints, writes memory.json and memory.png, and returns the content."""
+    start = time.perf_counter()
+    rows = []
+    for name in config.networks:
+        network = NETWORKS[name]
+        cases = [(network.depth, steps) for steps in config.inner_steps]
+        cases += [(depth, config.depth_inner_steps) for depth in network.depths]
+        for depth, steps in dict.fromkeys(cases):
+            rows += [run_case(name, depth, steps, derivative, config.shot) for derivative in DERIVATIVES]
+        common.console.print(f"{name} compiled; {time.perf_counter() - start:.0f} s")
+    content = {"rows": rows}
+    common.show(tables(content))
+    common.write_results("memory", config, content)
+    draw(config, rows)
+    return content
+
+
+def tables(content: dict[str, Any]) -> list[common.Table]:
+    """Memory and operations, for each way of differentiating."""
+    rows = content["rows"]
+    cases = dict.fromkeys((row["network"], row["depth"], row["inner_steps"]) for row in rows)
+    by_case = {(*(row[key] for key in ("network", "depth", "inner_steps")), row["derivative"]): row for row in rows}
+    headings = [name.replace("_", " ") for name in DERIVATIVES]
+
+    def megabytes(case):
+        return [f"{by_case[*case, name]['temporary_bytes'] / 1e6:.2f}" for name in DERIVATIVES]
+
+    def ratios(case):
+        first = by_case[*case, "first_order"]["flops"]
+        return [f"{by_case[*case, name]['flops'] / first:.2f}" for name in DERIVATIVES]
+
+    columns = ["network", "depth", "inner steps", *headings]
+    return [
+        common.Table("Temporaries, MB", columns, [[*case, *megabytes(case)] for case in cases]),
+        common.Table("Operations, relative to first order", columns, [[*case, *ratios(case)] for case in cases]),
+    ]
+
+
+def draw(config: Config, rows: list[dict[str, Any]]) -> None:
+    """Memory against inner steps for each network, and against depth for those that have one to choose."""
+    deep = [name for name in config.networks if NETWORKS[name].depths]
+
+    def curves(axes, name, x, **fixed):
+        chosen = [row for row in rows if row["network"] == name and all(row[k] == v for k, v in fixed.items())]
+        for derivative in DERIVATIVES:
+            points = sorted((row[x], row["temporary_bytes"] / 1e6) for row in chosen if row["derivative"] == derivative)
+            axes.plot(*zip(*points, strict=True), "o-", label=derivative.replace("_", " "))
+        axes.set(ylabel="temporaries, MB", ylim=(0, None))
+
+    with common.figure("memory", config, columns=len(config.networks) + len(deep)) as drawn:
+        for axes, name in zip(drawn, config.networks, strict=False):
+            curves(axes, name, "inner_steps", depth=NETWORKS[name].depth)
+            axes.set(title=name, xlabel="inner steps")
+        for axes, name in zip(drawn[len(config.networks) :], deep, strict=True):
+            curves(axes, name, "depth", inner_steps=config.depth_inner_steps)
+            axes.set(title=f"{name}, {config.depth_inner_steps} inner steps", xlabel="layers or blocks")
+        drawn[0].legend()
+
+
+if __name__ == "__main__":
+    common.main(Config, run, __doc__, SHORT)

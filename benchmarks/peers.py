@@ -1,0 +1,230 @@
+"""The same meta-step in this library, in JAX as it is usually written, and in PyTorch's meta-learning libraries.
+
+All start from the same parameters and episodes. It is checked first that all compute the same meta-gradient; then
+they take turns, so that their ratios hold even where the machine's speed drifts.
+
+python -m benchmarks.peers           needs PyTorch, higher and TorchOpt: pip install -e '.[peers]'
+python -m benchmarks.peers --short
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import common
+from experiments.common import RunError, mesh_for
+from maml_jax import adapt_only, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
+from maml_jax.models.layers import conv_lax, conv_matmul
+from maml_jax.types import ArrayTree, Episode
+
+OURS = "maml_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Settings):
+    """One exact meta-step of MAML with Adam: conv4 at stride 2, offsets of the normalisation not adapted."""
+
+    max_seconds: float = 60.0
+    """Seconds of rounds for each number of inner steps; an implementation that takes more than half of it is in one."""
+    meta_batch_size: int = 32
+    """Tasks of a meta-step."""
+    way: int = 5
+    """Classes of an episode."""
+    shot: int = 1
+    """Support examples per class."""
+    query_shot: int = 15
+    """Query examples per class."""
+    filters: int = 64
+    """Filters of each convolution."""
+    inner_lr: float = 0.4
+    """Rate of the inner gradient descent on the mean cross-entropy."""
+    outer_lr: float = 1e-3
+    """Rate of Adam."""
+    inner_steps: tuple[int, ...] = (1, 5)
+    """Inner steps. One vmap over lax.conv, which is far slower, is measured with the first alone."""
+    tolerance: float = 1e-4
+    """Largest distance between two meta-gradients, relative to their norm."""
+
+
+SHORT = Config(short=True, max_repetitions=5, max_seconds=10.0, inner_steps=(1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A way to run the meta-step in JAX."""
+
+    inner_grad: Callable = mixed_mode
+    conv_fn: Callable = conv_matmul
+    one_vmap: bool = False
+    on_mesh: bool = False
+
+
+VARIANTS = {
+    OURS: Variant(on_mesh=True),
+    f"{OURS}, without a mesh": Variant(),
+    "JAX, one vmap over lax.conv": Variant(jax.value_and_grad, conv_lax, one_vmap=True),
+}
+
+
+def by_path(tree: ArrayTree) -> dict[str, np.ndarray]:
+    """The leaves of a pytree as NumPy arrays, by names such as "conv_0/kernel"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config) -> tuple[Callable, Callable, float]:
+    """A meta-step, the meta-gradient of its first call, and the seconds of its compilation."""
+    learner = maml(
+        models.conv4(way=config.way, features=config.filters, conv_fn=variant.conv_fn),
+        losses.cross_entropy,
+        inner_optimizer=adapt_only(optax.sgd(config.inner_lr), lambda name: "norm" not in name),
+        num_inner_steps=inner_steps,
+        inner_grad=variant.inner_grad,
+    )
+    momentum = 0.9
+    optimizer = optax.adam(config.outer_lr, b1=momentum)
+    state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
+    mesh = mesh_for(config.meta_batch_size) if variant.on_mesh else None
+    state, episodes = common.place(state, episodes, mesh)
+    chunk_size = config.meta_batch_size if variant.one_vmap else None
+    compiled, seconds = common.compile_of(
+        make_meta_step(learner, optimizer, chunk_size=chunk_size, mesh=mesh), state, episodes
+    )
+    call = common.stepping(compiled, state, episodes)
+
+    def first_gradient():
+        # After its first step Adam's first moment is (1 - momentum) times the gradient.
+        moment = optax.tree.get(call()[0].opt_state, "mu")
+        return {name: leaf / (1 - momentum) for name, leaf in by_path(moment).items()}
+
+    return call, first_gradient, seconds
+
+
+def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, tuple[Callable, Callable]]:
+    """For each peer a meta-step, and the meta-gradient of its first call."""
+    try:
+        from benchmarks import torch_peers
+    except ImportError as error:
+        raise RunError(f"the peers are not installed ({error}); pip install -e '.[peers]'") from error
+    torch_peers.use_all_cores()
+    model = models.conv4(way=config.way, features=config.filters)
+    problem = torch_peers.Problem(
+        by_path(model.init(jax.random.key(0), episodes.support.inputs[0])),
+        *(tuple(map(np.asarray, batch)) for batch in (episodes.support, episodes.query)),
+        config.inner_lr,
+        inner_steps,
+        config.outer_lr,
+    )
+
+    def both(make):
+        peer = make(problem)
+
+        def first_gradient():
+            peer.step()
+            return peer.gradient()
+
+        return peer.step, first_gradient
+
+    return {name: both(make) for name, make in torch_peers.PEERS.items()}
+
+
+def distance(gradient: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
+    """‖gradient - reference‖ / ‖reference‖ over all leaves."""
+    flat, flat_reference = (
+        np.concatenate([np.ravel(leaves[name]) for name in sorted(reference)]) for leaves in (gradient, reference)
+    )
+    return float(np.linalg.norm(flat - flat_reference) / np.linalg.norm(flat_reference))
+
+
+def check(distances: dict[str, float], tolerance: float) -> None:
+    """Raises RunError naming the implementations whose meta-gradients are further from ours than `tolerance`."""
+    if wrong := {name: value for name, value in distances.items() if not value <= tolerance}:
+        raise RunError(f"these meta-gradients are further than {tolerance} from that of {OURS}: {wrong}")
+
+
+def compare(inner_steps: int, config: Config) -> list[dict[str, Any]]:
+    """Checks and times all implementations with some number of inner steps; one row each, ours first.
+
+    Raises:
+      RunError: if two meta-gradients differ by more than the tolerance.
+    """
+    episodes = common.random_episodes(
+        num_tasks=config.meta_batch_size, way=config.way, shot=config.shot, query_shot=config.query_shot
+    )
+    steps, gradients, compile_seconds = {}, {}, {}
+    for name, variant in VARIANTS.items():
+        if variant.one_vmap and inner_steps != config.inner_steps[0]:
+            continue
+        steps[name], first_gradient, compile_seconds[name] = in_jax(variant, inner_steps, episodes, config)
+        gradients[name] = first_gradient()
+    for name, (step, first_gradient) in in_torch(inner_steps, episodes, config).items():
+        steps[name] = step
+        gradients[name] = first_gradient()
+    distances = {name: distance(gradient, gradients[OURS]) for name, gradient in gradients.items()}
+    check(distances, config.tolerance)
+    seconds = common.measure_alternately(steps, config)
+    return [
+        {
+            "inner_steps": inner_steps,
+            "implementation": name,
+            "seconds": common.summarise(values),
+            "times_ours": common.summarise([a / b for a, b in zip(values, seconds[OURS], strict=False)]),
+            "compile_seconds": compile_seconds.get(name, 0.0),
+            "gradient_distance": distances[name],
+        }
+        for name, values in seconds.items()
+    ]
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures, prints, writes peers.json and peers.png, and returns the content."""
+    rows = [row for steps in config.inner_steps for row in compare(steps, config)]
+    content = {"config": dataclasses.asdict(config), "rows": rows}
+    common.show(tables(content))
+    common.write_results("peers", config, {"rows": rows})
+    draw(config, rows)
+    return content
+
+
+def tables(content: dict[str, Any]) -> list[common.Table]:
+    """A table for each number of inner steps."""
+    config, rows = content["config"], content["rows"]
+    return [
+        common.Table(
+            f"{config['meta_batch_size']} tasks, {config['way']}-way {config['shot']}-shot, {config['query_shot']} "
+            f"queries a class, inner steps: {steps}",
+            ["", "ms (quartiles)", "times ours (quartiles)", "rounds", "compile s", "gradient distance"],
+            [
+                [
+                    row["implementation"],
+                    row["seconds"],
+                    "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_ours"]),
+                    row["seconds"].repetitions,
+                    f"{row['compile_seconds']:.1f}",
+                    f"{row['gradient_distance']:.1e}",
+                ]
+                for row in rows
+                if row["inner_steps"] == steps
+            ],
+        )
+        for steps in config["inner_steps"]
+    ]
+
+
+def draw(config: Config, rows: list[dict[str, Any]]) -> None:
+    """A bar for each implementation, as a multiple of ours."""
+    with common.figure("peers", config, columns=len(config.inner_steps)) as drawn:
+        for axes, steps in zip(drawn, config.inner_steps, strict=True):
+            chosen = [row for row in rows if row["inner_steps"] == steps][::-1]
+            ratios = [row["times_ours"].median for row in chosen]
+            bars = axes.barh([row["implementation"] for row in chosen], ratios)
+            axes.bar_label(bars, [f"{ratio:.2g}" for ratio in ratios])
+            axes.set(xlabel=f"time, as a multiple of {OURS}", title=f"{steps} inner step(s)", xscale="log")
+
+
+if __name__ == "__main__":
+    common.main(Config, run, __doc__, SHORT)

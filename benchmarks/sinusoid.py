@@ -1,0 +1,254 @@
+"""Meta-steps a second on sinusoids, with the settings of the MAML paper, and what bounds them.
+
+The library's training loop, sampling included, against loops that Python drives: one jitted meta-step at a time on
+tasks sampled on the host, and plain PyTorch over tasks where it is installed.
+
+python -m benchmarks.sinusoid
+python -m benchmarks.sinusoid --short
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks import common
+from maml_jax import (
+    Batch,
+    Episode,
+    MetaLearner,
+    init_meta_state,
+    losses,
+    make_meta_step,
+    make_train_loop,
+    maml,
+    models,
+)
+from maml_jax.cost import count_flops
+from maml_jax.tasks import sinusoid
+
+OURS = "one compiled loop"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Settings):
+    """MAML on sinusoids: Finn et al., 2017, section 5.1."""
+
+    meta_batch_size: int = 25
+    """Tasks of a meta-step."""
+    shot: int = 10
+    """Support points, and as many query points."""
+    features: tuple[int, ...] = (40, 40, 1)
+    """Widths of the network's layers."""
+    inner_steps: int = 1
+    """Inner steps."""
+    inner_lr: float = 0.001
+    """Rate of the inner gradient descent."""
+    outer_lr: float = 1e-3
+    """Rate of Adam."""
+    steps_per_call: int = 2000
+    """Meta-steps of one timed call of the compiled loop."""
+    python_steps: int = 50
+    """Meta-steps of one timed call of the loops in Python."""
+    chunk_size: tuple[int, ...] = (1, 5, 25)
+    """Tasks that are vmapped together, besides the library's choice."""
+
+
+SHORT = Config(short=True, max_repetitions=5, max_seconds=5.0, chunk_size=())
+
+
+def make_learner(config: Config) -> MetaLearner:
+    """MAML on a multilayer perceptron."""
+    return maml(
+        models.mlp(features=config.features),
+        losses.mean_squared_error,
+        inner_optimizer=optax.sgd(config.inner_lr),
+        num_inner_steps=config.inner_steps,
+    )
+
+
+def compiled_loop(config: Config, chunk_size: int | None) -> dict[str, Any]:
+    """Times `make_train_loop`; the row also says how many operations XLA left in a meta-step."""
+    learner, optimizer = make_learner(config), optax.adam(config.outer_lr)
+    sample_episode = sinusoid.make_sampler(shot=config.shot, query_shot=config.shot)
+    key = jax.random.key(0)
+    state = init_meta_state(learner, optimizer, key, jnp.zeros((config.shot, 1)))
+    loop = make_train_loop(
+        learner,
+        optimizer,
+        sample_episode,
+        meta_batch_size=config.meta_batch_size,
+        num_steps=config.steps_per_call,
+        chunk_size=chunk_size,
+    )
+    flops = count_flops(loop, state, key) / config.steps_per_call
+    compiled, compile_seconds = common.compile_of(loop, state, key)
+    row = timed(common.stepping(compiled, state, key), config.steps_per_call, config)
+    ops = count_ops(compiled.as_text()) / config.steps_per_call
+    return row | {
+        "compile_seconds": compile_seconds,
+        "flops_per_step": flops,
+        "ops_per_step": ops,
+        "seconds_per_op": row["seconds_per_step"].median / ops,
+    }
+
+
+def timed(call: Callable[[], Any], num_steps: int, config: Config) -> dict[str, Any]:
+    """Seconds of a meta-step, and meta-steps a second, of a call that makes `num_steps` of them."""
+    timing = common.measure(call, config)
+    per_step = common.Timing(*(value / num_steps for value in timing[:3]), timing.repetitions)
+    return {"seconds_per_step": per_step, "steps_per_second": 1 / per_step.median, "compile_seconds": 0.0}
+
+
+_FREE_OPS = {"parameter", "get-tuple-element", "tuple", "constant", "bitcast", "while", "call"}
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?[\])}] ([\w\-]+)\((.*)$", re.MULTILINE)
+
+
+def count_ops(program: str) -> int:
+    """Operations that a compiled program starts, those in loops once an iteration.
+
+    Args:
+      program: optimised HLO. A fusion is one operation; what only names or regroups buffers is none.
+
+    Raises:
+      ValueError: if the text holds a loop of unknown length.
+    """
+    bodies = dict(_COMPUTATION.findall(program))
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", program, re.MULTILINE)[1]
+
+    def count(name: str) -> int:
+        total = 0
+        for opcode, rest in _INSTRUCTION.findall(bodies[name]):
+            if opcode == "while":
+                length = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
+                if length is None:
+                    raise ValueError("the program holds a loop of unknown length")
+                total += int(length[1]) * count(re.search(r"body=%?([\w.\-]+)", rest)[1])
+            elif opcode == "call":
+                total += count(re.search(r"to_apply=%?([\w.\-]+)", rest)[1])
+            else:
+                total += opcode not in _FREE_OPS
+        return total
+
+    return count(entry)
+
+
+def sample_on_host(rng: np.random.Generator, config: Config) -> Episode:
+    """A meta-batch drawn with NumPy, as a data loader would."""
+    shape = (config.meta_batch_size, 1, 1)
+    amplitude, phase = rng.uniform(*sinusoid.AMPLITUDES, shape), rng.uniform(*map(float, sinusoid.PHASES), shape)
+    inputs = rng.uniform(*sinusoid.INPUTS, (config.meta_batch_size, 2 * config.shot, 1))
+    batch = Batch(inputs.astype(np.float32), (amplitude * np.sin(inputs - phase)).astype(np.float32))
+    return Episode(
+        *(jax.tree.map(lambda x, s=part: x[:, s], batch) for part in np.split(np.arange(2 * config.shot), 2))
+    )
+
+
+def jitted_steps(config: Config) -> dict[str, Any]:
+    """Times one jitted meta-step at a time, on tasks sampled on the host, all of them vmapped together."""
+    learner, optimizer = make_learner(config), optax.adam(config.outer_lr)
+    rng = np.random.default_rng(0)
+    episodes = sample_on_host(rng, config)
+    state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
+    step = make_meta_step(learner, optimizer, chunk_size=config.meta_batch_size)
+    compiled, compile_seconds = common.compile_of(step, state, episodes)
+
+    def call():
+        nonlocal state
+        for _ in range(config.python_steps):
+            state, info = compiled(state, sample_on_host(rng, config))
+        return info
+
+    return timed(call, config.python_steps, config) | {"compile_seconds": compile_seconds}
+
+
+def torch_loop(config: Config) -> dict[str, Any] | None:
+    """Times plain PyTorch, one task after the other; None if it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    rng = np.random.default_rng(0)
+    sizes = [1, *config.features]
+    weights = [torch.randn(*shape) * 0.1 for pair in itertools.pairwise(sizes) for shape in (pair, pair[1:])]
+    weights = [weight.requires_grad_() for weight in weights]
+    outer = torch.optim.Adam(weights, lr=config.outer_lr)
+
+    def loss(weights, inputs, targets):
+        hidden = inputs
+        for index in range(0, len(weights), 2):
+            hidden = torch.addmm(weights[index + 1], hidden if index == 0 else torch.relu(hidden), weights[index])
+        return torch.nn.functional.mse_loss(hidden, targets)
+
+    def step():
+        outer.zero_grad()
+        tasks = jax.tree.map(torch.from_numpy, sample_on_host(rng, config))
+        for task in range(config.meta_batch_size):
+            adapted = weights
+            for _ in range(config.inner_steps):
+                support_loss = loss(adapted, tasks.support.inputs[task], tasks.support.targets[task])
+                grads = torch.autograd.grad(support_loss, adapted, create_graph=True)
+                adapted = [w - config.inner_lr * g for w, g in zip(adapted, grads, strict=True)]
+            (loss(adapted, tasks.query.inputs[task], tasks.query.targets[task]) / config.meta_batch_size).backward()
+        outer.step()
+
+    return timed(lambda: [step() for _ in range(config.python_steps)], config.python_steps, config)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures, prints, writes sinusoid.json and sinusoid.png, and returns the content."""
+    rows = {OURS: compiled_loop(config, None)}
+    for chunk_size in config.chunk_size:
+        rows[f"{OURS}, chunks of {chunk_size}"] = compiled_loop(config, chunk_size)
+    rows["JAX, a jitted step at a time, sampled on the host"] = jitted_steps(config)
+    if (row := torch_loop(config)) is not None:
+        rows["PyTorch, a loop over tasks"] = row
+    content = {"rows": rows}
+    common.show(tables(content))
+    common.write_results("sinusoid", config, content)
+    with common.figure("sinusoid", config) as (axes,):
+        bars = axes.barh(list(rows)[::-1], [row["steps_per_second"] for row in rows.values()][::-1])
+        axes.bar_label(bars, fmt="%.0f")
+        axes.set(xlabel="meta-steps a second", xscale="log")
+    return content
+
+
+def tables(content: dict[str, Any]) -> list[common.Table]:
+    """The speeds, and what bounds the compiled loop."""
+    rows = content["rows"]
+    fastest = rows[OURS]["steps_per_second"]
+    bounds = [
+        f"{name}: a meta-step starts {row['ops_per_step']:.0f} operations, one every {1e9 * row['seconds_per_op']:.0f} "
+        f"ns, for {row['flops_per_step'] / 1e6:.2f} MFLOP; that is "
+        f"{row['flops_per_step'] * row['steps_per_second'] / 1e9:.1f} GFLOP/s."
+        for name, row in rows.items()
+        if "ops_per_step" in row
+    ]
+    return [
+        common.Table(
+            "Training on sinusoids",
+            ["", "meta-steps/s", "times slower", "ms a step (quartiles)", "compile s"],
+            [
+                [
+                    name,
+                    f"{row['steps_per_second']:.0f}",
+                    f"{fastest / row['steps_per_second']:.1f}",
+                    row["seconds_per_step"],
+                    f"{row['compile_seconds']:.1f}",
+                ]
+                for name, row in rows.items()
+            ],
+            "\n".join(bounds),
+        )
+    ]
+
+
+if __name__ == "__main__":
+    common.main(Config, run, __doc__, SHORT)
