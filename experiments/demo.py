@@ -1,10 +1,8 @@
 """The sinusoid table of the MAML paper on your own machine, in a few minutes and without a download.
 
-    python -m experiments.demo        (or: make demo)
-
 Trains MAML and the pretraining baseline for 70,000 meta-steps each, prints their errors beside the
 published ones and draws three figures. Interrupted, it goes on where it was; finished, it shows the
-result again.
+result again. `make demo` runs it.
 """
 
 import dataclasses

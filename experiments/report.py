@@ -1,7 +1,6 @@
-"""Makes experiments/RESULTS.md, its figures and the tables of the README from experiments/results/*.json.
+"""Makes experiments/RESULTS.md, its figure and the tables of the README from experiments/results/*.json.
 
-python -m experiments.report                      rewrite them
-python -m experiments.report --add runs/RUN ...   first take the results of finished runs
+With --add it first takes in the results of finished runs, each under a name of its own.
 """
 
 import dataclasses
@@ -35,8 +34,10 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       ValueError: if other results have that name.
     """
     results = json.loads((run_dir / "results.json").read_text())
-    flags = [part.lstrip("-").replace(" ", "-") for part in changed_flags(results) if not part.startswith("--seed")]
-    file = results_dir / ("_".join([results["experiment"], *flags, f"seed-{results['seed']}"]) + ".json")
+    named = ("--algorithm", "--seed")
+    flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith(named)]
+    name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
+    file = results_dir / f"{name}.json"
     if file.exists() and json.loads(file.read_text()) != results:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
     common.write_json(file, results)
@@ -203,7 +204,7 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(Config, description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.report", description=__doc__)
     for run_dir in config.add:
         print(add(run_dir, HERE / "results"))
     write(HERE / "results", HERE / "RESULTS.md", README)
