@@ -33,7 +33,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       FileNotFoundError: if the run has no results.json.
       ValueError: if other results have that name.
     """
-    results = json.loads((run_dir / "results.json").read_text())
+    results = common.finite(json.loads((run_dir / "results.json").read_text()))
     named = ("--algorithm", "--seed")
     flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith(named)]
     name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
@@ -58,7 +58,8 @@ def changed_flags(results: dict) -> list[str]:
         reference = plain[name] if name in base else defaults.get(name)
         if name in types and name != "data_dir" and value != reference:
             flag = "--" + name.replace("_", "-")
-            flags.append(f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag} {value}")
+            words = " ".join(map(str, value)) if isinstance(value, list) else value
+            flags.append(f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag} {words}")
     return flags
 
 
@@ -88,12 +89,14 @@ def _order(result: dict) -> tuple:
     return order.index(result["algorithm"]), config.get("way", 0), config.get("shot"), config["inner_lr"]
 
 
-def over_seeds(values: list[float | None], digits: int = 2) -> str:
+def over_seeds(values: list[float | None]) -> str:
     """The mean over seeds and, from two on, the smallest and largest; how many are not finite, if any."""
     if bad := sum(value is None for value in values):
         return f"not finite in {bad} of {len(values)}"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+    numbers = [
+        f"{value:.2f}" if value < 1000 else f"{value:.0e}" for value in (statistics.fmean(values), *sorted(values))
+    ]
+    return numbers[0] if len(values) == 1 else f"{numbers[0]} ({numbers[1]}–{numbers[-1]})"
 
 
 def sinusoid_table(results: list[dict], shot: int) -> str:

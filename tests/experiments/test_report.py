@@ -54,8 +54,8 @@ def test_the_command_is_recovered_from_the_results(experiment, settings, expecte
 
 def test_adding_never_replaces_other_results(tmp_path):
     (tmp_path / "run").mkdir()
-    results = json.loads(next(iter(sorted(RESULTS.glob("*.json")))).read_text())
-    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    results = json.loads(next(iter(sorted(RESULTS.glob("*.json")))).read_text()) | {"diverged": None}
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"diverged": float("nan")}))
     (tmp_path / "results").mkdir()
     file = report.add(tmp_path / "run", tmp_path / "results")
     assert json.loads(file.read_text()) == results
