@@ -171,7 +171,14 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
 
 def check_config(config: Any) -> None:
     """Raises RunError, before anything expensive, if a count of `config` cannot be."""
-    least = {"num_meta_steps": 0, "eval_episodes": 2, "eval_inner_steps": 0, "val_every": 1, "log_every": 1}
+    least = {
+        "meta_batch_size": 1,
+        "num_meta_steps": 0,
+        "eval_episodes": 2,
+        "eval_inner_steps": 0,
+        "val_every": 1,
+        "log_every": 1,
+    }
     for name, smallest in least.items():
         if (value := getattr(config, name)) < smallest:
             raise RunError(f"--{name.replace('_', '-')} {value} is too small; give at least {smallest}")

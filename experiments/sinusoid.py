@@ -104,7 +104,7 @@ def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
     per_episode = np.asarray(evaluation.per_episode)
     diverged = ~(per_episode < DIVERGED)
     return common.as_metric(evaluation) | {
-        "median": np.median(np.nan_to_num(per_episode, nan=np.inf), axis=0).tolist(),
+        "median": np.median(np.where(np.isnan(per_episode), np.inf, per_episode), axis=0).tolist(),
         "diverged": diverged.mean(axis=0).tolist(),
     }
 

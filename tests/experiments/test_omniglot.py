@@ -72,7 +72,7 @@ def test_mistakes_are_told_before_anything_is_trained(settings, message, drawing
 
 
 def test_a_missing_data_directory_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no Omniglot at .*nowhere.* prepare_omniglot"):
+    with pytest.raises(FileNotFoundError, match=r"no Omniglot at .*nowhere.*experiments.prepare_omniglot"):
         omniglot.run(omniglot.Config(data_dir=tmp_path / "nowhere", run_dir=tmp_path / "run", **TINY))
 
 

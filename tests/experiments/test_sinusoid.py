@@ -74,7 +74,7 @@ def test_the_demo_trains_both_and_draws_them_together(tmp_path, monkeypatch, cap
         (["--num-inner-steps", "-1"], "num_inner_steps must be an integer of at least 0, got -1"),
         (["--no-such-flag", "1"], "--no-such-flag"),
         (["--shot", "0"], "shot=0"),
-        (["--meta-batch-size", "0"], "meta_batch_size and num_steps must be positive, got 0"),
+        (["--meta-batch-size", "0"], "--meta-batch-size 0 is too small; give at least 1"),
         (["--eval-episodes", "1"], "--eval-episodes 1 is too small"),
     ],
 )
