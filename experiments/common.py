@@ -247,7 +247,7 @@ def train(
         }
         if (newest := checkpoint.latest(checkpoints)) is not None:
             saved = checkpoint.restore(checkpoints, newest, saved)
-    if newest is not None:
+    if newest is not None and newest < config.num_meta_steps:
         console.print(f"resuming {run_dir} from step {newest}")
     state, best = saved["state"], saved["best"]
     seconds = {"compile": 0.0, "train": float(saved["train_seconds"])}
