@@ -112,7 +112,9 @@ def test_the_loop_takes_the_meta_steps_that_its_keys_describe():
 def test_a_task_does_not_depend_on_the_size_of_its_meta_batch():
     key = jax.random.fold_in(jax.random.key(5), 11)
     few, many = (jax.vmap(make_episode)(task_keys(key, size)) for size in (3, 8))
-    chex.assert_trees_all_equal(few, jax.tree.map(lambda x: x[:3], many))
+    chex.assert_trees_all_equal(*(jax.random.key_data(task_keys(key, size)[:3]) for size in (3, 8)))
+    # Equal keys draw equal numbers, but the last bit of a normal draw depends on how the loop is vectorised.
+    chex.assert_trees_all_close(few, jax.tree.map(lambda x: x[:3], many), rtol=1e-6)
     assert len(jnp.unique(jax.random.key_data(task_keys(key, 8)), axis=0)) == 8
 
 
