@@ -24,7 +24,7 @@ import rich.table
 import tyro
 from rich.console import Console
 
-from experiments.common import RunError, device_name, write_json
+from experiments.runs import RunError, device_name, write_json
 from maml_jax import parallel
 from maml_jax.types import Batch, Episode, MetaState
 

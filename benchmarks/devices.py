@@ -5,6 +5,7 @@ number of cores, but what dividing the tasks costs. SCALING.md holds the model t
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -140,32 +141,45 @@ def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes devices.json and devices.png, and returns the content."""
     jax.config.update("jax_num_cpu_devices", max(config.devices))
     config = dataclasses.replace(config, devices=tuple(n for n in config.devices if n <= jax.device_count()))
-    content = {"workloads": {name: run_workload(name, config) for name in config.workload}}
-    show(content)
+    processors = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
+    content = {
+        "processors": processors,
+        "workloads": {name: run_workload(name, config) for name in config.workload},
+    }
+    common.show(tables(content))
     common.write_results("devices", config, content)
     draw(config, content)
     return content
 
 
-def show(content: dict[str, Any]) -> None:
-    """Prints a table for every workload."""
-    for name, found in content["workloads"].items():
-        common.print_table(
-            f"{name}: {found['tasks']} tasks, {found['flops'] / found['tasks'] / 1e6:.2f} MFLOP each, "
+def tables(content: dict[str, Any]) -> list[common.Table]:
+    """A table for every workload; the model is that of SCALING.md, from the time on one device and the all-reduce."""
+    return [
+        common.Table(
+            f"{name}, {found['tasks']} tasks of {found['flops'] / found['tasks'] / 1e6:.2f} MFLOP, "
             f"{found['parameters']} parameters",
-            ["devices", "ms a meta-step (quartiles)", "meta-steps/s", "times first", "all-reduce ms", "compile s"],
+            ["devices", "ms a meta-step (quartiles)", "model ms", "times first", "all-reduce ms", "compile s"],
             [
                 [
                     row["devices"],
                     row["seconds"],
-                    f"{row['steps_per_second'].median:.4g}",
-                    f"{row['times_first'].median:.2f} ({row['times_first'].lower:.2f}-{row['times_first'].upper:.2f})",
+                    f"{1e3 * model_seconds(row, found['rows'][0], content['processors']):.4g}",
+                    "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_first"]),
                     row["all_reduce_seconds"] or "",
                     f"{row['compile_seconds']:.1f}",
                 ]
                 for row in found["rows"]
             ],
         )
+        for name, found in content["workloads"].items()
+    ]
+
+
+def model_seconds(row: dict[str, Any], first: dict[str, Any], processors: int) -> float:
+    """t(n) of SCALING.md: the computation of one device divided over the processors there are, and an all-reduce."""
+    shared = min(row["devices"], processors) / min(first["devices"], processors)
+    all_reduce_seconds = row["all_reduce_seconds"].median if row["all_reduce_seconds"] else 0.0
+    return first["seconds"].median / shared + all_reduce_seconds
 
 
 def draw(config: Config, content: dict[str, Any]) -> None:

@@ -16,7 +16,8 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from experiments.common import RunError, mesh_for
+from experiments.common import mesh_for
+from experiments.runs import RunError
 from maml_jax import adapt_only, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.models.layers import conv_lax, conv_matmul
 from maml_jax.types import ArrayTree, Episode

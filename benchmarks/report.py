@@ -7,11 +7,17 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, memory, meta_step, peers, sinusoid
+from benchmarks import common, devices, memory, meta_step, peers, sinusoid
 from experiments.report import markdown_table
 
 HERE = Path(__file__).parent
-TABLES = {"meta_step": meta_step.tables, "memory": memory.tables, "sinusoid": sinusoid.tables, "peers": peers.tables}
+TABLES = {
+    "meta_step": meta_step.tables,
+    "memory": memory.tables,
+    "sinusoid": sinusoid.tables,
+    "devices": devices.tables,
+    "peers": peers.tables,
+}
 
 
 def section(content: dict[str, Any]) -> str:

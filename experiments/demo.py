@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.table import Table
 
 from experiments import common, figures, published, sinusoid
-from experiments.common import console
+from experiments.runs import console
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,8 +12,8 @@ import jax
 import optax
 from rich.table import Table
 
-from experiments import common, figures
-from experiments.common import RunError, console
+from experiments import common, figures, runs
+from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, adapt_only, evaluate, losses, models
 from maml_jax.tasks import few_shot, omniglot
 from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn
@@ -136,7 +136,7 @@ def run(config: Config) -> dict:
             mesh=mesh,
         )
 
-    with common.open_run(config.run_dir, config) as run_dir:
+    with runs.open_run(config.run_dir, config) as run_dir:
         trained = common.train(
             run_dir,
             config,
@@ -155,13 +155,13 @@ def run(config: Config) -> dict:
             "selected_step": trained.best_step,
             "normalisation": "transductive",
         }
-        results = common.finish(
+        results = runs.finish(
             run_dir,
             "omniglot",
             config,
             trained,
             protocol,
-            lambda: {"metrics": {"accuracy": common.as_metric(score(trained.params, "test", test_key))}},
+            lambda: {"metrics": {"accuracy": runs.as_metric(score(trained.params, "test", test_key))}},
         )
         if jax.process_index() == 0:
             figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
@@ -174,7 +174,7 @@ def show(results: dict) -> None:
     protocol, accuracy = results["protocol"], results["metrics"]["accuracy"]
     table = Table(
         title=f"{results['algorithm']}, Omniglot {protocol['way']}-way {protocol['shot']}-shot: accuracy in % on "
-        f"{protocol['episodes']} test episodes with {protocol['query_shot']} queries a class"
+        f"{protocol['episodes']} test episodes, queries per class: {protocol['query_shot']}"
     )
     table.add_column("inner steps")
     for step in range(len(accuracy["mean"])):

@@ -13,7 +13,7 @@ import dataclasses
 from pathlib import Path
 
 from experiments import common
-from experiments.common import console
+from experiments.runs import console
 from maml_jax.tasks import omniglot, omniglot_builder
 
 

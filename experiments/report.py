@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import common, figures, omniglot, published, sinusoid
+from experiments import figures, omniglot, published, runs, sinusoid
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -33,14 +33,14 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       FileNotFoundError: if the run has no results.json.
       ValueError: if other results have that name.
     """
-    results = common.finite(json.loads((run_dir / "results.json").read_text()))
+    results = runs.finite(json.loads((run_dir / "results.json").read_text()))
     named = ("--algorithm", "--seed")
     flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith(named)]
     name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
     file = results_dir / f"{name}.json"
     if file.exists() and json.loads(file.read_text()) != results:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
-    common.write_json(file, results)
+    runs.write_json(file, results)
     return file
 
 
@@ -51,12 +51,13 @@ def changed_flags(results: dict) -> list[str]:
     types = {field.name: field.type for field in dataclasses.fields(module.Config)}
     config = results["config"]
     base = {name: config[name] for name in ("algorithm", "way", "shot") if name in config}
-    defaults = common.as_json(fill(module.Config(**base)))
-    plain = common.as_json(module.Config())
+    defaults = runs.as_json(fill(module.Config(**base)))
+    plain = runs.as_json(module.Config())
+    unimportant = ("data_dir", "chunk_size")  # another one gives the same results
     flags = []
     for name, value in config.items():
         reference = plain[name] if name in base else defaults.get(name)
-        if name in types and name != "data_dir" and value != reference:
+        if name in types and name not in unimportant and value != reference:
             flag = "--" + name.replace("_", "-")
             words = " ".join(map(str, value)) if isinstance(value, list) else value
             flags.append(f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag} {words}")
@@ -124,18 +125,20 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
 
 
 def omniglot_table(results: list[dict]) -> str:
-    """Accuracy after the steps of the test protocol, one row a command."""
+    """Accuracy after the steps of the test protocol, one row a command; flags that are not the paper's are named."""
     rows = []
     for group in by_command(results).values():
         config, algorithm = group[0]["config"], group[0]["algorithm"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
         steps = len(accuracy[0]["mean"]) - 1
         cells = [f"{100 * a['mean'][-1]:.2f} ± {100 * a['ci95'][-1]:.2f}" for a in accuracy]
-        paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]), "")
+        paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]))
+        if paper is None or not as_published(group[0]):
+            paper = ""
         minutes = statistics.fmean(result["seconds"]["train"] for result in group) / 60
         rows.append(
             [
-                figures.TITLES[algorithm],
+                ", ".join([figures.TITLES[algorithm], *(f"`{flag}`" for flag in variation(group[0]))]),
                 f"{config['way']}-way {config['shot']}-shot",
                 ", ".join(cells),
                 paper,
@@ -147,6 +150,17 @@ def omniglot_table(results: list[dict]) -> str:
         )
     header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
     return markdown_table(header, rows)
+
+
+def variation(results: dict) -> list[str]:
+    """The flags of the command that are neither in a column of the table nor the seed."""
+    in_columns = ("--algorithm", "--way", "--shot", "--num-meta-steps", "--seed")
+    return [flag for flag in changed_flags(results) if not flag.startswith(in_columns)]
+
+
+def as_published(results: dict) -> bool:
+    """Whether a run had the paper's settings and its number of meta-steps."""
+    return not variation(results) and results["meta_steps"] == omniglot.Config().num_meta_steps
 
 
 def details(results: list[dict]) -> str:
@@ -175,7 +189,8 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
     sections = {
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
-        "omniglot": omniglot_table(of["omniglot"]),
+        "omniglot": omniglot_table([result for result in of["omniglot"] if as_published(result)]),
+        "omniglot-variations": omniglot_table([result for result in of["omniglot"] if not as_published(result)]),
     }
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -186,6 +201,8 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         "![error against inner steps](figures/sinusoid.png)\n\n"
         "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
         f"transductive: the queries of an episode are normalised together.\n\n{sections['omniglot']}\n\n"
+        "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
+        f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"
         f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'])}\n"
     )
     if of["sinusoid"]:

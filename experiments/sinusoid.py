@@ -17,8 +17,8 @@ import optax
 from flax import linen as nn
 from rich.table import Table
 
-from experiments import common, figures
-from experiments.common import console
+from experiments import common, figures, runs
+from experiments.runs import console
 from maml_jax import CATALOGUE, evaluate, losses, models
 from maml_jax.tasks import sinusoid
 from maml_jax.types import ArrayTree, Evaluation, MetaLearner
@@ -67,8 +67,8 @@ class Config:
     """Meta-steps between checkpoints."""
     log_every: int = 1000
     """Meta-steps in one compiled call, and between lines of metrics.jsonl."""
-    chunk_size: int | None = 25
-    """Tasks that are batched together; all, because these are tiny."""
+    chunk_size: int | None = None
+    """Tasks of a device that are batched together; by default chosen for the device."""
     precision: common.Precision = "float32"
     """Of matrix products, on devices that have a choice."""
     seed: int = 0
@@ -103,7 +103,7 @@ def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
     """Mean, interval, median and the share of diverged tasks after 0..K inner steps."""
     per_episode = np.asarray(evaluation.per_episode)
     diverged = ~(per_episode < DIVERGED)
-    return common.as_metric(evaluation) | {
+    return runs.as_metric(evaluation) | {
         "median": np.median(np.where(np.isnan(per_episode), np.inf, per_episode), axis=0).tolist(),
         "diverged": diverged.mean(axis=0).tolist(),
     }
@@ -139,7 +139,7 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
     learner = make_learner(config, config.inner_lr, config.num_inner_steps)
     sample = sinusoid.make_sampler(shot=config.shot, query_shot=config.query_shot, oracle=config.algorithm == "oracle")
     test_key = jax.random.split(jax.random.key(config.seed), 3)[2]
-    with common.open_run(config.run_dir, config) as run_dir:
+    with runs.open_run(config.run_dir, config) as run_dir:
         trained = common.train(run_dir, config, learner, common.outer_optimizer(config), sample)
 
         def test_all() -> dict:
@@ -156,7 +156,7 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
             "diverged_above": DIVERGED,
             "normalisation": "none",
         }
-        results = common.finish(run_dir, "sinusoid", config, trained, protocol, test_all)
+        results = runs.finish(run_dir, "sinusoid", config, trained, protocol, test_all)
         if jax.process_index() == 0:
             drawn = run_dir / "figures"
             figures.inner_curves(drawn / "inner_steps.png", {config.algorithm: results["evaluations"]})

@@ -40,19 +40,34 @@ def init_meta_state(
     return MetaState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
-def default_chunk_size(num_tasks: int) -> int:
+CPU_CHUNK_BYTES = 256 * 1024
+"""What the tasks of a chunk may hold on a CPU, a part of a core's cache; measured by `benchmarks.sinusoid`."""
+
+
+def default_chunk_size(params: ArrayTree, episodes: Episode) -> int:
     """The number of tasks that are vmapped at once when `chunk_size` is None.
 
-    On a CPU one task at a time keeps the activations in the cache; on accelerators all at once fill
-    the device.
+    An accelerator is filled by all tasks at once. On a CPU a convolutional task by itself is work enough and
+    keeps its activations in the cache, while many tiny tasks are faster together: as many are taken as have
+    no more parameters and examples than `CPU_CHUNK_BYTES`.
 
     Args:
-      num_tasks: T.
+      params: meta-parameters θ; arrays or their shapes.
+      episodes: leaves [T, ...]; arrays or their shapes.
 
     Returns:
       A divisor of T.
     """
-    return 1 if jax.default_backend() == "cpu" else num_tasks
+    num_tasks = jax.tree.leaves(episodes.support)[0].shape[0]
+    if jax.default_backend() != "cpu":
+        return num_tasks
+    task_bytes = _num_bytes(params) + _num_bytes((episodes.support, episodes.query)) / num_tasks
+    divisors = [n for n in range(1, num_tasks + 1) if num_tasks % n == 0]
+    return max(n for n in divisors if n == 1 or n * task_bytes <= CPU_CHUNK_BYTES)
+
+
+def _num_bytes(tree: ArrayTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def meta_gradient(
@@ -65,7 +80,7 @@ def meta_gradient(
       params: meta-parameters θ.
       episodes: leaves [T, ...].
       chunk_size: tasks that are vmapped together; the T / chunk_size chunks are scanned and their
-        gradients summed. The result does not depend on it, but for rounding. None picks by backend.
+        gradients summed. The result does not depend on it, but for rounding. None picks, see `default_chunk_size`.
 
     Returns:
       The loss, a scalar, and the gradient with the structure of `params`.
@@ -74,7 +89,7 @@ def meta_gradient(
       ValueError: if `chunk_size` does not divide T.
     """
     num_tasks = jax.tree.leaves(episodes.support)[0].shape[0]
-    chunk_size = default_chunk_size(num_tasks) if chunk_size is None else chunk_size
+    chunk_size = default_chunk_size(params, episodes) if chunk_size is None else chunk_size
     if chunk_size < 1 or num_tasks % chunk_size:
         raise ValueError(
             f"chunk_size={chunk_size} does not divide the meta-batch of {num_tasks} tasks; "

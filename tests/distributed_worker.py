@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import common
+from experiments import common, runs
 from maml_jax import evaluate, losses, maml
 from maml_jax.models import mlp
 from maml_jax.tasks import few_shot
@@ -79,14 +79,14 @@ def run(config: Config) -> None:
             fault("stop")
         return -float(score(params, val_key).mean[-1])
 
-    with common.open_run(config.run_dir, config) as run_dir:
+    with runs.open_run(config.run_dir, config) as run_dir:
         trained = common.train(run_dir, config, learner, optax.adam(1e-2), sample, validate=validate)
 
         def test():
             evaluation = score(trained.params, test_key)
-            return {"metrics": {"loss": common.as_metric(evaluation)}, "per_episode": evaluation.per_episode.tolist()}
+            return {"metrics": {"loss": runs.as_metric(evaluation)}, "per_episode": evaluation.per_episode.tolist()}
 
-        common.finish(run_dir, "worker", config, trained, {}, test)
+        runs.finish(run_dir, "worker", config, trained, {}, test)
         leaves = [np.int32(trained.best_step), *jax.tree.leaves(trained.params)]
         np.savez(run_dir / f"process-{jax.process_index()}-of-{jax.process_count()}.npz", *leaves)
 

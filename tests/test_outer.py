@@ -6,7 +6,7 @@ import pytest
 from linear_regression import ALPHA, half_mse, linear_model, make_episode, make_episodes
 
 from maml_jax import MetaState, Model, init_meta_state, make_meta_step, make_train_loop, maml, parallel
-from maml_jax.outer import meta_gradient, task_keys
+from maml_jax.outer import default_chunk_size, meta_gradient, task_keys
 
 LEARNER = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
@@ -47,6 +47,21 @@ def test_a_chunk_size_that_does_not_divide_is_refused(episodes, chunk_size):
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match=message):
         make_meta_step(LEARNER, optimizer, chunk_size=chunk_size)(state_of(optimizer), episodes)
+
+
+@pytest.mark.parametrize(
+    ("num_params", "expected"),
+    [(100, 24), (4_000, 12), (60_000, 1), (1_000_000, 1)],  # 0.4, 16, 240 and 4000 kB; a task's examples are 0.24 kB
+)
+def test_the_default_chunk_holds_what_fits_in_the_cache_of_a_core(num_params, expected):
+    params = jax.ShapeDtypeStruct((num_params,), jnp.float32)
+    episodes = jax.eval_shape(lambda: make_episodes(jax.random.key(0), 24))
+    assert default_chunk_size(params, episodes) == expected
+
+
+def test_the_default_chunk_of_an_accelerator_is_all_tasks(monkeypatch, episodes):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert default_chunk_size(jax.ShapeDtypeStruct((1_000_000,), jnp.float32), episodes) == 6
 
 
 def test_episodes_may_carry_keys(episodes):

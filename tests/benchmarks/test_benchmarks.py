@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import common, memory, meta_step, peers, report, sinusoid
+from benchmarks import common, devices, memory, meta_step, peers, report, sinusoid
 
 # What the benchmarks do
 
@@ -96,6 +96,14 @@ def test_gradient_distance():
     reference = {"a": np.array([3.0]), "b": np.array([[0.0, 4.0]])}
     assert peers.distance(reference, reference) == 0.0
     assert peers.distance({"b": np.array([[0.0, 4.0]]), "a": np.array([4.0])}, reference) == pytest.approx(0.2)
+
+
+def test_the_model_of_devices_divides_the_computation_over_what_there_is():
+    first = {"devices": 1, "seconds": common.Timing(0.4, 0.4, 0.4, 1), "all_reduce_seconds": None}
+    eighth = {"devices": 8, "all_reduce_seconds": common.Timing(0.01, 0.01, 0.01, 1)}
+    assert devices.model_seconds(first, first, processors=2) == 0.4
+    assert devices.model_seconds(eighth, first, processors=2) == pytest.approx(0.4 / 2 + 0.01)
+    assert devices.model_seconds(eighth, first, processors=16) == pytest.approx(0.4 / 8 + 0.01)
 
 
 def test_unequal_gradients_end_the_comparison():

@@ -1,4 +1,4 @@
-"""Run directories and the training loop of the experiments."""
+"""The training loop of the experiments."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import common
+from experiments import common, runs
 from maml_jax import losses, maml, models
 from maml_jax.tasks import sinusoid
 
@@ -41,12 +41,13 @@ LEARNER = maml(
 
 
 def train(run_dir, config=Config(), validate=None):
-    with common.open_run(run_dir, config):
+    with runs.open_run(run_dir, config):
         return common.train(run_dir, config, LEARNER, OPTIMIZER, SAMPLE, validate=validate)
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     whole = train(tmp_path / "whole")
+    assert whole.execution == {"devices": 4, "chunk_size": 1}
     calls = []
 
     def interrupt(params):
@@ -111,36 +112,14 @@ def test_the_best_validated_state_is_returned_and_survives_an_interruption(tmp_p
     chex.assert_trees_all_equal(again.params, seen[1])
 
 
-def test_a_directory_of_another_configuration_is_refused(tmp_path):
-    train(tmp_path)
-    with pytest.raises(common.RunError, match=r"another configuration: seed is 0 there and 1 here\. Choose"):
-        train(tmp_path, Config(seed=1))
-
-
-def test_a_directory_held_by_a_live_process_is_refused(tmp_path):
-    holder = (
-        "import fcntl, sys, time\n"
-        f"lock = open({str(tmp_path / 'lock')!r}, 'w')\n"
-        "fcntl.flock(lock, fcntl.LOCK_EX)\n"
-        "print('held', flush=True)\n"
-        "time.sleep(600)\n"
-    )
-    with subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"held\n"
-        with pytest.raises(common.RunError, match=r"in use by a running process; .* another --run-dir"):
-            train(tmp_path)
-        process.kill()
-    train(tmp_path)  # the lock ended with the process that held it
-
-
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     diverging = LEARNER._replace(
         objective=lambda params, episode: (LEARNER.objective(params, episode)[0] / 0.0, None),
     )
     config = Config()
     with (
-        common.open_run(tmp_path, config),
-        pytest.raises(common.RunError, match=r"not finite from step 0 on; lower --outer-lr"),
+        runs.open_run(tmp_path, config),
+        pytest.raises(runs.RunError, match=r"not finite from step 0 on; lower --outer-lr"),
     ):
         common.train(tmp_path, config, diverging, OPTIMIZER, SAMPLE)
 
@@ -155,7 +134,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     ],
 )
 def test_impossible_counts_are_refused(change, message):
-    with pytest.raises(common.RunError, match=message):
+    with pytest.raises(runs.RunError, match=message):
         common.check_config(dataclasses.replace(Config(), **change))
 
 

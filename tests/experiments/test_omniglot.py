@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 
-from experiments import common, omniglot
+from experiments import omniglot, runs
 
 TINY = {
     "num_meta_steps": 4,
@@ -66,7 +66,7 @@ def test_defaults_are_those_of_the_paper():
     ],
 )
 def test_mistakes_are_told_before_anything_is_trained(settings, message, drawings, tmp_path):
-    with pytest.raises((common.RunError, ValueError), match=message):
+    with pytest.raises((runs.RunError, ValueError), match=message):
         omniglot.run(omniglot.Config(run_dir=tmp_path / "run", **{**TINY, **settings}))
     assert not (tmp_path / "run").exists()
 

@@ -48,7 +48,7 @@ def test_examples_of_the_readme_run():
 def test_the_command_is_recovered_from_the_results(experiment, settings, expected):
     module = {"omniglot": omniglot, "sinusoid": sinusoid}[experiment]
     fill = {"omniglot": omniglot.with_paper_defaults, "sinusoid": sinusoid.with_defaults}[experiment]
-    config = report.common.as_json(fill(module.Config(**settings)))
+    config = report.runs.as_json(fill(module.Config(**settings)))
     assert report.command({"experiment": experiment, "config": config}) == expected
 
 
