@@ -1,7 +1,7 @@
 """The same meta-step in this library, in JAX as it is usually written, and in PyTorch's meta-learning libraries.
 
-All start from the same parameters and episodes. It is checked first that all compute the same meta-gradient; then
-they take turns, so that their ratios hold even where the machine's speed drifts.
+All start from the same parameters and episodes. It is checked first, in float64, that all compute the same
+meta-gradient; then they take turns in float32, so that their ratios hold even where the machine's speed drifts.
 
 python -m benchmarks.peers           needs PyTorch, higher and TorchOpt: pip install -e '.[peers]'
 python -m benchmarks.peers --short
@@ -9,16 +9,17 @@ python -m benchmarks.peers --short
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from benchmarks import common
 from experiments.common import mesh_for
 from experiments.runs import RunError
-from maml_jax import adapt_only, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
+from maml_jax import MetaState, adapt_only, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.models.layers import conv_lax, conv_matmul
 from maml_jax.types import ArrayTree, Episode
 
@@ -47,8 +48,10 @@ class Config(common.Settings):
     """Rate of Adam."""
     inner_steps: tuple[int, ...] = (1, 5)
     """Inner steps. One vmap over lax.conv, which is far slower, is measured with the first alone."""
+    checked_tasks: int = 4
+    """Tasks of the comparison of meta-gradients in float64."""
     tolerance: float = 1e-4
-    """Largest distance between two meta-gradients, relative to their norm."""
+    """Largest distance between two meta-gradients in float64, relative to their norm."""
 
 
 SHORT = Config(short=True, max_repetitions=5, max_seconds=10.0, inner_steps=(1,))
@@ -78,7 +81,7 @@ def by_path(tree: ArrayTree) -> dict[str, np.ndarray]:
 
 
 def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config) -> tuple[Callable, Callable, float]:
-    """A meta-step, the meta-gradient of its first call, and the seconds of its compilation."""
+    """A meta-step, the meta-gradient of its first call, and the seconds of its compilation; in the episodes' dtype."""
     learner = maml(
         models.conv4(way=config.way, features=config.filters, conv_fn=variant.conv_fn),
         losses.cross_entropy,
@@ -88,10 +91,12 @@ def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config
     )
     momentum = 0.9
     optimizer = optax.adam(config.outer_lr, b1=momentum)
-    state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
-    mesh = mesh_for(config.meta_batch_size) if variant.on_mesh else None
+    num_tasks = len(episodes.support.inputs)
+    params = initial_params(learner.init, episodes)
+    state = MetaState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+    mesh = mesh_for(num_tasks) if variant.on_mesh else None
     state, episodes = common.place(state, episodes, mesh)
-    chunk_size = config.meta_batch_size if variant.one_vmap else None
+    chunk_size = num_tasks if variant.one_vmap else None
     compiled, seconds = common.compile_of(
         make_meta_step(learner, optimizer, chunk_size=chunk_size, mesh=mesh), state, episodes
     )
@@ -105,6 +110,14 @@ def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config
     return call, first_gradient, seconds
 
 
+def initial_params(init: Callable, episodes: Episode) -> ArrayTree:
+    """The parameters that all start from: drawn in float32, then in the dtype of the episodes."""
+    inputs = episodes.support.inputs
+    with jax.enable_x64(False):
+        params = init(jax.random.key(0), jnp.zeros(inputs.shape[1:]))
+    return jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), params)
+
+
 def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, tuple[Callable, Callable]]:
     """For each peer a meta-step, and the meta-gradient of its first call."""
     try:
@@ -114,7 +127,7 @@ def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, t
     torch_peers.use_all_cores()
     model = models.conv4(way=config.way, features=config.filters)
     problem = torch_peers.Problem(
-        by_path(model.init(jax.random.key(0), episodes.support.inputs[0])),
+        by_path(initial_params(model.init, episodes)),
         *(tuple(map(np.asarray, batch)) for batch in (episodes.support, episodes.query)),
         config.inner_lr,
         inner_steps,
@@ -147,35 +160,63 @@ def check(distances: dict[str, float], tolerance: float) -> None:
         raise RunError(f"these meta-gradients are further than {tolerance} from that of {OURS}: {wrong}")
 
 
+class Prepared(NamedTuple):
+    """All implementations with some number of inner steps, by name; our own first.
+
+    Attributes:
+      steps: takes a meta-step.
+      gradients: the meta-gradient of the first step, by path.
+      compile_seconds: of those that are compiled.
+    """
+
+    steps: dict[str, Callable]
+    gradients: dict[str, dict[str, np.ndarray]]
+    compile_seconds: dict[str, float]
+
+    def distances(self) -> dict[str, float]:
+        """Of every meta-gradient from ours, relative to its norm."""
+        return {name: distance(gradient, self.gradients[OURS]) for name, gradient in self.gradients.items()}
+
+
+def prepare(inner_steps: int, num_tasks: int, dtype: Any, config: Config) -> Prepared:
+    """Takes the first step of every implementation, in float32 or (with x64 enabled) in float64."""
+    episodes = common.random_episodes(
+        num_tasks=num_tasks, way=config.way, shot=config.shot, query_shot=config.query_shot
+    )
+    episodes = jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, episodes)
+    prepared = Prepared({}, {}, {})
+    for name, variant in VARIANTS.items():
+        if not variant.one_vmap or inner_steps == config.inner_steps[0]:
+            prepared.steps[name], first_gradient, seconds = in_jax(variant, inner_steps, episodes, config)
+            prepared.compile_seconds[name] = seconds
+            prepared.gradients[name] = first_gradient()
+    for name, (step, first_gradient) in in_torch(inner_steps, episodes, config).items():
+        prepared.steps[name] = step
+        prepared.gradients[name] = first_gradient()
+    return prepared
+
+
 def compare(inner_steps: int, config: Config) -> list[dict[str, Any]]:
     """Checks and times all implementations with some number of inner steps; one row each, ours first.
 
     Raises:
       RunError: if two meta-gradients differ by more than the tolerance.
     """
-    episodes = common.random_episodes(
-        num_tasks=config.meta_batch_size, way=config.way, shot=config.shot, query_shot=config.query_shot
-    )
-    steps, gradients, compile_seconds = {}, {}, {}
-    for name, variant in VARIANTS.items():
-        if variant.one_vmap and inner_steps != config.inner_steps[0]:
-            continue
-        steps[name], first_gradient, compile_seconds[name] = in_jax(variant, inner_steps, episodes, config)
-        gradients[name] = first_gradient()
-    for name, (step, first_gradient) in in_torch(inner_steps, episodes, config).items():
-        steps[name] = step
-        gradients[name] = first_gradient()
-    distances = {name: distance(gradient, gradients[OURS]) for name, gradient in gradients.items()}
-    check(distances, config.tolerance)
-    seconds = common.measure_alternately(steps, config)
+    with jax.enable_x64(True):
+        in_float64 = prepare(inner_steps, config.checked_tasks, jnp.float64, config).distances()
+    check(in_float64, config.tolerance)
+    prepared = prepare(inner_steps, config.meta_batch_size, jnp.float32, config)
+    in_float32 = prepared.distances()
+    seconds = common.measure_alternately(prepared.steps, config)
     return [
         {
             "inner_steps": inner_steps,
             "implementation": name,
             "seconds": common.summarise(values),
             "times_ours": common.summarise([a / b for a, b in zip(values, seconds[OURS], strict=False)]),
-            "compile_seconds": compile_seconds.get(name, 0.0),
-            "gradient_distance": distances[name],
+            "compile_seconds": prepared.compile_seconds.get(name, 0.0),
+            "distance_float64": in_float64[name],
+            "distance_float32": in_float32[name],
         }
         for name, values in seconds.items()
     ]
@@ -198,7 +239,15 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
         common.Table(
             f"{config['meta_batch_size']} tasks, {config['way']}-way {config['shot']}-shot, {config['query_shot']} "
             f"queries a class, inner steps: {steps}",
-            ["", "ms (quartiles)", "times ours (quartiles)", "rounds", "compile s", "gradient distance"],
+            [
+                "",
+                "ms (quartiles)",
+                "times ours (quartiles)",
+                "rounds",
+                "compile s",
+                "distance in float64",
+                "in float32",
+            ],
             [
                 [
                     row["implementation"],
@@ -206,7 +255,8 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
                     "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_ours"]),
                     row["seconds"].repetitions,
                     f"{row['compile_seconds']:.1f}",
-                    f"{row['gradient_distance']:.1e}",
+                    f"{row['distance_float64']:.1e}",
+                    f"{row['distance_float32']:.1e}",
                 ]
                 for row in rows
                 if row["inner_steps"] == steps

@@ -53,7 +53,7 @@ def _to_torch(array: np.ndarray) -> Tensor:
     tensor = torch.from_numpy(np.array(array))
     if array.ndim >= 4:  # kernels [h, w, C, F] -> [F, C, h, w], images [..., H, W, C] -> [..., C, H, W]
         tensor = tensor.permute(3, 2, 0, 1) if array.shape[:2] == (3, 3) else tensor.movedim(-1, -3)
-    return (tensor.long() if tensor.dtype == torch.int32 else tensor).contiguous()
+    return (tensor if tensor.is_floating_point() else tensor.long()).contiguous()
 
 
 def network(weights: Weights, inputs: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ def plain_loops(problem: Problem) -> Peer:
     setting = Setting(problem)
 
     def backward() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         for support, query in setting.tasks():
             weights = dict(setting.weights)
             for _ in range(problem.inner_steps):
@@ -172,7 +172,7 @@ def with_higher(problem: Problem) -> Peer:
     inner = torch.optim.SGD(module.parameters(), lr=problem.inner_lr)
 
     def backward() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         for support, query in setting.tasks():
             with higher.innerloop_ctx(module, inner, copy_initial_weights=False) as (adapted, rule):
                 for _ in range(problem.inner_steps):
@@ -192,7 +192,7 @@ def with_torchopt(problem: Problem) -> Peer:
     inner = torchopt.MetaSGD(module, lr=problem.inner_lr)
 
     def backward() -> Tensor:
-        total = torch.zeros(())
+        total = torch.zeros((), dtype=torch.float64)
         before = [torchopt.extract_state_dict(part, by="reference") for part in (module, inner)]
         for support, query in setting.tasks():
             for _ in range(problem.inner_steps):
