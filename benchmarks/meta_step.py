@@ -7,19 +7,22 @@ python -m benchmarks.meta_step --cross    every combination of the settings
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from experiments.common import mesh_for
+from experiments.common import matmul_algorithm, mesh_for
 from maml_jax import adapt_only, first_order, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import conv_lax, conv_matmul
+from maml_jax.types import ArrayTree
 
+OURS, ONE_VMAP, PEAK = "library default", "one vmap over lax.conv", "matrix product"
 DERIVATIVES = {"first_order": first_order, "mixed_mode": mixed_mode, "reverse_over_reverse": jax.value_and_grad}
 CONVOLUTIONS = {"conv_matmul": conv_matmul, "conv_lax": conv_lax}
 
@@ -37,7 +40,8 @@ class Case:
     derivative: Literal["first_order", "mixed_mode", "reverse_over_reverse"] = "mixed_mode"
     convolution: Literal["conv_matmul", "conv_lax"] = "conv_matmul"
     chunk_size: int | None = None
-    on_mesh: bool = False
+    on_mesh: bool = True
+    precision: Literal["float32", "tensorfloat32", "bfloat16"] = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +68,10 @@ class Config(common.Settings):
     """Support examples per class."""
     convolution: tuple[Literal["conv_matmul", "conv_lax"], ...] = ("conv_matmul", "conv_lax")
     """How convolutions are computed."""
-    chunk_size: tuple[int, ...] = (1, 2, 4, 8, 32)
-    """Tasks that are vmapped together; those that do not divide the meta-batch are left out."""
+    chunk_size: tuple[int, ...] = (1, 2, 4, 8, 16)
+    """Tasks that are vmapped together; those that do not divide the tasks of a device are left out."""
+    precision: tuple[Literal["float32", "tensorfloat32", "bfloat16"], ...] = ("float32", "tensorfloat32", "bfloat16")
+    """Of matrix products, compared for the library's default alone; the first is what the others are compared with."""
     cross: bool = False
     """Run every combination of the settings."""
     matmul_size: int = 2048
@@ -81,11 +87,12 @@ SHORT = Config(
     shot=(1,),
     convolution=("conv_matmul",),
     chunk_size=(1, 4),
+    precision=("float32",),
 )
 
 
-def cases(config: Config) -> Iterator[Case]:
-    """The cases of a sweep, without repetition."""
+def cases(config: Config, num_devices: int) -> Iterator[Case]:
+    """The cases of a sweep over that many devices, without repetition."""
     fixed = {"way": config.way, "query_shot": config.query_shot, "filters": config.filters}
     swept = {
         name: getattr(config, name)
@@ -103,13 +110,21 @@ def cases(config: Config) -> Iterator[Case]:
     seen = set()
     for combination in combinations:
         case = Case(**fixed, **combination)
-        if case.meta_batch_size % case.chunk_size == 0 and case not in seen:
+        tasks_of_a_device = case.meta_batch_size // math.gcd(case.meta_batch_size, num_devices)
+        if tasks_of_a_device % case.chunk_size == 0 and case not in seen:
             seen.add(case)
             yield case
 
 
-def run_case(case: Case, config: common.Settings) -> dict[str, Any]:
-    """Compiles and times one case; returns its row of the result file."""
+class Prepared(NamedTuple):
+    """A case that is compiled: a call that takes a step, and its row of the result file but for the times."""
+
+    call: Callable[[], Any]
+    row: dict[str, Any]
+
+
+def prepare(case: Case) -> Prepared:
+    """Compiles one case."""
     model = models.conv4(way=case.way, features=case.filters, conv_fn=CONVOLUTIONS[case.convolution])
     learner = maml(
         model,
@@ -126,26 +141,43 @@ def run_case(case: Case, config: common.Settings) -> dict[str, Any]:
     mesh = mesh_for(case.meta_batch_size) if case.on_mesh else None
     state, episodes = common.place(state, episodes, mesh)
     step = make_meta_step(learner, optimizer, chunk_size=case.chunk_size, mesh=mesh)
-    flops = count_flops(step, state, episodes)
-    compiled, compile_seconds = common.compile_of(step, state, episodes)
-    timing = common.measure(common.stepping(compiled, state, episodes), config)
-    return dataclasses.asdict(case) | {
+    with jax.default_matmul_precision(matmul_algorithm(case.precision)):
+        flops = count_flops(step, state, episodes)
+        compiled, compile_seconds = common.compile_of(step, state, episodes)
+    row = dataclasses.asdict(case) | {
         "devices": mesh.size if mesh else 1,
-        "seconds": timing,
         "compile_seconds": compile_seconds,
         "flops": flops,
-        "flops_per_second": flops / timing.median,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
+    return Prepared(common.stepping(compiled, state, episodes), row)
 
 
-def matmul_peak(config: Config) -> dict[str, Any]:
-    """Operations a second of a large float32 matrix product, what this machine can do at best."""
-    size = config.matmul_size
-    matrix = jnp.ones((size, size))
-    compiled, _ = common.compile_of(jnp.matmul, matrix, matrix)
-    timing = common.measure(lambda: compiled(matrix, matrix), dataclasses.replace(config, max_repetitions=30))
-    return {"size": size, "seconds": timing, "flops_per_second": 2 * size**3 / timing.lower}
+def run_cases(named: dict[str, Case], reference: str, config: Config) -> dict[str, dict[str, Any]]:
+    """Times some cases in turns, and each time the machine's peak with them; returns a row for each.
+
+    Args:
+      named: the cases by name.
+      reference: the name of the one whose time the others are compared with; if it is none of them, none is.
+      config: how often, for how long, and the size of the matrix product that gives the peak.
+    """
+    prepared = {name: prepare(case) for name, case in named.items()}
+    matrix = jnp.ones((config.matmul_size, config.matmul_size))
+    product = jax.jit(jnp.matmul).lower(matrix, matrix).compile()
+    calls = {name: case.call for name, case in prepared.items()} | {PEAK: lambda: product(matrix, matrix)}
+    seconds = common.measure_alternately(calls, config)
+    peak = 2 * config.matmul_size**3 / common.summarise(seconds[PEAK]).median
+    rows = {}
+    for name, case in prepared.items():
+        timing = common.summarise(seconds[name])
+        ratios = [a / b for a, b in zip(seconds[name], seconds.get(reference, []), strict=False)]
+        rows[name] = case.row | {
+            "seconds": timing,
+            "times_reference": common.summarise(ratios) if ratios else None,
+            "flops_per_second": case.row["flops"] / timing.median,
+            "matmul_flops_per_second": peak,
+        }
+    return rows
 
 
 def headline(config: Config) -> dict[str, dict[str, Any]]:
@@ -153,21 +185,52 @@ def headline(config: Config) -> dict[str, dict[str, Any]]:
     base = Case(
         way=config.way, query_shot=config.query_shot, filters=config.filters, meta_batch_size=config.meta_batch_size[0]
     )
-    one_vmap = dataclasses.replace(base, convolution="conv_lax", chunk_size=base.meta_batch_size)
-    return {
-        "library default": run_case(base, config),
-        "library default, a mesh of all devices": run_case(dataclasses.replace(base, on_mesh=True), config),
-        "one vmap over lax.conv": run_case(one_vmap, config),
-    }
+    one_device = dataclasses.replace(base, on_mesh=False)
+    one_vmap = dataclasses.replace(one_device, convolution="conv_lax", chunk_size=base.meta_batch_size)
+    return run_cases({OURS: base, f"{OURS}, one device": one_device, ONE_VMAP: one_vmap}, OURS, config)
+
+
+def sweep(config: Config) -> list[dict[str, Any]]:
+    """The rows of the sweep; cases that differ in the derivative alone take turns."""
+    groups: dict[Case, list[Case]] = {}
+    for case in cases(config, jax.device_count()):
+        groups.setdefault(dataclasses.replace(case, derivative="first_order"), []).append(case)
+    rows = []
+    for group in groups.values():
+        rows += run_cases({case.derivative: case for case in group}, "first_order", config).values()
+    return rows
+
+
+def precisions(config: Config) -> list[dict[str, Any]]:
+    """The exact meta-step in each precision, and how far its meta-gradient is from that of the first."""
+    base = Case(
+        way=config.way, query_shot=config.query_shot, filters=config.filters, meta_batch_size=config.meta_batch_size[0]
+    )
+    named = {precision: dataclasses.replace(base, precision=precision) for precision in config.precision}
+    rows = run_cases(named, config.precision[0], config)
+    gradients = {name: first_gradient(case) for name, case in named.items()}
+    for name, row in rows.items():
+        difference = optax.tree.norm(optax.tree.sub(gradients[name], gradients[config.precision[0]]))
+        row["gradient_distance"] = float(difference / optax.tree.norm(gradients[config.precision[0]]))
+    return list(rows.values())
+
+
+def first_gradient(case: Case) -> ArrayTree:
+    """The meta-gradient of the first step: (1 - b1) of it is Adam's first moment after that step."""
+    return optax.tree.get(prepare(case).call()[0].opt_state, "mu")
 
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes meta_step.json and meta_step.png, and returns the content."""
-    peak = matmul_peak(config)
     compared = headline(config)
-    rows = [run_case(case, config) for case in cases(config)]
-    slow, fast = (compared[name]["seconds"].median for name in ("one vmap over lax.conv", "library default"))
-    content = {"matmul_peak": peak, "headline": compared, "speed_up": slow / fast, "rows": rows}
+    rows = sweep(config)
+    content = {
+        "matmul_size": config.matmul_size,
+        "headline": compared,
+        "speed_up": compared[ONE_VMAP]["times_reference"].median,
+        "precisions": precisions(config) if len(config.precision) > 1 else [],
+        "rows": rows,
+    }
     common.show(tables(content))
     common.write_results("meta_step", config, content)
     draw(config, rows)
@@ -175,32 +238,51 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """The comparison and the sweep."""
-    peak = content["matmul_peak"]["flops_per_second"]
+    """The comparison, the precisions and the sweep."""
 
     def costs(row):
         return [
             row["seconds"],
+            "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_reference"])
+            if row["times_reference"]
+            else "",
             f"{row['compile_seconds']:.1f}",
             f"{row['flops'] / 1e9:.1f}",
-            f"{row['flops_per_second'] / peak:.0%}",
+            f"{row['flops_per_second'] / row['matmul_flops_per_second']:.0%}",
             f"{row['temporary_bytes'] / 1e6:.1f}",
         ]
 
-    columns = ["ms (quartiles)", "compile s", "GFLOP", "of peak", "temporaries MB"]
+    columns = ["ms (quartiles)", "times {}", "compile s", "GFLOP", "of peak", "temporaries MB"]
+
+    def times(reference):
+        return [column.format(reference) for column in columns]
+
     names = ["derivative", "inner_steps", "meta_batch_size", "shot", "convolution", "chunk_size"]
-    return [
+    peaks = sorted(row["matmul_flops_per_second"] / 1e9 for row in content["headline"].values())
+    found = [
         common.Table(
             "One exact meta-step",
-            ["", "tasks", "devices", *columns],
+            ["", "tasks", "devices", *times("the default")],
             [[name, row["meta_batch_size"], row["devices"], *costs(row)] for name, row in content["headline"].items()],
-            f"One vmap over lax.conv takes {content['speed_up']:.1f} times as long as the library on one device.\n"
-            f"The peak is that of a product of float32 matrices of side {content['matmul_peak']['size']}, "
-            f"{peak / 1e9:.0f} GFLOP/s. Temporaries are those of one device.",
-        ),
+            f"One vmap over lax.conv takes {content['speed_up']:.1f} times as long as the library.\n"
+            f"The peak is that of a product of float32 matrices of side {content['matmul_size']}, taken in turns with "
+            f"the programs: {peaks[0]:.0f} GFLOP/s here. Temporaries are those of one device.",
+        )
+    ]
+    if content["precisions"]:
+        found.append(
+            common.Table(
+                "Precision of matrix products",
+                ["", *times(content["precisions"][0]["precision"]), "distance of the meta-gradient"],
+                [[row["precision"], *costs(row), f"{row['gradient_distance']:.1e}"] for row in content["precisions"]],
+                "The distance is relative to the norm of the meta-gradient in the first precision.",
+            )
+        )
+    return [
+        *found,
         common.Table(
             "The sweep",
-            [*(name.replace("_", " ") for name in names), *columns],
+            [*(name.replace("_", " ") for name in names), *times("first order")],
             [[*(row[name] for name in names), *costs(row)] for row in content["rows"]],
         ),
     ]

@@ -50,14 +50,18 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
 
 def set_up_jax(precision: str) -> None:
     """Matrix precision, the compilation cache, and on a CPU one virtual device per core."""
-    # The name "bfloat16" leaves the choice to the backend, and a GPU takes TF32; the algorithm says what is meant.
-    algorithm = {"bfloat16": "BF16_BF16_F32"}.get(precision, precision)
-    jax.config.update("jax_default_matmul_precision", algorithm)
+    jax.config.update("jax_default_matmul_precision", matmul_algorithm(precision))
     if not jax.config.jax_compilation_cache_dir:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache_home / "maml_jax" / "programs"))
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+
+
+def matmul_algorithm(precision: str) -> str:
+    """What `--precision` stands for in `jax_default_matmul_precision`."""
+    # The name "bfloat16" leaves the choice to the backend, and a GPU takes TF32; the algorithm says what is meant.
+    return {"bfloat16": "BF16_BF16_F32"}.get(precision, precision)
 
 
 def mesh_for(*counts: int) -> jax.sharding.Mesh | None:

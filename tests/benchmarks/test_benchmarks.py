@@ -51,9 +51,9 @@ def test_alternation_takes_turns_and_spares_the_slow(clock):
 
         return call
 
-    calls = {"a": call_of("a", 1.0), "slow": call_of("slow", 20.0), "b": call_of("b", 2.0)}
+    calls = {"a": call_of("a", 1.0), "slow": call_of("slow", 40.0), "b": call_of("b", 2.0)}
     seconds = common.measure_alternately(calls, common.Settings(max_repetitions=3, max_seconds=30.0))
-    assert seconds == {"a": [1.0] * 3, "slow": [20.0], "b": [2.0] * 3}
+    assert seconds == {"a": [1.0] * 3, "slow": [40.0], "b": [2.0] * 3}
     assert "".join(order[3:]) == "aslowb" + "ab" + "ab"
 
 
@@ -83,14 +83,14 @@ def test_operations_of_a_compiled_program():
 
 def test_sweep_varies_each_setting_alone():
     config = meta_step.Config()
-    cases = list(meta_step.cases(config))
+    cases = list(meta_step.cases(config, 2))
     assert len(cases) == len(set(cases))
     names = ("derivative", "inner_steps", "meta_batch_size", "shot", "convolution", "chunk_size")
     for name in names:
         assert {getattr(case, name) for case in cases} == set(getattr(config, name))
-    crossed = list(meta_step.cases(dataclasses.replace(config, cross=True)))
-    # Of the five chunk sizes 32 does not divide the smaller of the two meta-batches.
-    assert len(crossed) == 3 * 3 * (5 + 4) * 2 * 2
+    crossed = list(meta_step.cases(dataclasses.replace(config, cross=True), 2))
+    # Two devices have 16 tasks each of the larger meta-batch, and 4 of the smaller, which 8 and 16 do not divide.
+    assert len(crossed) == 3 * 3 * (5 + 3) * 2 * 2
 
 
 def test_gradient_distance():
@@ -142,20 +142,24 @@ def test_meta_step_runs(quick, tmp_path):
         **quick,
         filters=2,
         query_shot=1,
-        derivative=("mixed_mode",),
+        derivative=("mixed_mode", "first_order"),
         inner_steps=(1,),
         meta_batch_size=(2,),
         shot=(1,),
         convolution=("conv_matmul",),
-        chunk_size=(2,),
+        chunk_size=(1,),
+        precision=("float32", "bfloat16"),
         matmul_size=32,
     )
     meta_step.run(config)
     found = result_of("meta_step", tmp_path)
-    assert len(found["rows"]) == 1
-    ours, on_mesh, one_vmap = found["headline"].values()
+    exact, first_order = found["rows"]
+    assert exact["times_reference"].median == exact["seconds"].median / first_order["seconds"].median
+    assert exact["flops"] > first_order["flops"]
+    on_mesh, ours, one_vmap = found["headline"].values()
     assert (ours["devices"], on_mesh["devices"]) == (1, 2)
-    assert found["speed_up"] == one_vmap["seconds"].median / ours["seconds"].median
+    assert found["speed_up"] == one_vmap["seconds"].median / on_mesh["seconds"].median
+    assert [row["gradient_distance"] < 0.1 for row in found["precisions"]] == [True, True]
     # The convolution as a matrix product also multiplies the padding.
     assert one_vmap["flops"] < ours["flops"] < 1.5 * one_vmap["flops"]
 
