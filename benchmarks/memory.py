@@ -1,6 +1,7 @@
 """Temporary memory of one task's meta-gradient against inner steps and depth, for every way of differentiating.
 
-Memory is read off the compiled program, which is never run: the numbers are exact and have no spread.
+Memory is read off the compiled program, which is not run: the numbers are exact and have no spread. For one number
+of inner steps the meta-gradients are timed too, all ways in turns.
 
 python -m benchmarks.memory
 python -m benchmarks.memory --short    the convolutional network alone
@@ -12,11 +13,10 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from maml_jax import Batch, Episode, Model, first_order, losses, maml, mixed_mode, models
+from maml_jax import Episode, Model, first_order, losses, maml, mixed_mode, models
 from maml_jax.cost import cost_of
 
 
@@ -66,7 +66,7 @@ class Config(common.Settings):
     inner_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
     """Inner steps."""
     depth_inner_steps: int = 5
-    """Inner steps in the sweep over depth."""
+    """Inner steps in the sweep over depth, and of the meta-gradients that are timed."""
     shot: int = 5
     """Support and query examples for each of five classes."""
 
@@ -74,10 +74,9 @@ class Config(common.Settings):
 SHORT = Config(short=True, networks=("conv4",), inner_steps=(1, 5, 20))
 
 
-def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int) -> dict[str, Any]:
-    """Compiles the meta-gradient of one task; returns its row of the result file."""
-    network = NETWORKS[name]
-    model = network.make(depth)
+def meta_gradient_of(name: str, depth: int, inner_steps: int, derivative: str) -> tuple[Model, Callable]:
+    """A network, and `(params, episode) -> (gradient, info)` for one task."""
+    model = NETWORKS[name].make(depth)
     learner = maml(
         model,
         losses.cross_entropy,
@@ -85,36 +84,60 @@ def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int
         num_inner_steps=inner_steps,
         inner_grad=DERIVATIVES[derivative],
     )
-    batch = Batch(
-        jax.ShapeDtypeStruct((5 * shot, network.size, network.size, 1), jnp.float32),
-        jax.ShapeDtypeStruct((5 * shot,), jnp.int32),
-    )
-    episode = Episode(batch, batch)
-    params = jax.eval_shape(model.init, jax.random.key(0), batch.inputs)
-    gradient = jax.grad(learner.objective, has_aux=True)
-    cost = cost_of(gradient, params, episode)
+    return model, jax.grad(learner.objective, has_aux=True)
+
+
+def episode_for(name: str, shot: int) -> Episode:
+    """One task of five classes in the network's size of image."""
+    shape = (NETWORKS[name].size, NETWORKS[name].size, 1)
+    episodes = common.random_episodes(num_tasks=1, way=5, shot=shot, query_shot=shot, shape=shape)
+    return jax.tree.map(lambda x: x[0], episodes)
+
+
+def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int) -> dict[str, Any]:
+    """Compiles the meta-gradient of one task; returns its row of the result file."""
+    model, gradient = meta_gradient_of(name, depth, inner_steps, derivative)
+    episode = jax.eval_shape(lambda: episode_for(name, shot))
+    params = jax.eval_shape(model.init, jax.random.key(0), episode.support.inputs)
     return {
         "network": name,
         "depth": depth,
         "inner_steps": inner_steps,
         "derivative": derivative,
-        **cost._asdict(),
+        **cost_of(gradient, params, episode)._asdict(),
         "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
+    }
+
+
+def time_derivatives(name: str, config: Config) -> dict[str, Any]:
+    """Times the meta-gradient of one task, every way of differentiating in turns; returns a row."""
+    calls, episode = {}, episode_for(name, config.shot)
+    for derivative in DERIVATIVES:
+        model, gradient = meta_gradient_of(name, NETWORKS[name].depth, config.depth_inner_steps, derivative)
+        params = model.init(jax.random.key(0), episode.support.inputs)
+        compiled, _ = common.compile_of(gradient, params, episode)
+        calls[derivative] = lambda compiled=compiled, params=params: compiled(params, episode)
+    seconds = common.measure_alternately(calls, config)
+    return {
+        "network": name,
+        "inner_steps": config.depth_inner_steps,
+        "seconds": {derivative: common.summarise(values) for derivative, values in seconds.items()},
     }
 
 
 def run(config: Config) -> dict[str, Any]:
     """Compiles, prints, writes memory.json and memory.png, and returns the content."""
     start = time.perf_counter()
-    rows = []
+    rows, times = [], []
     for name in config.networks:
+        times.append(time_derivatives(name, config))
         network = NETWORKS[name]
         cases = [(network.depth, steps) for steps in config.inner_steps]
         cases += [(depth, config.depth_inner_steps) for depth in network.depths]
         for depth, steps in dict.fromkeys(cases):
             rows += [run_case(name, depth, steps, derivative, config.shot) for derivative in DERIVATIVES]
         common.console.print(f"{name} compiled; {time.perf_counter() - start:.0f} s")
-    content = {"rows": rows}
+    content = {"rows": rows, "times": times}
     common.show(tables(content))
     common.write_results("memory", config, content)
     draw(config, rows)
@@ -139,6 +162,14 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
     return [
         common.Table("Temporaries, MB", columns, [[*case, *megabytes(case)] for case in cases]),
         common.Table("Operations, relative to first order", columns, [[*case, *ratios(case)] for case in cases]),
+        common.Table(
+            "Milliseconds (quartiles)",
+            ["network", "inner steps", *headings],
+            [
+                [row["network"], row["inner_steps"], *(row["seconds"][name] for name in DERIVATIVES)]
+                for row in content["times"]
+            ],
+        ),
     ]
 
 

@@ -117,10 +117,11 @@ def cases(config: Config, num_devices: int) -> Iterator[Case]:
 
 
 class Prepared(NamedTuple):
-    """A case that is compiled: a call that takes a step, and its row of the result file but for the times."""
+    """A case that is compiled: a call that takes a step, its row of the result file but for the times, and its HLO."""
 
     call: Callable[[], Any]
     row: dict[str, Any]
+    program: str
 
 
 def prepare(case: Case) -> Prepared:
@@ -150,7 +151,7 @@ def prepare(case: Case) -> Prepared:
         "flops": flops,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
     }
-    return Prepared(common.stepping(compiled, state, episodes), row)
+    return Prepared(common.stepping(compiled, state, episodes), row, compiled.as_text())
 
 
 def run_cases(named: dict[str, Case], reference: str, config: Config) -> dict[str, dict[str, Any]]:

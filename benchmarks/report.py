@@ -1,4 +1,4 @@
-"""Fills in the tables of benchmarks/README.md from the result files, so that no number there is typed by hand.
+"""Fills in the tables of benchmarks/README.md and README.md from the result files; no number is typed by hand.
 
 python -m benchmarks.report
 """
@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from benchmarks import common, devices, memory, meta_step, peers, sinusoid
+from benchmarks import breakdown, common, devices, memory, meta_step, peers, sinusoid
 from experiments.report import markdown_table
 
 HERE = Path(__file__).parent
 TABLES = {
     "meta_step": meta_step.tables,
+    "breakdown": breakdown.tables,
     "memory": memory.tables,
     "sinusoid": sinusoid.tables,
     "devices": devices.tables,
@@ -30,23 +31,44 @@ def section(content: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def write(readme: Path, results_dir: Path) -> None:
-    """Replaces what stands between `<!-- NAME -->` and `<!-- end -->` for each NAME that has a result file.
+def speed(content: dict[str, Any]) -> str:
+    """The peers' times in short, for the README of the project."""
+    steps = sorted({row["inner_steps"] for row in content["rows"]})
+    by = {(row["implementation"], row["inner_steps"]): row for row in content["rows"]}
+
+    def cell(name, count):
+        if (name, count) not in by:
+            return ""
+        row = by[name, count]
+        return f"{1e3 * row['seconds'].median:.3g} ms, {row['times_ours'].median:.2f} times"
+
+    header = ["", *(f"{count} inner step{'s' if count > 1 else ''}" for count in steps)]
+    names = dict.fromkeys(row["implementation"] for row in content["rows"])
+    return markdown_table(header, [[name, *(cell(name, count) for count in steps)] for name in names])
+
+
+def fill(readme: Path, sections: dict[str, str]) -> None:
+    """Replaces what stands between `<!-- NAME -->` and `<!-- end -->` for each NAME.
 
     Raises:
-      ValueError: if the text has no place for a benchmark.
+      ValueError: if the text has no place for a name, or several.
     """
     text = readme.read_text()
-    for name in TABLES:
-        file = results_dir / f"{name}.json"
-        if not file.exists():
-            continue
-        filled = f"<!-- {name} -->\n\n{section(common.read_results(file))}\n\n<!-- end -->"
+    for name, content in sections.items():
+        filled = f"<!-- {name} -->\n\n{content}\n\n<!-- end -->"
         text, places = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _, new=filled: new, text, flags=re.DOTALL)
         if places != 1:
             raise ValueError(f"{readme} has {places} places for {name}, lines <!-- {name} --> and <!-- end -->")
     readme.write_text(text)
 
 
+def write(readme: Path, project_readme: Path | None, results_dir: Path) -> None:
+    """Fills in the tables of every benchmark that has a result file, and those of the project's README."""
+    found = {file.stem: common.read_results(file) for name in TABLES if (file := results_dir / f"{name}.json").exists()}
+    fill(readme, {name: section(content) for name, content in found.items()})
+    if project_readme is not None and "peers" in found:
+        fill(project_readme, {"speed": speed(found["peers"])})
+
+
 if __name__ == "__main__":
-    write(HERE / "README.md", HERE / "results")
+    write(HERE / "README.md", HERE.parent / "README.md", HERE / "results")

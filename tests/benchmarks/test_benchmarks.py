@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
 import sys
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import common, devices, memory, meta_step, peers, report, sinusoid
+from benchmarks import breakdown, common, devices, memory, meta_step, peers, report, sinusoid
 
 # What the benchmarks do
 
@@ -177,6 +178,23 @@ def test_memory_runs(quick, tmp_path, monkeypatch):
         assert checkpointed < reverse
 
 
+def test_kinds_of_operations():
+    def function(x, y):
+        return jnp.concatenate([x, y]) @ jnp.tanh(y).T + jnp.sum(x)
+
+    kinds = breakdown.kinds_of(jax.jit(function).lower(jnp.ones((2, 8)), jnp.ones((2, 8))).compile().as_text())
+    assert {"dot", "reduce"} <= set(kinds.values()) <= set(breakdown.KINDS)
+
+
+def test_breakdown_runs(quick, tmp_path):
+    # Which operations the profile names needs a flag of XLA that is set before it starts.
+    command = [sys.executable, "-m", "benchmarks.breakdown", "--max-repetitions", "1", "--max-seconds", "1"]
+    command += ["--meta-batch-size", "2", "--filters", "4", "--matmul-size", "64", "--results-dir", str(tmp_path)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    found = result_of("breakdown", tmp_path)
+    assert 0 < found["seconds"]["dot"] < sum(found["seconds"].values())
+
+
 def test_sinusoid_runs(quick, tmp_path):
     config = sinusoid.Config(
         **quick, meta_batch_size=2, shot=2, features=(3, 1), steps_per_call=3, python_steps=2, chunk_size=()
@@ -222,22 +240,24 @@ def test_report_fills_in_what_was_measured(tmp_path):
     common.write_results("sinusoid", settings, {"rows": {sinusoid.OURS: row}})
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- sinusoid -->old<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
-    report.write(readme, tmp_path)
+    report.write(readme, None, tmp_path)
     text = readme.read_text()
     assert text.startswith("before\n<!-- sinusoid -->\n")
     assert text.endswith("<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
     assert f"| {sinusoid.OURS} | 500 | 1.0 | 2 (1-3) | 1.0 |" in text
     assert "starts 100 operations, one every 20000 ns, for 1.00 MFLOP; that is 0.5 GFLOP/s" in text
     assert "old" not in text
-    report.write(readme, tmp_path)
+    report.write(readme, None, tmp_path)
     assert readme.read_text() == text
     readme.write_text("nowhere")
     with pytest.raises(ValueError, match="0 places for sinusoid"):
-        report.write(readme, tmp_path)
+        report.write(readme, None, tmp_path)
 
 
 def test_the_numbers_in_the_readme_are_those_of_the_result_files(tmp_path):
-    copy = tmp_path / "README.md"
-    copy.write_text((report.HERE / "README.md").read_text())
-    report.write(copy, report.HERE / "results")
-    assert copy.read_text() == (report.HERE / "README.md").read_text()
+    files = (report.HERE / "README.md", report.HERE.parent / "README.md")
+    copies = [tmp_path / str(number) for number in range(2)]
+    for file, copy in zip(files, copies, strict=True):
+        copy.write_text(file.read_text())
+    report.write(*copies, report.HERE / "results")
+    assert [copy.read_text() for copy in copies] == [file.read_text() for file in files]
