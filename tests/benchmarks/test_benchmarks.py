@@ -201,7 +201,7 @@ def test_sinusoid_runs(quick, tmp_path):
     )
     sinusoid.run(config)
     rows = result_of("sinusoid", tmp_path)["rows"]
-    assert len(rows) == (3 if importlib.util.find_spec("torch") else 2)
+    assert len(rows) == (4 if importlib.util.find_spec("torch") else 3)
     assert rows[sinusoid.OURS]["ops_per_step"] > 10
 
 
@@ -233,11 +233,10 @@ def test_report_fills_in_what_was_measured(tmp_path):
         "seconds_per_step": timing,
         "compile_seconds": 1.0,
         "ops_per_step": 100,
-        "seconds_per_op": 2e-5,
-        "flops_per_step": 1e6,
     }
     settings = common.Settings(results_dir=tmp_path)
-    common.write_results("sinusoid", settings, {"rows": {sinusoid.OURS: row}})
+    rows = {sinusoid.OURS: row | {"flops_per_step": 1e6}, sinusoid.SAMPLING: row}
+    common.write_results("sinusoid", settings, {"rows": rows})
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- sinusoid -->old<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
     report.write(readme, None, tmp_path)
@@ -245,7 +244,8 @@ def test_report_fills_in_what_was_measured(tmp_path):
     assert text.startswith("before\n<!-- sinusoid -->\n")
     assert text.endswith("<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
     assert f"| {sinusoid.OURS} | 500 | 1.0 | 2 (1-3) | 1.0 |" in text
-    assert "starts 100 operations, one every 20000 ns, for 1.00 MFLOP; that is 0.5 GFLOP/s" in text
+    assert "1.00 MFLOP and 100 operations a meta-step, 0.5 GFLOP/s" in text
+    assert "Sampling is 100 of the operations and 100% of the time" in text
     assert "old" not in text
     report.write(readme, None, tmp_path)
     assert readme.read_text() == text
