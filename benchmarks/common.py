@@ -109,13 +109,13 @@ def measure_alternately(calls: dict[str, Callable[[], Any]], settings: Settings)
     """Times several calls in rounds, each once a round, so that a disturbance meets all of them.
 
     Args:
-      calls: as for `measure`, by name. One that takes more than half of `max_seconds` is in the first round alone.
+      calls: as for `measure`, by name. One that takes more than a quarter of `max_seconds` is in the first round alone.
       settings: rounds at most, and the seconds, those of such slow calls apart, after which no further round begins.
 
     Returns:
       Seconds of each call, one a round.
     """
-    slow = {name for name, call in calls.items() if seconds_of(call) > settings.max_seconds / 2}
+    slow = {name for name, call in calls.items() if seconds_of(call) > settings.max_seconds / 4}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(settings.max_repetitions):
         for name, call in calls.items():

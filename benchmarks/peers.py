@@ -31,7 +31,7 @@ class Config(common.Settings):
     """One exact meta-step of MAML with Adam: conv4 at stride 2, offsets of the normalisation not adapted."""
 
     max_seconds: float = 60.0
-    """Seconds of rounds for each number of inner steps; an implementation that takes more than half of it is in one."""
+    """Seconds of rounds for each number of inner steps; what takes more than a quarter of it is in the first alone."""
     meta_batch_size: int = 32
     """Tasks of a meta-step."""
     way: int = 5
