@@ -108,11 +108,7 @@ def run(config: Config) -> dict[str, Any]:
     }
     common.show(tables(content))
     common.write_results("breakdown", config, {"seconds": seconds, "step": timed})
-    with common.figure("breakdown", config) as (axes,):
-        ordered = sorted(seconds.items(), key=lambda item: item[1])
-        bars = axes.barh([KINDS[kind].partition(":")[0] for kind, _ in ordered], [1e3 * value for _, value in ordered])
-        axes.bar_label(bars, fmt="%.0f")
-        axes.set(xlabel="milliseconds of a meta-step on one core")
+    draw(config, seconds)
     return content
 
 
@@ -136,6 +132,14 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
             f"{peak / 1e9:.0f} GFLOP/s: the floor.",
         )
     ]
+
+
+def draw(config: Config, seconds: dict[str, float]) -> None:
+    """A bar for each kind of operation."""
+    ordered = sorted(seconds.items(), key=lambda item: -item[1])
+    with common.figure("breakdown", config, width=7) as (axes,):
+        values = {KINDS[kind].partition(":")[0]: 1e3 * value for kind, value in ordered}
+        common.draw_bars(axes, values, "milliseconds of a meta-step on one core")
 
 
 if __name__ == "__main__":

@@ -244,17 +244,25 @@ def _as_json(content: Any) -> Any:
 
 
 @contextlib.contextmanager
-def figure(name: str, settings: Settings, *, columns: int = 1) -> Iterator[Any]:
-    """Yields `columns` axes side by side (a list) and writes them to NAME.png; no display is needed."""
+def figure(name: str, settings: Settings, *, columns: int = 1, width: float = 4.5) -> Iterator[Any]:
+    """Yields `columns` axes side by side (a list), each `width` inches, and writes NAME.png; no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(1 + 4.5 * columns, 4), layout="constrained")
+    drawing = Figure(figsize=(1 + width * columns, 4), layout="constrained")
     FigureCanvasAgg(drawing)
     yield list(drawing.subplots(1, columns, squeeze=False)[0])
     file = _folder(settings) / f"{name}.png"
     drawing.savefig(file, dpi=120)
     console.print(f"wrote {file}")
+
+
+def draw_bars(axes: Any, values: dict[str, float], label: str) -> None:
+    """A horizontal bar for each name, the first on top, with its value behind it and room for that."""
+    bars = axes.barh(list(values)[::-1], list(values.values())[::-1])
+    axes.bar_label(bars, [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values.values()][::-1])
+    axes.set(xlabel=label)
+    axes.margins(x=0.15)
 
 
 def read_results(file: Path) -> dict[str, Any]:

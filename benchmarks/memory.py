@@ -181,7 +181,12 @@ def draw(config: Config, rows: list[dict[str, Any]]) -> None:
         chosen = [row for row in rows if row["network"] == name and all(row[k] == v for k, v in fixed.items())]
         for derivative in DERIVATIVES:
             points = sorted((row[x], row["temporary_bytes"] / 1e6) for row in chosen if row["derivative"] == derivative)
-            axes.plot(*zip(*points, strict=True), "o-", label=derivative.replace("_", " "))
+            # Checkpointed and mixed mode lie on one another: the former is dashed, with the larger marks.
+            style = (
+                {"linestyle": "--", "marker": "s", "markersize": 9} if derivative == "checkpointed" else {"marker": "o"}
+            )
+            axes.plot(*zip(*points, strict=True), label=derivative.replace("_", " "), **style)
+        axes.set_xticks(sorted({row[x] for row in chosen}))
         axes.set(ylabel="temporaries, MB", ylim=(0, None))
 
     with common.figure("memory", config, columns=len(config.networks) + len(deep)) as drawn:

@@ -314,8 +314,10 @@ def draw(config: Config, rows: list[dict[str, Any]]) -> None:
                 inner_steps=config.inner_steps[0],
                 **base,
             )
-        left.set(xlabel="inner steps", ylabel="seconds a meta-step")
+        left.set(xlabel="inner steps", ylabel="seconds a meta-step", xticks=config.inner_steps, ylim=(0, None))
         right.set(xlabel="tasks vmapped together", ylabel="seconds a meta-step", xscale="log", yscale="log")
+        right.set_xticks(config.chunk_size, config.chunk_size)
+        right.minorticks_off()
         left.legend()
         right.legend()
 

@@ -268,13 +268,12 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
     """A bar for each implementation, as a multiple of ours."""
-    with common.figure("peers", config, columns=len(config.inner_steps)) as drawn:
+    with common.figure("peers", config, columns=len(config.inner_steps), width=5.5) as drawn:
         for axes, steps in zip(drawn, config.inner_steps, strict=True):
-            chosen = [row for row in rows if row["inner_steps"] == steps][::-1]
-            ratios = [row["times_ours"].median for row in chosen]
-            bars = axes.barh([row["implementation"] for row in chosen], ratios)
-            axes.bar_label(bars, [f"{ratio:.2g}" for ratio in ratios])
-            axes.set(xlabel=f"time, as a multiple of {OURS}", title=f"{steps} inner step(s)", xscale="log")
+            ratios = {row["implementation"]: row["times_ours"].median for row in rows if row["inner_steps"] == steps}
+            common.draw_bars(axes, ratios, f"time, as a multiple of {OURS}")
+            axes.set(title=f"inner steps: {steps}", xscale="log", xlim=(0.5, 2 * max(ratios.values())))
+            axes.xaxis.set_minor_formatter("")
 
 
 if __name__ == "__main__":

@@ -234,11 +234,16 @@ def run(config: Config) -> dict[str, Any]:
     content = {"rows": rows}
     common.show(tables(content))
     common.write_results("sinusoid", config, content)
-    with common.figure("sinusoid", config) as (axes,):
-        bars = axes.barh(list(rows)[::-1], [row["steps_per_second"] for row in rows.values()][::-1])
-        axes.bar_label(bars, fmt="%.0f")
-        axes.set(xlabel="meta-steps a second", xscale="log")
+    draw(config, rows)
     return content
+
+
+def draw(config: Config, rows: dict[str, Any]) -> None:
+    """A bar for each loop."""
+    with common.figure("sinusoid", config, width=7) as (axes,):
+        values = {name: row["steps_per_second"] for name, row in rows.items() if name != SAMPLING}
+        common.draw_bars(axes, values, "meta-steps a second")
+        axes.set(xscale="log")
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
