@@ -56,7 +56,8 @@ class Timing(NamedTuple):
 
     def __str__(self) -> str:
         """Median and quartiles in milliseconds."""
-        return f"{1e3 * self.median:.4g} ({1e3 * self.lower:.4g}-{1e3 * self.upper:.4g})"
+        median, lower, upper = (f"{ms:.4g}" if ms < 1000 else f"{ms:.0f}" for ms in (1e3 * x for x in self[:3]))
+        return f"{median} ({lower}-{upper})"
 
 
 class Table(NamedTuple):
