@@ -1,4 +1,4 @@
-"""Where the time of one exact meta-step goes on a CPU: a profile of the compiled program, one thread on one core.
+"""Where the time of exact meta-steps goes on a CPU: profiles of compiled programs, one thread on one core.
 
 python -m benchmarks.breakdown
 python -m benchmarks.breakdown --short
@@ -13,19 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from benchmarks import common, meta_step
+from benchmarks import common, meta_step, sinusoid
 from experiments.runs import RunError
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """What is profiled: the library's default on one device."""
+    """What is profiled: the library's default on one device, for Omniglot's shapes and for sinusoids."""
 
     max_repetitions: int = 5
     """Meta-steps of the profile; a time is a mean over them."""
     meta_batch_size: int = 32
-    """Tasks of a meta-step."""
+    """Tasks of a meta-step of Omniglot; sinusoids have 25."""
+    sinusoid_steps: int = 200
+    """Meta-steps in one compiled call of the sinusoids."""
     inner_steps: int = 1
     """Inner steps."""
     filters: int = 64
@@ -35,6 +38,7 @@ class Config(common.Settings):
 
 
 SHORT = Config(short=True, max_repetitions=2, max_seconds=3.0, meta_batch_size=8)
+OMNIGLOT, SINUSOID = "Omniglot", "sinusoids"
 
 KINDS = {
     "dot": "matrix products",
@@ -43,7 +47,7 @@ KINDS = {
     "slice": "slices for the patches",
     "concatenate": "patches put together",
     "copy": "copies into another layout",
-    "other": "elementwise: normalisation, ReLU, updates",
+    "other": "elementwise: normalisation, ReLU, updates, random numbers",
 }
 """By the first of these operations that a fusion holds."""
 
@@ -91,55 +95,84 @@ def profile(call: Any, kinds: dict[str, str], repetitions: int) -> dict[str, flo
 
 def run(config: Config) -> dict[str, Any]:
     """Profiles, prints, writes breakdown.json and breakdown.png, and returns the content."""
-    case = meta_step.Case(
-        filters=config.filters,
-        meta_batch_size=config.meta_batch_size,
-        inner_steps=config.inner_steps,
-        on_mesh=False,
-    )
-    compiled = meta_step.prepare(case)
-    timed = meta_step.run_cases({meta_step.OURS: case}, "", config)[meta_step.OURS]
-    compiled.call()
-    seconds = profile(compiled.call, kinds_of(compiled.program), config.max_repetitions)
-    content = {
-        "config": dataclasses.asdict(config) | {"results_dir": None},
-        "seconds": seconds,
-        "step": timed,
-    }
+    content = {"programs": {OMNIGLOT: profile_omniglot(config), SINUSOID: profile_sinusoid(config)}}
     common.show(tables(content))
-    common.write_results("breakdown", config, {"seconds": seconds, "step": timed})
-    draw(config, seconds)
+    common.write_results("breakdown", config, content)
+    draw(config, content)
     return content
 
 
+def profile_omniglot(config: Config) -> dict[str, Any]:
+    """The meta-step of `benchmarks.meta_step`: seconds by kind of operation, without the profiler, and its floor."""
+    case = meta_step.Case(
+        filters=config.filters, meta_batch_size=config.meta_batch_size, inner_steps=config.inner_steps, on_mesh=False
+    )
+    row = meta_step.run_cases({meta_step.OURS: case}, "", config)[meta_step.OURS]
+    prepared = meta_step.prepare(case)
+    prepared.call()
+    return {
+        "tasks": case.meta_batch_size,
+        "seconds": row["seconds"].median,
+        "flops": row["flops"],
+        "matmul_flops_per_second": row["matmul_flops_per_second"],
+        "by_kind": profile(prepared.call, kinds_of(prepared.program), config.max_repetitions),
+    }
+
+
+def profile_sinusoid(config: Config) -> dict[str, Any]:
+    """The training loop of `benchmarks.sinusoid`, sampling included; all numbers are those of one meta-step."""
+    settings = sinusoid.Config(
+        max_repetitions=config.max_repetitions, max_seconds=config.max_seconds, steps_per_call=config.sinusoid_steps
+    )
+    loop = sinusoid.prepare_loop(settings, None)
+    timing = common.measure(loop.call, config)
+    by_kind = profile(loop.call, kinds_of(loop.program), config.max_repetitions)
+    return {
+        "tasks": settings.meta_batch_size,
+        "seconds": timing.median / config.sinusoid_steps,
+        "flops": loop.flops,
+        "matmul_flops_per_second": matmul_peak(config),
+        "by_kind": {kind: value / config.sinusoid_steps for kind, value in by_kind.items()},
+    }
+
+
+def matmul_peak(config: Config) -> float:
+    """Operations a second of a large matrix product."""
+    matrix = jnp.ones((config.matmul_size, config.matmul_size))
+    product, _ = common.compile_of(jnp.matmul, matrix, matrix)
+    return 2 * config.matmul_size**3 / common.measure(lambda: product(matrix, matrix), config).median
+
+
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """Milliseconds by kind of operation, and the floor."""
-    seconds, step = content["seconds"], content["step"]
-    total = sum(seconds.values())
-    peak = step["matmul_flops_per_second"]
-    floor = step["flops"] / peak
-    return [
-        common.Table(
-            f"One exact meta-step on one core, {step['meta_batch_size']} tasks, inner steps: {step['inner_steps']}",
-            ["", "ms", "share"],
-            [
-                [KINDS[kind], f"{1e3 * value:.0f}", f"{value / total:.0%}"]
-                for kind, value in sorted(seconds.items(), key=lambda item: -item[1])
-            ]
-            + [["all of them", f"{1e3 * total:.0f}", "100%"]],
-            f"Without the profiler a meta-step takes {1e3 * step['seconds'].median:.0f} ms. "
-            f"Its {step['flops'] / 1e9:.1f} GFLOP would take {1e3 * floor:.0f} ms at the core's peak of "
-            f"{peak / 1e9:.0f} GFLOP/s: the floor.",
+    """For each program, milliseconds by kind of operation, and the floor."""
+    found = []
+    for name, program in content["programs"].items():
+        total = sum(program["by_kind"].values())
+        peak = program["matmul_flops_per_second"]
+        ordered = sorted(program["by_kind"].items(), key=lambda item: -item[1])
+        found.append(
+            common.Table(
+                f"{name}: one exact meta-step of {program['tasks']} tasks on one core",
+                ["", "ms", "share"],
+                [[KINDS[kind], f"{1e3 * value:.3g}", f"{value / total:.0%}"] for kind, value in ordered]
+                + [["all of them", f"{1e3 * total:.3g}", "100%"]],
+                f"Without the profiler a meta-step takes {1e3 * program['seconds']:.3g} ms. "
+                f"Its {program['flops'] / 1e9:.3g} GFLOP would take {1e3 * program['flops'] / peak:.3g} ms at the peak "
+                f"of the core, {peak / 1e9:.0f} GFLOP/s: the floor.",
+            )
         )
-    ]
+    return found
 
 
-def draw(config: Config, seconds: dict[str, float]) -> None:
-    """A bar for each kind of operation."""
-    ordered = sorted(seconds.items(), key=lambda item: -item[1])
-    with common.figure("breakdown", config, width=7) as (axes,):
-        values = {KINDS[kind].partition(":")[0]: 1e3 * value for kind, value in ordered}
-        common.draw_bars(axes, values, "milliseconds of a meta-step on one core")
+def draw(config: Config, content: dict[str, Any]) -> None:
+    """A bar for each kind of operation, a panel for each program."""
+    programs = content["programs"]
+    with common.figure("breakdown", config, columns=len(programs), width=7) as drawn:
+        for axes, (name, program) in zip(drawn, programs.items(), strict=True):
+            ordered = sorted(program["by_kind"].items(), key=lambda item: -item[1])
+            values = {KINDS[kind].partition(":")[0]: 1e3 * value for kind, value in ordered}
+            common.draw_bars(axes, values, "milliseconds of a meta-step on one core")
+            axes.set(title=name)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,17 @@ def make_learner(config: Config) -> MetaLearner:
     )
 
 
-def compiled_loop(config: Config, chunk_size: int | None) -> dict[str, Any]:
-    """Times `make_train_loop`; the row also says how many operations XLA left in a meta-step."""
+class Loop(NamedTuple):
+    """A compiled training loop: a call that runs it, its HLO, operations of a meta-step, seconds of compilation."""
+
+    call: Callable[[], Any]
+    program: str
+    flops: float
+    compile_seconds: float
+
+
+def prepare_loop(config: Config, chunk_size: int | None) -> Loop:
+    """Compiles `make_train_loop`."""
     learner, optimizer = make_learner(config), optax.adam(config.outer_lr)
     sample_episode = sinusoid.make_sampler(shot=config.shot, query_shot=config.shot)
     key = jax.random.key(0)
@@ -90,12 +99,16 @@ def compiled_loop(config: Config, chunk_size: int | None) -> dict[str, Any]:
     )
     flops = count_flops(loop, state, key) / config.steps_per_call
     compiled, compile_seconds = common.compile_of(loop, state, key)
-    row = timed(common.stepping(compiled, state, key), config.steps_per_call, config)
-    ops = count_ops(compiled.as_text()) / config.steps_per_call
-    return row | {
-        "compile_seconds": compile_seconds,
-        "flops_per_step": flops,
-        "ops_per_step": ops,
+    return Loop(common.stepping(compiled, state, key), compiled.as_text(), flops, compile_seconds)
+
+
+def compiled_loop(config: Config, chunk_size: int | None) -> dict[str, Any]:
+    """Times a training loop; the row also says how many operations XLA left in a meta-step."""
+    loop = prepare_loop(config, chunk_size)
+    return timed(loop.call, config.steps_per_call, config) | {
+        "compile_seconds": loop.compile_seconds,
+        "flops_per_step": loop.flops,
+        "ops_per_step": count_ops(loop.program) / config.steps_per_call,
     }
 
 

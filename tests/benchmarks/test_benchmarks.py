@@ -189,10 +189,13 @@ def test_kinds_of_operations():
 def test_breakdown_runs(quick, tmp_path):
     # Which operations the profile names needs a flag of XLA that is set before it starts.
     command = [sys.executable, "-m", "benchmarks.breakdown", "--max-repetitions", "1", "--max-seconds", "1"]
-    command += ["--meta-batch-size", "2", "--filters", "4", "--matmul-size", "64", "--results-dir", str(tmp_path)]
+    command += ["--meta-batch-size", "2", "--filters", "4", "--matmul-size", "64", "--sinusoid-steps", "4"]
+    command += ["--results-dir", str(tmp_path)]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     found = result_of("breakdown", tmp_path)
-    assert 0 < found["seconds"]["dot"] < sum(found["seconds"].values())
+    assert len(found["programs"]) == 2
+    for program in found["programs"].values():
+        assert 0 < program["by_kind"]["dot"] < sum(program["by_kind"].values())
 
 
 def test_sinusoid_runs(quick, tmp_path):
