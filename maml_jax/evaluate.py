@@ -22,7 +22,7 @@ def _scores(learner, sample_episode, metric_fn, chunk_size, mesh, meta_params, k
         return learner.adapt(params, episode.support, key=episode.key, observe_fn=observe)[1].observed
 
     def scores(params, keys):
-        return jax.lax.map(lambda key: score(params, key), keys, batch_size=chunk_size)
+        return jax.lax.map(lambda key: score(params, key), keys, batch_size=chunk_size if chunk_size > 1 else None)
 
     if mesh is not None:
         from maml_jax import parallel

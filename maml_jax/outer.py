@@ -97,10 +97,12 @@ def meta_gradient(
         )
 
     def chunk_loss(params, chunk):
+        if chunk_size == 1:  # a vmap over one task would make batched products of plain ones
+            return learner.objective(params, chunk)[0]
         return jnp.sum(jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk)[0])
 
     chunk_gradient = jax.value_and_grad(chunk_loss)
-    if chunk_size == num_tasks:
+    if chunk_size == num_tasks > 1:
         loss, grads = chunk_gradient(params, episodes)
     else:
 
@@ -108,8 +110,9 @@ def meta_gradient(
             loss, grads = chunk_gradient(params, chunk)
             return jax.tree.map(jnp.add, total, grads), loss
 
-        chunks = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), episodes)
-        grads, losses = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, params), chunks)
+        if chunk_size > 1:
+            episodes = jax.tree.map(lambda x: x.reshape(-1, chunk_size, *x.shape[1:]), episodes)
+        grads, losses = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, params), episodes)
         loss = jnp.sum(losses)
     return jax.tree.map(lambda x: x / num_tasks, (loss, grads))
 

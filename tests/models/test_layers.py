@@ -4,9 +4,10 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.test_util import check_grads
 
 from maml_jax.models import BatchStatNorm
-from maml_jax.models.layers import Conv, conv_lax, conv_matmul, max_pool
+from maml_jax.models.layers import Conv, conv_lax, conv_matmul, max_pool, standardise
 
 
 def normal(seed, *shape):
@@ -15,8 +16,9 @@ def normal(seed, *shape):
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2), (2, 1)])
 @pytest.mark.parametrize(("height", "width"), [(6, 6), (5, 4), (7, 5)])
-def test_both_convolutions_agree_in_value_and_two_derivatives(x64, height, width, strides):
-    inputs, kernel = normal(0, 2, height, width, 3), normal(1, 3, 3, 3, 4)
+@pytest.mark.parametrize("features", [4, 30])  # fewer and more than the 27 inputs of a filter
+def test_both_convolutions_agree_in_value_and_two_derivatives(x64, height, width, features, strides):
+    inputs, kernel = normal(0, 2, height, width, 3), normal(1, 3, 3, 3, features)
     directions = normal(2, *inputs.shape), normal(3, *kernel.shape)
 
     @partial(jax.jit, static_argnums=0)
@@ -28,7 +30,7 @@ def test_both_convolutions_agree_in_value_and_two_derivatives(x64, height, width
         return conv_fn(inputs, kernel, strides), *jax.jvp(gradient, (inputs, kernel), directions)
 
     by_matmul, by_lax = value_and_derivatives(conv_matmul), value_and_derivatives(conv_lax)
-    chex.assert_shape(by_matmul[0], (2, -(-height // strides[0]), -(-width // strides[1]), 4))
+    chex.assert_shape(by_matmul[0], (2, -(-height // strides[0]), -(-width // strides[1]), features))
     chex.assert_trees_all_close(by_matmul, by_lax, rtol=1e-11, atol=1e-12)
 
 
@@ -86,6 +88,32 @@ def test_batch_stat_norm_against_its_formula(x64, shape, scale, offset):
         expected = expected + given["offset"][None]
     outputs = layer.apply({"params": {name: given[name] for name in initial}}, inputs)
     chex.assert_trees_all_close(outputs.reshape(-1, 3), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (4, 5, 5, 3)])
+def test_the_derivatives_of_standardise_are_those_of_its_steps(x64, shape):
+    epsilon = 0.1
+    inputs, direction, other = (3.0 + 2.0 * normal(seed, *shape) for seed in range(3))
+
+    def by_steps(x):
+        axes = tuple(range(x.ndim - 1))
+        multiplier = (x.var(axes, keepdims=True) + epsilon) ** -0.5
+        return (x - x.mean(axes, keepdims=True)) * multiplier, multiplier
+
+    def derivatives(fun):
+        def scalar(x):
+            outputs, multiplier = fun(x)
+            return jnp.sum(jnp.sin(outputs)) + jnp.sum(jnp.cos(multiplier))
+
+        gradient = jax.grad(scalar)
+        product = partial(jax.jvp, gradient, (inputs,), (direction,))()[1]
+        third = jax.grad(lambda x: jnp.vdot(jax.grad(lambda y: jnp.vdot(gradient(y), direction))(x), other))(inputs)
+        return jax.jvp(fun, (inputs,), (direction,)), gradient(inputs), product, third
+
+    chex.assert_trees_all_close(
+        derivatives(lambda x: standardise(x, epsilon)), derivatives(by_steps), rtol=1e-10, atol=1e-12
+    )
+    check_grads(lambda x: standardise(x, epsilon), (inputs,), order=2, atol=1e-5, rtol=1e-5)
 
 
 def test_batch_stat_norm_of_a_constant_batch_is_its_offset_with_finite_derivatives():
