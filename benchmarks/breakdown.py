@@ -1,8 +1,4 @@
-"""Where the time of exact meta-steps goes on a CPU: profiles of compiled programs, one thread on one core.
-
-python -m benchmarks.breakdown
-python -m benchmarks.breakdown --short
-"""
+"""Where the time of exact meta-steps goes on a CPU: profiles of compiled programs, one thread on one core."""
 
 import collections
 import dataclasses

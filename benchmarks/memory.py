@@ -2,9 +2,7 @@
 
 Memory is read off the compiled program, which is not run: the numbers are exact and have no spread. For one number
 of inner steps the meta-gradients are timed too, all ways in turns.
-
-python -m benchmarks.memory
-python -m benchmarks.memory --short    the convolutional network alone
+With --short there is the convolutional network alone.
 """
 
 import dataclasses

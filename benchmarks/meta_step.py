@@ -1,8 +1,7 @@
 """Time, operations and memory of one meta-step, on the shapes of Omniglot.
 
-python -m benchmarks.meta_step            vary each setting alone
-python -m benchmarks.meta_step --short    the comparison with one vmap over lax.conv, and a few rows
-python -m benchmarks.meta_step --cross    every combination of the settings
+Each setting of the sweep is varied alone; with --cross there is every combination of them, with --short the comparison
+with one vmap over lax.conv and a few rows.
 """
 
 import dataclasses

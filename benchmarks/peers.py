@@ -3,8 +3,7 @@
 All start from the same parameters and episodes. It is checked first, in float64, that all compute the same
 meta-gradient; then they take turns in float32, so that their ratios hold even where the machine's speed drifts.
 
-python -m benchmarks.peers           needs PyTorch, higher and TorchOpt: pip install -e '.[peers]'
-python -m benchmarks.peers --short
+It needs PyTorch, higher and TorchOpt: pip install -e '.[experiments,peers]'
 """
 
 import dataclasses

@@ -4,6 +4,7 @@ python -m benchmarks.report
 """
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +72,6 @@ def write(readme: Path, project_readme: Path | None, results_dir: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(f"{__doc__}\nIt takes no arguments.")
     write(HERE / "README.md", HERE.parent / "README.md", HERE / "results")

@@ -2,9 +2,6 @@
 
 The library's training loop, sampling included, against loops that Python drives: one jitted meta-step at a time on
 tasks sampled on the host, and plain PyTorch over tasks where it is installed.
-
-python -m benchmarks.sinusoid
-python -m benchmarks.sinusoid --short
 """
 
 import dataclasses
