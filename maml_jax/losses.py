@@ -52,15 +52,17 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       targets: integer class indices [...], in [0, N).
 
     Returns:
-      A scalar.
+      A scalar; not a number if a target is out of range.
 
     Raises:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
     _check_class_scores(outputs, targets, "cross_entropy")
     # Compared and not gathered: the derivative of a gather is a scatter, which XLA runs as a loop over the examples.
-    is_target = targets[..., None] == jnp.arange(outputs.shape[-1]).reshape((1,) * targets.ndim + (-1,))
-    return -jnp.mean(jnp.sum(jnp.where(is_target, jax.nn.log_softmax(outputs), 0.0), -1))
+    num_classes = outputs.shape[-1]
+    is_target = targets[..., None] == jnp.arange(num_classes).reshape((1,) * targets.ndim + (-1,))
+    of_target = jnp.sum(jnp.where(is_target, jax.nn.log_softmax(outputs), 0.0), -1)
+    return -jnp.mean(jnp.where((targets >= 0) & (targets < num_classes), of_target, jnp.nan))
 
 
 def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -80,7 +80,8 @@ def meta_gradient(
       params: meta-parameters θ.
       episodes: leaves [T, ...].
       chunk_size: tasks that are vmapped together; the T / chunk_size chunks are scanned and their
-        gradients summed. The result does not depend on it, but for rounding. None picks, see `default_chunk_size`.
+        gradients summed, with 1 one task at a time and no `vmap`. The result does not depend on it, but for
+        rounding. None picks, see `default_chunk_size`.
 
     Returns:
       The loss, a scalar, and the gradient with the structure of `params`.

@@ -27,6 +27,22 @@ def test_cross_entropy_survives_large_scores():
     chex.assert_trees_all_close(grads, jnp.array([[1.0, -1.0]]))
 
 
+@pytest.mark.parametrize("target", [-1, 2])
+def test_cross_entropy_of_a_class_that_does_not_exist_is_not_a_number(target):
+    assert jnp.isnan(losses.cross_entropy(jnp.zeros((3, 2)), jnp.array([0, target, 1])))
+
+
+def test_the_derivatives_of_cross_entropy_need_no_scatter():
+    def product(outputs, direction):
+        gradient = jax.grad(lambda outputs: losses.cross_entropy(outputs, jnp.arange(3)))
+        return jax.jvp(gradient, (outputs,), (direction,))
+
+    jaxpr = str(jax.make_jaxpr(product)(jnp.ones((3, 5)), jnp.ones((3, 5))))
+    assert "exp" in jaxpr
+    assert "gather" not in jaxpr
+    assert "scatter" not in jaxpr
+
+
 def test_accuracy_is_the_share_of_right_answers():
     outputs = jnp.array([[3.0, 1, 2], [0, 1, 2], [5, 4, 3], [0, 9, 1]])
     value = losses.accuracy(outputs, jnp.array([0, 2, 1, 1]))

@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -32,6 +34,17 @@ def test_the_meta_gradient_is_the_mean_over_tasks_in_chunks_of_any_size(x64, chu
     each = [of_one(theta, jax.tree.map(lambda x, i=i: x[i], episodes)) for i in range(6)]
     expected = jax.tree.map(lambda *values: sum(values) / 6, *each)
     chex.assert_trees_all_close(gradient(episodes, chunk_size, theta), expected, rtol=1e-12)
+
+
+def test_the_products_of_a_chunk_of_one_task_are_plain_ones(episodes):
+    def batched_products(chunk_size):
+        jaxpr = jax.make_jaxpr(lambda e: meta_gradient(LEARNER, THETA, e, chunk_size=chunk_size))(episodes)
+        products = re.findall(r"dimension_numbers=\(\(.*?\), \((.*?)\)\)", str(jaxpr))
+        assert products
+        return sum("0" in batch_axes for batch_axes in products)
+
+    assert batched_products(1) == 0
+    assert batched_products(2) > 0
 
 
 def test_the_order_of_episodes_does_not_matter(episodes):
