@@ -68,10 +68,7 @@ def inner_loop(
         updates, opt_state = rule.update(grads, opt_state, params)
         return (optax.apply_updates(params, updates), opt_state), (loss, observed)
 
-    # One step needs no loop; without one XLA shares what `mixed_mode` computes again with the first pass.
-    (params, _), (losses, observed) = jax.lax.scan(
-        step, (params, rule.init(params)), length=num_steps, unroll=num_steps == 1
-    )
+    (params, _), (losses, observed) = jax.lax.scan(step, (params, rule.init(params)), length=num_steps)
     if observe_fn is not None:
         observed = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), observed, observe_fn(params))
     return params, InnerInfo(losses, observed)
