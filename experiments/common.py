@@ -1,55 +1,27 @@
-"""What the experiments share: the command line, the devices, the training loop with its progress bar."""
+"""What the experiments share: devices, the training loop with its progress bar."""
 
 import contextlib
 import math
 import os
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import jax
 import numpy as np
 import optax
-import tyro
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.runs import PATIENCE, RunError, Trained, console, metrics_log
-from maml_jax import checkpoint, parallel
-from maml_jax.outer import default_chunk_size, init_meta_state, make_train_loop
-from maml_jax.types import ArrayTree, MetaLearner, SampleEpisodeFn
-
-ConfigT = TypeVar("ConfigT")
-Precision = Literal["float32", "tensorfloat32", "bfloat16"]
-
-
-def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description: str) -> None:
-    """Parses the command line into `config_type` and runs.
-
-    Mistakes end in one paragraph and exit code 2; with MAML_JAX_TRACEBACK=1 in the environment, in a traceback.
-    """
-    program = f"python -m {sys.modules['__main__'].__spec__.name}"
-    config = tyro.cli(config_type, prog=program, description=description)
-    if hasattr(config, "precision"):  # preparing data computes nothing
-        set_up_jax(config.precision)
-    with parallel.leaving_none_behind():
-        try:
-            if hasattr(config, "distributed"):
-                parallel.initialize(config.distributed, timeout_seconds=PATIENCE)
-                console.quiet = jax.process_index() > 0
-            run(config)
-        except (RunError, ValueError, OSError, parallel.ProcessError) as error:
-            if os.environ.get("MAML_JAX_TRACEBACK"):
-                raise
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            sys.exit(2)
+from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, Trained, console, metrics_log, streams
+from maml_jax import checkpoint, parallel, processes
+from maml_jax.outer import StateProgram, default_chunk_size, init_meta_state, make_train_loop
+from maml_jax.types import ArrayTree, MetaInfo, MetaLearner, MetaState, SampleEpisodeFn
 
 
 def set_up_jax(precision: str) -> None:
-    """Matrix precision, the compilation cache, and on a CPU one virtual device per core."""
+    """Sets matrix precision, the compilation cache, and on a CPU one virtual device per core."""
     jax.config.update("jax_default_matmul_precision", matmul_algorithm(precision))
     if not jax.config.jax_compilation_cache_dir:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
@@ -60,12 +32,14 @@ def set_up_jax(precision: str) -> None:
 
 def matmul_algorithm(precision: str) -> str:
     """What `--precision` stands for in `jax_default_matmul_precision`."""
-    # The name "bfloat16" leaves the choice to the backend, and a GPU takes TF32; the algorithm says what is meant.
+    # For the name "bfloat16" a GPU may choose TF32; the name of the algorithm leaves no choice.
     return {"bfloat16": "BF16_BF16_F32"}.get(precision, precision)
 
 
 def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
-    """A mesh of as many devices as divide every one of `counts`, as many of each process; None if that is one.
+    """A mesh of the largest number of devices that divides every one of `counts`; None if that is one device.
+
+    Every process contributes the same number of devices.
 
     Raises:
       RunError: if one of `counts` does not divide over the processes.
@@ -82,26 +56,6 @@ def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
     return parallel.task_mesh(devices) if len(devices) > 1 else None
 
 
-def check_config(config: Any) -> None:
-    """Raises RunError, before anything expensive, if a count of `config` cannot be."""
-    least = {
-        "meta_batch_size": 1,
-        "num_meta_steps": 0,
-        "eval_episodes": 2,
-        "eval_inner_steps": 0,
-        "val_every": 1,
-        "log_every": 1,
-    }
-    for name, smallest in least.items():
-        if (value := getattr(config, name)) < smallest:
-            raise RunError(f"--{name.replace('_', '-')} {value} is too small; give at least {smallest}")
-    if config.val_every % config.log_every:
-        raise RunError(
-            f"--log-every {config.log_every} does not divide --val-every {config.val_every}; validations happen "
-            "between compiled calls of --log-every meta-steps"
-        )
-
-
 def outer_optimizer(config: Any) -> optax.GradientTransformation:
     """The optimiser of the meta-parameters that `config.outer_optimizer` and `config.outer_lr` name."""
     return {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](config.outer_lr)
@@ -111,112 +65,210 @@ def train(
     run_dir: Path,
     config: Any,
     learner: MetaLearner,
-    optimizer: optax.GradientTransformation,
     sample_episode: SampleEpisodeFn,
     *,
     validate: Callable[[ArrayTree], float] | None = None,
 ) -> Trained:
-    """Trains for `config.num_meta_steps`, or goes on from the newest checkpoint in `run_dir`.
+    """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoint in `run_dir`.
 
-    Every `config.val_every` steps the state is validated and checkpointed; with `validate` the parameters
-    that scored highest are returned, else the last. The result does not depend on interruptions.
+    Every `config.val_every` steps the state is validated and checkpointed. With `validate` the parameters
+    with the highest score are returned, else the last. The result does not depend on interruptions. On SIGTERM and
+    SIGINT the compiled call is finished and its state is checkpointed.
 
     Args:
       run_dir: claimed by `open_run`.
-      config: has num_meta_steps, meta_batch_size, chunk_size, val_every, log_every and seed.
+      config: a `cli.RunConfig`.
       learner: the algorithm.
-      optimizer: the outer optax optimiser.
       sample_episode: the task distribution.
       validate: `(params) -> score`, larger is better.
 
     Raises:
-      RunError: if the loss ceases to be finite. The last checkpoint stays.
+      RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays.
+      SystemExit: after a signal, with the code 128 plus its number.
     """
-    init_key, train_key = jax.random.split(jax.random.key(config.seed))
-    inputs = jax.eval_shape(sample_episode, init_key).support.inputs
-    inputs = np.zeros(inputs.shape, inputs.dtype)
+    keys = streams(config.seed)
+    optimizer = outer_optimizer(config)
     mesh = mesh_for(config.meta_batch_size)
-    state = jax.jit(lambda key: init_meta_state(learner, optimizer, key, inputs))(init_key)
     checkpoints = run_dir / "checkpoints"
-    with parallel.together("the start of training", PATIENCE):
-        if mesh is not None:
-            state = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
-        saved = {
-            "state": state,
-            "best": best_of(state.params, -math.inf, 0),
-            "train_seconds": np.asarray(0.0, np.float32),
-        }
-        if (newest := checkpoint.latest(checkpoints)) is not None:
-            saved = checkpoint.restore(checkpoints, newest, saved)
-    if newest is not None and newest < config.num_meta_steps:
-        console.print(f"resuming {run_dir} from step {newest}")
+    with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
+        inputs = jax.eval_shape(sample_episode, keys.train).support.inputs
+        saved = load_state(checkpoints, initial_state(learner, optimizer, inputs, keys.init, mesh))
     state, best = saved["state"], saved["best"]
+    step = int(state.step)
+    if 0 < step < config.num_meta_steps:
+        console.print(f"resuming {run_dir} from step {step}")
     seconds = {"compile": 0.0, "train": float(saved["train_seconds"])}
 
-    loops: dict[int, Callable] = {}
+    def save() -> None:
+        train_seconds = np.asarray(seconds["train"], np.float32)
+        checkpoint.save(checkpoints, step, {"state": state, "best": best, "train_seconds": train_seconds})
 
-    def loop_of(num_steps: int) -> Callable:
-        if num_steps not in loops:
-            start = time.perf_counter()
-            loop = make_train_loop(
-                learner,
-                optimizer,
-                sample_episode,
-                meta_batch_size=config.meta_batch_size,
-                num_steps=num_steps,
-                chunk_size=config.chunk_size,
-                mesh=mesh,
-            )
-            loops[num_steps] = loop.lower(state, train_key).compile()
-            seconds["compile"] += time.perf_counter() - start
-        return loops[num_steps]
+    def loop_of(num_steps: int) -> StateProgram:
+        return make_train_loop(
+            learner,
+            optimizer,
+            sample_episode,
+            meta_batch_size=config.meta_batch_size,
+            num_steps=num_steps,
+            chunk_size=config.chunk_size,
+            mesh=mesh,
+        )
 
-    step = int(state.step)
-    with metrics_log(run_dir / "metrics.jsonl", step) as log, progress_bar(config.num_meta_steps) as show:
+    programs: dict[int, Callable] = {}
+    with (
+        metrics_log(run_dir / "metrics.jsonl", step) as log,
+        progress_bar(config.num_meta_steps) as show,
+        stop_requests() as requested,
+    ):
         while step < config.num_meta_steps:
             boundary = min(config.num_meta_steps, (step // config.val_every + 1) * config.val_every)
-            loop = loop_of(min(config.log_every, boundary - step))
-            with parallel.together(f"the meta-steps after step {step}", PATIENCE):
+            num_steps = min(config.log_every, boundary - step)
+            with processes.watchdog(f"the meta-steps after step {step}", PROCESS_TIMEOUT_SECONDS):
+                if num_steps not in programs:
+                    start = time.perf_counter()
+                    programs[num_steps] = compiled(loop_of(num_steps), state, keys.train)
+                    seconds["compile"] += time.perf_counter() - start
                 start = time.perf_counter()
-                state, info = loop(state, train_key)
-                loss = np.asarray(info.loss)
+                state, info = programs[num_steps](state, keys.train)
+                info = jax.tree.map(np.asarray, info)
                 elapsed = time.perf_counter() - start
+            check_finite(info, step, run_dir)
             seconds["train"] += elapsed
-            step += len(loss)
-            if not np.isfinite(loss).all():
-                raise RunError(
-                    f"the training loss is not finite from step {step - len(loss) + int(np.argmin(np.isfinite(loss)))} "
-                    "on; lower --outer-lr or --inner-lr and choose another --run-dir"
-                )
+            step += num_steps
             record = {
                 "step": step,
-                "loss": float(loss.mean()),
-                "grad_norm": float(np.mean(info.grad_norm)),
-                "steps_per_second": len(loss) / elapsed,
+                "loss": float(info.loss.mean()),
+                "grad_norm": float(info.grad_norm.mean()),
+                "steps_per_second": num_steps / elapsed,
             }
             if step == boundary:
                 if validate is None:
                     best = best_of(state.params, 0.0, step)
                 else:
-                    with parallel.together(f"the validation after step {step}", PATIENCE):
+                    with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
                         record["val"] = validate(state.params)
                     if record["val"] > float(best["score"]):
                         best = best_of(state.params, record["val"], step)
-                train_seconds = np.asarray(seconds["train"], np.float32)
-                checkpoint.save(checkpoints, step, {"state": state, "best": best, "train_seconds": train_seconds})
+                save()
             log(record)
             show(record)
-    num_devices = 1 if mesh is None else mesh.size
-    episodes = jax.eval_shape(
-        jax.vmap(sample_episode), jax.random.split(init_key, config.meta_batch_size // num_devices)
-    )
-    chunk_size = default_chunk_size(state.params, episodes) if config.chunk_size is None else config.chunk_size
-    execution = {"devices": num_devices, "chunk_size": chunk_size}
+            if requested and step < config.num_meta_steps:
+                if step != boundary:
+                    save()
+                console.print(f"stopped after step {step}; the same command resumes from there")
+                raise SystemExit(128 + requested[0])
+    execution = {"devices": 1 if mesh is None else mesh.size}
+    execution["chunk_size"] = config.chunk_size or chosen_chunk_size(learner, state, sample_episode, config, execution)
     return Trained(jax.tree.map(np.asarray, best["params"]), int(best["step"]), seconds, execution)
 
 
+def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[MetaState, jax.Array], Any]:
+    """The loop, compiled for these arguments before it is called."""
+    program = loop.lower(state, key).compile()
+    return lambda state, key: program(state, key, *loop.data)
+
+
+def initial_state(
+    learner: MetaLearner,
+    optimizer: optax.GradientTransformation,
+    inputs: ArrayTree,
+    key: jax.Array,
+    mesh: jax.sharding.Mesh | None,
+) -> MetaState:
+    """The state at step 0, on all devices of the mesh; of `inputs` only shapes and dtypes matter."""
+    inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
+    state = jax.jit(lambda key: init_meta_state(learner, optimizer, key, inputs))(key)
+    return state if mesh is None else jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
+
+
+def load_state(checkpoints: Path, state: MetaState) -> dict[str, Any]:
+    """The newest undamaged checkpoint of a run, or what a run starts from.
+
+    Args:
+      checkpoints: the directory of the checkpoints; it need not exist.
+      state: the state at step 0.
+
+    Returns:
+      "state", "best" (with "params", "score" and "step") and "train_seconds".
+    """
+    start = {"state": state, "best": best_of(state.params, -math.inf, 0), "train_seconds": np.asarray(0.0, np.float32)}
+    found = checkpoint.restore_latest(checkpoints, start)
+    if found is None:
+        return start
+    if found.damaged:
+        console.print(f"checkpoints {list(found.damaged)} in {checkpoints} are damaged and left out")
+    return found.tree
+
+
+def load_params(run_dir: Path, config: Any, learner: MetaLearner, inputs: ArrayTree) -> ArrayTree:
+    """The parameters that a run has selected so far.
+
+    Args:
+      run_dir: the directory of the run.
+      config: its settings.
+      learner: the algorithm.
+      inputs: inputs of one support set; only shapes and dtypes matter.
+
+    Raises:
+      RunError: if the run has no checkpoint.
+    """
+    state = initial_state(learner, outer_optimizer(config), inputs, streams(config.seed).init, mesh=None)
+    best = load_state(run_dir / "checkpoints", state)["best"]
+    if not np.isfinite(best["score"]):
+        raise RunError(f"{run_dir} holds no checkpoint of a validated state; train longer, or name another directory")
+    return best["params"]
+
+
+def check_finite(info: MetaInfo, step: int, run_dir: Path) -> None:
+    """Raises RunError naming the first meta-step after `step` that is not finite."""
+    if info.finite.all():
+        return
+    first = int(np.argmin(info.finite))
+    what = "the parameters are"
+    if not np.isfinite(info.grad_norm[first]):
+        what = "the meta-gradient is"
+    if not np.isfinite(info.loss[first]):
+        what = "the loss is"
+    raise RunError(
+        f"{what} not finite at meta-step {step + first} (loss {info.loss[first]:g}, norm of the meta-gradient "
+        f"{info.grad_norm[first]:g}). If the inner optimiser is adaptive, set its eps_root to 1e-8; else lower "
+        f"--inner-lr or --outer-lr. The checkpoints in {run_dir} are from before; choose another --run-dir for other "
+        "settings"
+    )
+
+
+def chosen_chunk_size(
+    learner: MetaLearner, state: MetaState, sample_episode: SampleEpisodeFn, config: Any, execution: dict[str, int]
+) -> int:
+    """The chunk size that was chosen for the tasks of one device."""
+    keys = jax.random.split(jax.random.key(0), config.meta_batch_size // execution["devices"])
+    return default_chunk_size(learner, state.params, jax.eval_shape(jax.vmap(sample_episode), keys))
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Collects the numbers of SIGTERM and SIGINT; a second signal interrupts at once. Not with several processes."""
+    requested: list[int] = []
+
+    def request(number: int, frame: Any) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(number)
+        console.print("stopping after this compiled call; interrupt again to stop at once")
+
+    if jax.process_count() > 1:
+        yield requested
+        return
+    handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requested
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def best_of(params: ArrayTree, score: float, step: int) -> dict[str, Any]:
-    """The best state so far, on the host: the buffers of the training state are donated."""
+    """The best state so far, as host arrays, because the buffers of the training state are donated."""
     return {
         "params": jax.tree.map(np.asarray, params),
         "score": np.asarray(score, np.float32),
@@ -226,7 +278,7 @@ def best_of(params: ArrayTree, score: float, step: int) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
-    """A bar with speed, time left, loss and validation; without a terminal, a line per validation."""
+    """A bar with speed, time left, loss and validation. Without a terminal, a line for each validation."""
     bar = Progress(
         TextColumn("meta-steps"),
         BarColumn(),

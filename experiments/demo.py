@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments import common, figures, published, sinusoid
-from experiments.runs import console
+from experiments import figures, published, sinusoid
+from experiments.cli import Precision, main
+from experiments.runs import console, format_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Config:
     """Outer updates of each algorithm."""
     seed: int = 0
     """Seed of initial parameters, tasks and evaluation."""
-    precision: common.Precision = "float32"
+    precision: Precision = "float32"
     """Of matrix products, on devices that have a choice."""
 
 
@@ -34,9 +35,9 @@ def run(config: Config) -> dict[str, dict]:
     start = time.perf_counter()
     results, curves, run_dirs = {}, {}, {}
     for algorithm in ("maml", "pretrained"):
-        console.print(f"[bold]{figures.TITLES[algorithm]}[/]: {config.num_meta_steps} meta-steps")
-        run_config = sinusoid.Config(
-            algorithm=algorithm,
+        console.print(f"[bold]{figures.title(algorithm)}[/]: {config.num_meta_steps} meta-steps")
+        run_config = dataclasses.replace(
+            sinusoid.METHODS[algorithm],
             num_meta_steps=config.num_meta_steps,
             seed=config.seed,
             precision=config.precision,
@@ -66,12 +67,12 @@ def show(results: dict[str, dict]) -> None:
         table.add_column(f"{steps} step{'s' * (steps > 1)}", justify="right")
     for algorithm, result in results.items():
         mse = result["metrics"]["mse"]
-        ours = [f"{mse['mean'][steps]:.2f} ± {mse['ci95'][steps]:.2f}" for steps in (1, 5, 10)]
-        table.add_row(figures.TITLES[algorithm], *ours)
+        ours = [format_mean(mse["mean"][steps], mse["ci95"][steps]) for steps in (1, 5, 10)]
+        table.add_row(figures.title(algorithm), *ours)
         paper = [f"{number:.2f}       " for number in published.SINUSOID[algorithm, 0.001]]
         table.add_row("  published", *paper, style="dim", end_section=True)
     console.print(table)
 
 
 if __name__ == "__main__":
-    common.main(Config, run, __doc__)
+    main(Config, run, __doc__)

@@ -1,6 +1,7 @@
 """Figures of the experiments."""
 
 import json
+import os
 from pathlib import Path
 
 import matplotlib
@@ -9,19 +10,28 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-TITLES = {
-    "maml": "MAML",
-    "fomaml": "FOMAML",
-    "reptile": "Reptile",
-    "pretrained": "pretrained on all tasks",
-    "oracle": "oracle (told amplitude and phase)",
-}
+from maml_jax import CATALOGUE
+
+
+def title(algorithm: str) -> str:
+    """The name of an algorithm in tables and figures."""
+    if algorithm in CATALOGUE:
+        return CATALOGUE[algorithm].title
+    return {"oracle": "oracle (told amplitude and phase)"}.get(algorithm, algorithm)
 
 
 def _save(figure: plt.Figure, file: Path) -> None:
+    """Writes a figure atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
-    plt.close(figure)
+    partial = file.with_name(f".{file.name}")
+    try:
+        figure.savefig(partial, dpi=120, format=file.suffix[1:])
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"the figure {file} cannot be written: {error}") from error
+    finally:
+        plt.close(figure)
 
 
 def predictions(file: Path, curves: dict[str, list[dict]]) -> None:
@@ -47,7 +57,7 @@ def predictions(file: Path, curves: dict[str, list[dict]]) -> None:
             axes.plot(*task["support"], "^", color="C2", markersize=9, label="support points")
             axes.set_ylim(-6, 6)
             axes.grid(alpha=0.3)
-        row[0].set_ylabel(f"{TITLES.get(algorithm, algorithm)}\ny")
+        row[0].set_ylabel(f"{title(algorithm)}\ny")
     for axes in grid[-1]:
         axes.set_xlabel("x")
     handles, labels = grid[0][0].get_legend_handles_labels()
@@ -70,7 +80,7 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
         for label, of_label in evaluations.items():
             mse = next(e for e in of_label if e["shot"] == shot)["metrics"]["mse"]
             mean, ci = np.asarray(mse["mean"], float), np.asarray(mse["ci95"], float)
-            axes.plot(mean, marker="o", markersize=4, label=TITLES.get(label, label))
+            axes.plot(mean, marker="o", markersize=4, label=title(label))
             axes.fill_between(range(len(mean)), mean - ci, mean + ci, alpha=0.2)
         axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", ylim=(0, None))
         axes.grid(alpha=0.3)
@@ -90,7 +100,7 @@ def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
     for label, run_dir in run_dirs.items():
         records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
         steps = [record["step"] for record in records]
-        axes.plot(steps, [record["loss"] for record in records], label=TITLES.get(label, label))
+        axes.plot(steps, [record["loss"] for record in records], label=title(label))
     axes.set(xlabel="meta-steps", ylabel="training objective", yscale="log")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -1,7 +1,7 @@
 """Few-shot classification of handwritten characters (MAML paper, table 1, Omniglot).
 
 Trains one of the algorithms, keeps the state with the best validation accuracy and tests it. Without
-flags this is MAML, 5-way 1-shot, with the paper's settings; --way, --shot and --algorithm choose others.
+flags this is MAML, 5-way 1-shot, with the paper's settings; the method, --way and --shot choose others.
 """
 
 import dataclasses
@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import optax
+import numpy as np
 from rich.table import Table
 
-from experiments import common, figures, runs
+from experiments import common, figures, published, runs
+from experiments.cli import RunConfig, flag, main, methods, replace_known, stored_config, with_defaults
 from experiments.runs import RunError, console
-from maml_jax import CATALOGUE, adapt_only, evaluate, losses, models
+from maml_jax import CATALOGUE, Problem, evaluate, losses, models
 from maml_jax.tasks import few_shot, omniglot
-from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn
+from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn, check_integer
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
     """The settings of one run. Rates are for losses that are means over the batch."""
 
-    algorithm: Literal["maml", "fomaml", "reptile", "pretrained"] = "maml"
-    """The meta-learner. (Pretraining cannot work here: labels are shuffled in every episode.)"""
     way: int = 5
     """Classes of an episode."""
     shot: int = 1
@@ -34,22 +33,16 @@ class Config:
     meta_batch_size: int | None = None
     """Episodes per meta-step; by default the paper's, 32, or 16 with more than 5 classes."""
     num_meta_steps: int = 60_000
-    """Outer updates."""
-    num_inner_steps: int | None = None
-    """Inner steps in training; by default the paper's, 1, or 5 with more than 5 classes."""
+    """Outer updates. A run may be continued with a larger number."""
     eval_inner_steps: int | None = None
     """Inner steps in validation and test; by default the paper's, 3, or 5 with more than 5 classes."""
-    inner_lr: float = 2.0
-    """Rate of the inner gradient descent on the mean cross-entropy: the paper's 0.4 (0.1 with 20 classes)
-    times the number of classes, because its code sums over classes."""
-    outer_optimizer: Literal["adam", "sgd"] = "adam"
-    """Optimiser of the meta-parameters."""
-    outer_lr: float = 1e-3
-    """Rate of the outer optimiser."""
     network: Literal["conv4", "mlp"] = "conv4"
     """Four convolutions, or the fully connected network of the paper's "no conv" rows."""
     adapt_norm: bool = False
     """Whether the inner loop also adapts the offsets of the normalisation."""
+    inductive: bool = False
+    """Whether the test classifies one query at a time, with only the support set beside it. By default the queries of
+    an episode are normalised together, which is transductive."""
     rotations: bool = True
     """Turn every class of every episode by a random multiple of 90 degrees."""
     eval_episodes: int = 600
@@ -58,44 +51,57 @@ class Config:
     """Meta-steps between validations; a checkpoint is written at each."""
     log_every: int = 50
     """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
-    chunk_size: int | None = None
-    """Episodes of a device that are batched together; by default chosen for the device."""
-    precision: common.Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
-    seed: int = 0
-    """Seed of initial parameters, episodes and evaluation."""
     data_dir: Path | None = None
     """The tensorflow-datasets directory that holds omniglot/3.0.0, or the .npz made from it; by default
     $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-    run_dir: Path | None = None
-    """Where the run is kept, and resumed from; by default runs/omniglot-ALGORITHM-WAYwSHOTs-SEED."""
-    distributed: str = "auto"
-    """Processes: "auto" joins those that SLURM, Open MPI, Kubernetes or a TPU pod started with this one, if any;
-    HOST:PORT, where process 0 listens, with $JAX_NUM_PROCESSES and $JAX_PROCESS_ID; "off" is one process."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        super().__post_init__()
+        check_integer("--way", self.way, at_least=2)
+        if self.eval_inner_steps is not None:
+            check_integer(flag("eval_inner_steps"), self.eval_inner_steps, at_least=0)
+
+
+METHODS = methods("omniglot", Config)
+
+
+def about() -> dict[str, str]:
+    """A line on each method for --help, with its published accuracies."""
+    lines = {}
+    for name in METHODS:
+        numbers = [
+            f"{way}-way {shot}-shot {accuracy}"
+            for (algorithm, network, way, shot), accuracy in published.OMNIGLOT.items()
+            if (algorithm, network) == (name, "conv4")
+        ]
+        entry = CATALOGUE[name]
+        title = f"{entry.title} ({entry.reference})."
+        lines[name] = f"{title} Published accuracy, %: {', '.join(numbers)}." if numbers else title
+    return lines
 
 
 def with_paper_defaults(config: Config) -> Config:
     """Fills in what was left to the paper's settings, which depend on the number of classes."""
     many = config.way > 5
-    defaults = {
-        "query_shot": config.shot,
-        "meta_batch_size": 16 if many else 32,
-        "num_inner_steps": 5 if many else 1,
-        "eval_inner_steps": 5 if many else 3,
-        "run_dir": Path(f"runs/omniglot-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
-    }
-    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **unset)
+    return with_defaults(
+        config,
+        {
+            "query_shot": config.shot,
+            "meta_batch_size": 16 if many else 32,
+            "num_inner_steps": 5 if many else 1,
+            "eval_inner_steps": 5 if many else 3,
+            "run_dir": Path(f"runs/omniglot-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
+        },
+    )
 
 
-def make_learner(config: Config, num_inner_steps: int) -> MetaLearner:
-    """The algorithm on the paper's network, with some number of inner steps."""
+def make_learner(config: Config, **hyperparameters: int) -> MetaLearner:
+    """The algorithm on the paper's network, with some hyperparameters replaced."""
     model = models.conv4(way=config.way) if config.network == "conv4" else models.omniglot_mlp(way=config.way)
-    rule = optax.sgd(config.inner_lr)
-    if not config.adapt_norm:
-        rule = adapt_only(rule, lambda name: "norm" not in name)
-    build = CATALOGUE[config.algorithm]
-    return build(model, losses.cross_entropy, inner_optimizer=rule, num_inner_steps=num_inner_steps)
+    where = None if config.adapt_norm else lambda name: "norm" not in name
+    problem = Problem(model, losses.cross_entropy, where)
+    return CATALOGUE[config.algorithm].build(problem, replace_known(config.hyperparameters, **hyperparameters))
 
 
 def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
@@ -118,22 +124,22 @@ def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
 def run(config: Config) -> dict:
     """Trains, tests the state with the best validation accuracy, and returns the content of results.json."""
     config = with_paper_defaults(config)
-    common.check_config(config)
-    learner = make_learner(config, config.num_inner_steps)
-    tester = make_learner(config, config.eval_inner_steps)
+    learner = make_learner(config)
+    tester = make_learner(config, num_inner_steps=config.eval_inner_steps)
     samplers = make_samplers(config)
-    _, val_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
+    keys = runs.streams(config.seed)
     mesh = common.mesh_for(config.eval_episodes)
 
-    def score(params: ArrayTree, split: str, key: jax.Array) -> Evaluation:
+    def score(params: ArrayTree, split: str) -> Evaluation:
         return evaluate(
             tester,
             params,
             samplers[split],
-            key,
+            getattr(keys, split),
             metric_fn=losses.accuracy,
             num_episodes=config.eval_episodes,
             mesh=mesh,
+            one_query_at_a_time=config.inductive,
         )
 
     with runs.open_run(config.run_dir, config) as run_dir:
@@ -141,9 +147,8 @@ def run(config: Config) -> dict:
             run_dir,
             config,
             learner,
-            common.outer_optimizer(config),
             samplers["train"],
-            validate=lambda params: float(score(params, "val", val_key).mean[-1]),
+            validate=lambda params: float(score(params, "val").mean[-1]),
         )
         protocol = {
             "way": config.way,
@@ -153,7 +158,7 @@ def run(config: Config) -> dict:
             "split": "test",
             "selection": "highest validation accuracy on split val",
             "selected_step": trained.best_step,
-            "normalisation": "transductive",
+            "normalisation": "each query with the support set" if config.inductive else "transductive",
         }
         results = runs.finish(
             run_dir,
@@ -161,12 +166,20 @@ def run(config: Config) -> dict:
             config,
             trained,
             protocol,
-            lambda: {"metrics": {"accuracy": runs.as_metric(score(trained.params, "test", test_key))}},
+            lambda: {"metrics": {"accuracy": runs.as_metric(score(trained.params, "test"))}},
         )
         if jax.process_index() == 0:
             figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
     show(results)
     return results
+
+
+def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
+    """The learner of the test protocol and the selected parameters of a run."""
+    config = stored_config(METHODS, Path(run_dir))
+    learner = make_learner(config, num_inner_steps=config.eval_inner_steps)
+    inputs = np.zeros((config.way * config.shot, 28, 28, 1), np.float32)
+    return learner, common.load_params(config.run_dir, config, learner, inputs)
 
 
 def show(results: dict) -> None:
@@ -179,10 +192,10 @@ def show(results: dict) -> None:
     table.add_column("inner steps")
     for step in range(len(accuracy["mean"])):
         table.add_column(str(step), justify="right")
-    cells = [f"{100 * mean:.2f} ± {100 * ci:.2f}" for mean, ci in zip(accuracy["mean"], accuracy["ci95"], strict=True)]
+    cells = [runs.format_mean(*cell, scale=100) for cell in zip(accuracy["mean"], accuracy["ci95"], strict=True)]
     table.add_row("accuracy", *cells)
     console.print(table)
 
 
 if __name__ == "__main__":
-    common.main(Config, run, __doc__)
+    main(METHODS, run, __doc__, about=about())

@@ -4,7 +4,6 @@ With --add it first takes in the results of finished runs, each under a name of 
 """
 
 import dataclasses
-import json
 import re
 import statistics
 from collections import defaultdict
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import figures, omniglot, published, runs, sinusoid
+from experiments import cli, figures, omniglot, published, runs, sinusoid
 
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
@@ -33,32 +32,31 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       FileNotFoundError: if the run has no results.json.
       ValueError: if other results have that name.
     """
-    results = runs.finite(json.loads((run_dir / "results.json").read_text()))
-    named = ("--algorithm", "--seed")
-    flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith(named)]
+    results = runs.finite(runs.read_json(run_dir / "results.json"))
+    flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith("--seed")]
     name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
     file = results_dir / f"{name}.json"
-    if file.exists() and json.loads(file.read_text()) != results:
+    if file.exists() and runs.read_json(file) != results:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
     runs.write_json(file, results)
     return file
 
 
+EXPERIMENTS = {"omniglot": omniglot, "sinusoid": sinusoid}
+
+
 def changed_flags(results: dict) -> list[str]:
     """The flags of the command that made `results`, those at their defaults left out."""
-    module = {"omniglot": omniglot, "sinusoid": sinusoid}[results["experiment"]]
-    fill = {"omniglot": omniglot.with_paper_defaults, "sinusoid": sinusoid.with_defaults}[results["experiment"]]
-    types = {field.name: field.type for field in dataclasses.fields(module.Config)}
-    config = results["config"]
-    base = {name: config[name] for name in ("algorithm", "way", "shot") if name in config}
-    defaults = runs.as_json(fill(module.Config(**base)))
-    plain = runs.as_json(module.Config())
-    unimportant = ("data_dir", "chunk_size")  # another one gives the same results
+    module, config = EXPERIMENTS[results["experiment"]], results["config"]
+    method = module.METHODS[results["algorithm"]]
+    base = {name: config[name] for name in ("way", "shot") if name in config}
+    defaults = runs.as_json(module.with_paper_defaults(dataclasses.replace(method, **base)))
+    plain = runs.as_json(method)
     flags = []
     for name, value in config.items():
         reference = plain[name] if name in base else defaults.get(name)
-        if name in types and name not in unimportant and value != reference:
-            flag = "--" + name.replace("_", "-")
+        if name in defaults and name != "algorithm" and name not in runs.IRRELEVANT and value != reference:
+            flag = cli.flag(name)
             words = " ".join(map(str, value)) if isinstance(value, list) else value
             flags.append(f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag} {words}")
     return flags
@@ -67,7 +65,7 @@ def changed_flags(results: dict) -> list[str]:
 def command(results: dict) -> str:
     """The command line that made `results`, without its seed."""
     flags = [flag for flag in changed_flags(results) if not flag.startswith("--seed")]
-    return " ".join([f"python -m experiments.{results['experiment']}", *flags])
+    return " ".join([f"python -m experiments.{results['experiment']} {results['algorithm']}", *flags])
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -85,13 +83,17 @@ def by_command(results: list[dict]) -> dict[str, list[dict]]:
 
 
 def _order(result: dict) -> tuple:
-    order = ["maml", "fomaml", "reptile", "pretrained", "oracle"]
-    config = result["config"]
-    return order.index(result["algorithm"]), config.get("way", 0), config.get("shot"), config["inner_lr"]
+    names, config = list(EXPERIMENTS[result["experiment"]].METHODS), result["config"]
+    return names.index(result["algorithm"]), config.get("way", 0), config["shot"], str(config.get("inner_lr"))
+
+
+def at(values: list[float | None], step: int) -> float | None:
+    """The value after some number of inner steps; None if the curve is shorter."""
+    return values[step] if step < len(values) else None
 
 
 def over_seeds(values: list[float | None]) -> str:
-    """The mean over seeds and, from two on, the smallest and largest; how many are not finite, if any."""
+    """The mean over seeds and, from two on, the smallest and largest; or the number of seeds without a finite value."""
     if bad := sum(value is None for value in values):
         return f"not finite in {bad} of {len(values)}"
     numbers = [
@@ -111,17 +113,22 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
         paper = published.SINUSOID.get((algorithm, config["inner_lr"])) if shot == 5 else None
         rows.append(
             [
-                figures.TITLES[algorithm],
+                figures.title(algorithm),
                 " or ".join(f"{rate:g}" for rate in rates),
-                *(over_seeds([m["mean"][step] for m in mse]) for step in (1, 5, 10)),
+                *(over_seeds([at(m["mean"], step) for m in mse]) for step in (1, 5, 10)),
                 " / ".join(f"{number:.2f}" for number in paper) if paper else "",
-                f"{statistics.fmean(m['median'][10] for m in mse):.2f}",
-                f"{statistics.fmean(m['diverged'][10] for m in mse):.2%}",
+                _mean_at_10(mse, "median", ".2f"),
+                _mean_at_10(mse, "diverged", ".2%"),
                 str(len(group)),
             ]
         )
     header = ["", "rate", "1 step", "5 steps", "10 steps", "published", "median, 10 steps", "diverged", "seeds"]
     return markdown_table(header, rows)
+
+
+def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
+    values = [at(curve[name], 10) for curve in curves]
+    return "" if None in values else format(statistics.fmean(values), style)
 
 
 def omniglot_table(results: list[dict]) -> str:
@@ -131,14 +138,14 @@ def omniglot_table(results: list[dict]) -> str:
         config, algorithm = group[0]["config"], group[0]["algorithm"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
         steps = len(accuracy[0]["mean"]) - 1
-        cells = [f"{100 * a['mean'][-1]:.2f} ± {100 * a['ci95'][-1]:.2f}" for a in accuracy]
+        cells = [runs.format_mean(a["mean"][-1], a["ci95"][-1], scale=100) for a in accuracy]
         paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]))
         if paper is None or not as_published(group[0]):
             paper = ""
         minutes = statistics.fmean(result["seconds"]["train"] for result in group) / 60
         rows.append(
             [
-                ", ".join([figures.TITLES[algorithm], *(f"`{flag}`" for flag in variation(group[0]))]),
+                ", ".join([figures.title(algorithm), *(f"`{flag}`" for flag in variation(group[0]))]),
                 f"{config['way']}-way {config['shot']}-shot",
                 ", ".join(cells),
                 paper,
@@ -154,13 +161,13 @@ def omniglot_table(results: list[dict]) -> str:
 
 def variation(results: dict) -> list[str]:
     """The flags of the command that are neither in a column of the table nor the seed."""
-    in_columns = ("--algorithm", "--way", "--shot", "--num-meta-steps", "--seed")
+    in_columns = ("--way", "--shot", "--num-meta-steps", "--seed")
     return [flag for flag in changed_flags(results) if not flag.startswith(in_columns)]
 
 
 def as_published(results: dict) -> bool:
     """Whether a run had the paper's settings and its number of meta-steps."""
-    return not variation(results) and results["meta_steps"] == omniglot.Config().num_meta_steps
+    return not variation(results) and results["meta_steps"] == omniglot.METHODS["maml"].num_meta_steps
 
 
 def details(results: list[dict]) -> str:
@@ -175,14 +182,14 @@ def details(results: list[dict]) -> str:
             f"- seconds of the first: {', '.join(f'{k} {v:.0f}' for k, v in first['seconds'].items())}\n"
             f"- protocol: {', '.join(f'{k} {v}' for k, v in first['protocol'].items())}\n"
             f"- {name} after 0, 1, ... inner steps, first seed: "
-            + ", ".join(f"{mean:.4f}" for mean in first["metrics"][name]["mean"])
+            + ", ".join(runs.format_mean(mean, digits=4) for mean in first["metrics"][name]["mean"])
         )
     return "\n\n".join(parts)
 
 
 def write(results_dir: Path, report: Path, readme: Path | None) -> None:
     """Writes the report and its figure, and the tables between the markers of the README."""
-    results = [json.loads(file.read_text()) for file in sorted(results_dir.glob("*.json"))]
+    results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
     of = defaultdict(list)
     for result in results:
         of[result["experiment"]].append(result)
@@ -210,7 +217,7 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         for group in by_command(of["sinusoid"]).values():
             first = group[0]
             name = first["algorithm"]
-            curves[name if name not in curves else f"{figures.TITLES[name]}, rate {first['config']['inner_lr']:g}"] = (
+            curves[name if name not in curves else f"{figures.title(name)}, rate {first['config']['inner_lr']:g}"] = (
                 first["evaluations"]
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)

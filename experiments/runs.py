@@ -11,27 +11,48 @@ import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from maml_jax import parallel
+from maml_jax import processes
 from maml_jax.types import ArrayTree, Evaluation
 
 console = Console(soft_wrap=True)
 """Where experiments print; silent in every process but the first."""
-PATIENCE = float(os.environ.get("MAML_JAX_PATIENCE", 600))
-"""Seconds that one process waits for the others, and for a compiled call of all to end, before it gives up."""
+PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS", 600))
+"""How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
+LOCATION = ("run_dir", "distributed")
+"""Settings that say where a run is kept and made. They are not stored."""
+IRRELEVANT = ("data_dir", "chunk_size")
+"""Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
+EXTENDABLE = ("num_meta_steps", "eval_episodes")
+"""Settings that may grow when a run is resumed."""
+
+
+class Streams(NamedTuple):
+    """The independent random streams of an experiment, one key each."""
+
+    init: jax.Array
+    train: jax.Array
+    test: jax.Array
+    val: jax.Array
+    tune: jax.Array
+
+
+def streams(seed: int) -> Streams:
+    """All random keys of an experiment. No other place derives keys from a seed."""
+    return Streams(*jax.random.split(jax.random.key(seed), len(Streams._fields)))
 
 
 class RunError(Exception):
-    """A mistake in how an experiment was called, told to the user in one paragraph."""
+    """A mistake in how an experiment was called, or a run that cannot go on; printed as one paragraph."""
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a file whole or not at all, numbers that are not finite as null; process 0 does."""
+    """Writes a JSON file atomically, with null for numbers that are not finite. Only process 0 writes."""
     if jax.process_index() > 0:
         return
     partial = file.with_name(file.name + ".partial")
@@ -39,8 +60,20 @@ def write_json(file: Path, content: Any) -> None:
     os.replace(partial, file)
 
 
+def read_json(file: Path) -> Any:
+    """Reads a JSON file.
+
+    Raises:
+      RunError: if it is damaged.
+    """
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise RunError(f"{file} is damaged ({error}); delete it, or choose another --run-dir") from error
+
+
 def finite(content: Any) -> Any:
-    """`content` with None for every number that is not finite, for which JSON has no word."""
+    """Replaces NaN and ±inf by None, because JSON cannot represent them."""
     if isinstance(content, dict):
         return {name: finite(value) for name, value in content.items()}
     if isinstance(content, list | tuple):
@@ -49,28 +82,37 @@ def finite(content: Any) -> Any:
 
 
 def as_json(config: Any) -> dict[str, Any]:
-    """A configuration as it is stored: without `run_dir` and `distributed`, which are where and not what."""
+    """A configuration as it is stored: one flat record, without the settings in `LOCATION`."""
     content = json.loads(json.dumps(dataclasses.asdict(config), default=str))
-    return {name: value for name, value in content.items() if name not in ("run_dir", "distributed")}
+    content |= content.pop("hyperparameters", {})
+    return {name: value for name, value in content.items() if name not in LOCATION}
+
+
+def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 2, scale: float = 1.0) -> str:
+    """A mean and its interval, as tables print it; "not finite" for None."""
+    if mean is None:
+        return "not finite"
+    style = f".{digits}f" if abs(mean) < 1e4 else ".0e"
+    return " ± ".join(format(scale * number, style) for number in (mean, ci95) if number is not None)
 
 
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: Any) -> Iterator[Path]:
-    """Claims a run directory for this job and this configuration; process 0 does, for all.
+    """Claims a run directory for this job and this configuration. Process 0 does it for all processes.
 
     Args:
       run_dir: made if it does not exist.
       config: a dataclass, stored as `config.json`.
 
     Raises:
-      RunError: if a live process holds the directory, if it belongs to another configuration, or if the processes
-        were not started with one configuration.
-      ProcessError: in the others, if process 0 raises.
+      RunError: if a running process uses the directory, if it belongs to another configuration, or if the processes
+        were started with different configurations.
+      ProcessError: in the other processes, if process 0 raises.
     """
     with contextlib.ExitStack() as held:
-        with parallel.together("opening the run directory", PATIENCE):
-            parallel.on_first(lambda: held.enter_context(_claim(run_dir, config)))
-            others = parallel.differing(json.dumps(as_json(config)))
+        with processes.watchdog("opening the run directory", PROCESS_TIMEOUT_SECONDS):
+            processes.on_process_zero(lambda: held.enter_context(_claim(run_dir, config)))
+            others = processes.processes_that_differ(json.dumps(as_json(config)))
         if others:
             raise RunError(f"of the processes, {others} were started with other settings than process 0")
         yield run_dir
@@ -90,25 +132,25 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
         wanted = as_json(config)
         config_file = run_dir / "config.json"
         if config_file.exists():
-            found = json.loads(config_file.read_text())
+            found = read_json(config_file)
             differing = [
                 f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
-                for name in sorted(found.keys() | wanted.keys())
+                for name in sorted((found.keys() | wanted.keys()) - set(IRRELEVANT))
                 if found.get(name) != wanted.get(name)
+                and not (name in EXTENDABLE and name in found and found[name] < wanted[name])
             ]
             if differing:
                 raise RunError(
                     f"the run directory {run_dir} belongs to another configuration: {'; '.join(differing)}. Choose "
                     "another --run-dir, or give the same flags to resume"
                 )
-        else:
-            write_json(config_file, wanted)
+        write_json(config_file, wanted)
         yield
 
 
 @contextlib.contextmanager
 def metrics_log(file: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """Appends records to a `.jsonl` file, dropping those after `step` that an interrupted run left; process 0 does."""
+    """Appends records to a `.jsonl` file. Records after `step`, left by an interrupted run, are dropped first."""
     if jax.process_index() > 0:
         yield lambda record: None
         return
@@ -122,12 +164,12 @@ def metrics_log(file: Path, step: int) -> Iterator[Callable[[dict], None]]:
     partial.write_text("".join(kept))
     os.replace(partial, file)
     with open(file, "a") as stream:
-        yield lambda record: (stream.write(json.dumps(record) + "\n"), stream.flush())
+        yield lambda record: (stream.write(json.dumps(finite(record), allow_nan=False) + "\n"), stream.flush())
 
 
 @dataclasses.dataclass
 class Trained:
-    """What training ends with: parameters to be tested, the step they are of, seconds spent, and how it was run."""
+    """Result of training: the selected parameters, their step, timings, and device and chunk settings."""
 
     params: ArrayTree
     best_step: int
@@ -136,14 +178,22 @@ class Trained:
 
 
 def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
-    """The mean and 95 % interval of an evaluation, lists of K+1 numbers."""
-    return {"mean": np.asarray(evaluation.mean).tolist(), "ci95": np.asarray(evaluation.ci95).tolist()}
+    """The mean and 95 % interval of an evaluation, lists of K+1 numbers.
+
+    If an episode is not finite, the number of such episodes and the mean and median of the others are there too.
+    """
+    names = ["mean", "ci95"]
+    if np.any(evaluation.num_nonfinite):
+        names += ["num_nonfinite", "finite_mean", "finite_median"]
+    return {name: np.asarray(getattr(evaluation, name)).tolist() for name in names}
 
 
 def finish(
     run_dir: Path, experiment: str, config: Any, trained: Trained, protocol: dict, test: Callable[[], dict]
 ) -> dict[str, Any]:
-    """Tests what was trained and writes results.json; a run that has one is not tested again.
+    """Tests what was trained and writes results.json. A finished run is not tested again.
+
+    Results of fewer meta-steps or episodes are kept as results_STEPS_EPISODES.json.
 
     Args:
       run_dir: claimed by `open_run`.
@@ -157,12 +207,24 @@ def finish(
       The content of results.json.
     """
     file = run_dir / "results.json"
-    with parallel.together("looking for results", PATIENCE):
-        results = parallel.on_first(lambda: json.loads(file.read_text()) if file.exists() else None)
+    size = [as_json(config)[name] for name in EXTENDABLE]
+
+    def finished_results() -> dict | None:
+        if not file.exists():
+            return None
+        found = read_json(file)
+        found_size = [found["config"][name] for name in EXTENDABLE]
+        if found_size == size:
+            return found
+        file.rename(run_dir / f"results_{'_'.join(map(str, found_size))}.json")
+        return None
+
+    with processes.watchdog("looking for results", PROCESS_TIMEOUT_SECONDS):
+        results = processes.on_process_zero(finished_results)
     if results is not None:
         console.print(f"{run_dir} is finished; these are its results")
         return results
-    with parallel.together("the test", PATIENCE):
+    with processes.watchdog("the test", PROCESS_TIMEOUT_SECONDS):
         start = time.perf_counter()
         tested = test()
     packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")

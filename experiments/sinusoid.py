@@ -8,32 +8,28 @@ behind the published table: rate 0.001, the default of the authors' code, where 
 import dataclasses
 import math
 from pathlib import Path
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
 from rich.table import Table
 
-from experiments import common, figures, runs
+from experiments import common, figures, published, runs
+from experiments.cli import RunConfig, flag, main, methods, replace_known, stored_config, with_defaults
 from experiments.runs import console
-from maml_jax import CATALOGUE, evaluate, losses, models
+from maml_jax import CATALOGUE, Problem, evaluate, losses, models
 from maml_jax.tasks import sinusoid
-from maml_jax.types import ArrayTree, Evaluation, MetaLearner
+from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn, check_integer
 
 DIVERGED = 100.0
 """A task has diverged when its squared error is not finite or above this; no target is beyond ±5."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(RunConfig):
     """The settings of one run; the defaults are those behind the published table."""
 
-    algorithm: Literal["maml", "fomaml", "reptile", "pretrained", "oracle"] = "maml"
-    """The meta-learner; "pretrained" trains on all tasks at once and adapts at test only, "oracle" does so
-    and is told amplitude and phase."""
     shot: int = 10
     """Support points of a training task."""
     query_shot: int | None = None
@@ -41,20 +37,12 @@ class Config:
     meta_batch_size: int = 25
     """Tasks per meta-step."""
     num_meta_steps: int = 70_000
-    """Outer updates."""
-    num_inner_steps: int = 1
-    """Inner gradient steps in training."""
-    inner_lr: float = 1e-3
-    """Rate of the inner gradient descent on the mean squared error, in training and at test."""
+    """Outer updates. A run may be continued with a larger number."""
     tune_inner_lr: bool | None = None
-    """Whether the rate at test is the best of --inner-lr-grid on tasks drawn for that; by default for
-    "pretrained" and "oracle" alone, whose training has no inner rate."""
+    """Whether the rate at test is the best of --inner-lr-grid on other tasks; by default for "pretrained" and "oracle",
+    whose training has no inner rate."""
     inner_lr_grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
     """The rates to choose from."""
-    outer_optimizer: Literal["adam", "sgd"] = "adam"
-    """Optimiser of the meta-parameters."""
-    outer_lr: float = 1e-3
-    """Rate of the outer optimiser."""
     eval_episodes: int = 2000
     """Test tasks."""
     eval_shots: tuple[int, ...] = (5, 10)
@@ -66,37 +54,63 @@ class Config:
     val_every: int = 10_000
     """Meta-steps between checkpoints."""
     log_every: int = 1000
-    """Meta-steps in one compiled call, and between lines of metrics.jsonl."""
-    chunk_size: int | None = None
-    """Tasks of a device that are batched together; by default chosen for the device."""
-    precision: common.Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
-    seed: int = 0
-    """Seed of initial parameters, tasks and evaluation."""
-    run_dir: Path | None = None
-    """Where the run is kept, and resumed from; by default runs/sinusoid-ALGORITHM-INNER_LR-SEED."""
-    distributed: str = "auto"
-    """Processes: "auto" joins those that SLURM, Open MPI, Kubernetes or a TPU pod started with this one, if any;
-    HOST:PORT, where process 0 listens, with $JAX_NUM_PROCESSES and $JAX_PROCESS_ID; "off" is one process."""
+    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        super().__post_init__()
+        for name, smallest in {"eval_query_shot": 1, "eval_inner_steps": 0}.items():
+            check_integer(flag(name), getattr(self, name), at_least=smallest)
+        if not self.eval_shots or min(self.eval_shots) < 1:
+            raise ValueError(f"--eval-shots needs positive numbers of support points, got {self.eval_shots}")
+        if not self.inner_lr_grid or not all(rate > 0 and math.isfinite(rate) for rate in self.inner_lr_grid):
+            raise ValueError(f"--inner-lr-grid needs positive rates, got {self.inner_lr_grid}")
 
 
-def with_defaults(config: Config) -> Config:
+METHODS = methods("sinusoid", Config)
+METHODS["oracle"] = dataclasses.replace(METHODS["pretrained"], algorithm="oracle")
+
+
+def about() -> dict[str, str]:
+    """A line on each method for --help, with its published errors."""
+    lines = {}
+    for name, config in METHODS.items():
+        entry = CATALOGUE.get(name)
+        title = f"{entry.title} ({entry.reference})." if entry else "Pretrained, and told amplitude and phase."
+        errors = published.SINUSOID.get((name, config.hyperparameters.inner_lr))
+        numbers = f" Published error after 1 / 5 / 10 steps: {' / '.join(map(str, errors))}." if errors else ""
+        lines[name] = title + numbers
+    return lines
+
+
+def with_paper_defaults(config: Config) -> Config:
     """Fills in what depends on other settings."""
-    defaults = {
-        "query_shot": config.shot,
-        "tune_inner_lr": config.algorithm in ("pretrained", "oracle"),
-        "run_dir": Path(f"runs/sinusoid-{config.algorithm}-{config.inner_lr:g}-{config.seed}"),
-    }
-    unset = {name: value for name, value in defaults.items() if getattr(config, name) is None}
-    return dataclasses.replace(config, **unset)
+    rate = config.hyperparameters.inner_lr
+    return with_defaults(
+        config,
+        {
+            "query_shot": config.shot,
+            "tune_inner_lr": config.algorithm in ("pretrained", "oracle"),
+            "run_dir": Path(f"runs/sinusoid-{config.algorithm}-{rate:g}-{config.seed}"),
+        },
+    )
 
 
-def make_learner(config: Config, inner_lr: float, num_inner_steps: int) -> MetaLearner:
+def make_learner(config: Config, inner_lr: float | jax.Array, num_inner_steps: int) -> MetaLearner:
     """The algorithm on the paper's network 1-40-40-1, initialised as in the authors' code."""
     model = models.mlp(features=(40, 40, 1), kernel_init=nn.initializers.truncated_normal(0.01))
-    build = CATALOGUE["pretrained" if config.algorithm == "oracle" else config.algorithm]
-    rule = optax.sgd(inner_lr)
-    return build(model, losses.mean_squared_error, inner_optimizer=rule, num_inner_steps=num_inner_steps)
+    entry = CATALOGUE["pretrained" if config.algorithm == "oracle" else config.algorithm]
+    hyperparameters = replace_known(config.hyperparameters, inner_lr=inner_lr, num_inner_steps=num_inner_steps)
+    return entry.build(Problem(model, losses.mean_squared_error), hyperparameters)
+
+
+def test_samplers(config: Config) -> dict[int, SampleEpisodeFn]:
+    """The test tasks by their number of support points."""
+    oracle = config.algorithm == "oracle"
+    return {
+        shot: sinusoid.make_sampler(shot=shot, query_shot=config.eval_query_shot, oracle=oracle)
+        for shot in config.eval_shots
+    }
 
 
 def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
@@ -109,14 +123,16 @@ def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:
     }
 
 
-def test(config: Config, params: ArrayTree, shot: int, key: jax.Array) -> dict:
-    """Scores `params` on test tasks of `shot` support points; with `tune_inner_lr`, at the best test rate."""
-    sample = sinusoid.make_sampler(shot=shot, query_shot=config.eval_query_shot, oracle=config.algorithm == "oracle")
-    tune_key, test_key = jax.random.split(key)
+def test(config: Config, params: ArrayTree, sample: SampleEpisodeFn) -> dict:
+    """Scores `params` on test tasks; with `tune_inner_lr`, at the best rate of the grid on other tasks."""
+    keys = runs.streams(config.seed)
 
-    def score(inner_lr: float, key: jax.Array) -> Evaluation:
+    def learner_of(rate: jax.Array) -> MetaLearner:
+        return make_learner(config, rate, config.eval_inner_steps)
+
+    def score(rate: float, key: jax.Array) -> Evaluation:
         return evaluate(
-            make_learner(config, inner_lr, config.eval_inner_steps),
+            jax.tree_util.Partial(learner_of, jnp.float32(rate)),  # one program for all rates
             params,
             sample,
             key,
@@ -125,25 +141,25 @@ def test(config: Config, params: ArrayTree, shot: int, key: jax.Array) -> dict:
             chunk_size=100,
         )
 
-    inner_lr = config.inner_lr
+    inner_lr = config.hyperparameters.inner_lr
     if config.tune_inner_lr:
-        final = {rate: float(score(rate, tune_key).mean[-1]) for rate in config.inner_lr_grid}
+        final = {rate: float(score(rate, keys.tune).mean[-1]) for rate in config.inner_lr_grid}
         inner_lr = min(final, key=lambda rate: final[rate] if math.isfinite(final[rate]) else math.inf)
-    return {"shot": shot, "inner_lr": inner_lr, "metrics": {"mse": as_metric(score(inner_lr, test_key))}}
+    return {"inner_lr": inner_lr, "metrics": {"mse": as_metric(score(inner_lr, keys.test))}}
 
 
 def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
     """Trains (or resumes, or finds finished) a run; returns the content of results.json and θ."""
-    config = with_defaults(config)
-    common.check_config(config)
-    learner = make_learner(config, config.inner_lr, config.num_inner_steps)
+    config = with_paper_defaults(config)
+    inner_lr = config.hyperparameters.inner_lr
+    learner = make_learner(config, inner_lr, config.hyperparameters.num_inner_steps)
     sample = sinusoid.make_sampler(shot=config.shot, query_shot=config.query_shot, oracle=config.algorithm == "oracle")
-    test_key = jax.random.split(jax.random.key(config.seed), 3)[2]
+    samplers = test_samplers(config)
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, learner, common.outer_optimizer(config), sample)
+        trained = common.train(run_dir, config, learner, sample)
 
         def test_all() -> dict:
-            evaluations = [test(config, trained.params, shot, test_key) for shot in config.eval_shots]
+            evaluations = [{"shot": shot} | test(config, trained.params, of_shot) for shot, of_shot in samplers.items()]
             return {"metrics": evaluations[0]["metrics"], "evaluations": evaluations}
 
         protocol = {
@@ -165,6 +181,14 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
                 curves = predictions(config, trained.params, results["evaluations"][0]["inner_lr"])
                 figures.predictions(drawn / "predictions.png", {config.algorithm: curves})
     return results, trained.params
+
+
+def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
+    """The learner of the test protocol, at the rate of training, and the parameters of a run."""
+    config = stored_config(METHODS, Path(run_dir))
+    learner = make_learner(config, config.hyperparameters.inner_lr, config.eval_inner_steps)
+    inputs = np.zeros((config.shot, 3 if config.algorithm == "oracle" else 1), np.float32)
+    return learner, common.load_params(config.run_dir, config, learner, inputs)
 
 
 def predictions(config: Config, params: ArrayTree, inner_lr: float, num_tasks: int = 3) -> list[dict]:
@@ -189,7 +213,7 @@ def predictions(config: Config, params: ArrayTree, inner_lr: float, num_tasks: i
 
 
 def show(results: dict) -> None:
-    """Prints the squared error after every inner step."""
+    """Prints the squared error after 0, 1, 5 and 10 inner steps."""
     table = Table(
         title=f"{results['algorithm']}, sinusoids: mean squared error on {results['protocol']['episodes']} test tasks"
     )
@@ -203,8 +227,8 @@ def show(results: dict) -> None:
                     str(evaluation["shot"]),
                     f"{evaluation['inner_lr']:g}",
                     str(step),
-                    f"{mse['mean'][step]:.3f} ± {mse['ci95'][step]:.3f}",
-                    f"{mse['median'][step]:.3f}",
+                    runs.format_mean(mse["mean"][step], mse["ci95"][step], digits=3),
+                    runs.format_mean(mse["median"][step], digits=3),
                     f"{mse['diverged'][step]:.2%}",
                 )
     console.print(table)
@@ -218,4 +242,4 @@ def run(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    common.main(Config, run, __doc__)
+    main(METHODS, run, __doc__, about=about())

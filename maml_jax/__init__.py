@@ -1,23 +1,36 @@
 """maml_jax: functional learning to learn in JAX, with exact meta-gradients of pure functions."""
 
+from maml_jax import checkpoint as checkpoint
+from maml_jax import cost as cost
 from maml_jax import losses as losses
 from maml_jax import models as models
 from maml_jax import parallel as parallel
+from maml_jax import processes as processes
 from maml_jax import tasks as tasks
 from maml_jax._version import __version__ as __version__
 from maml_jax.algorithms import CATALOGUE as CATALOGUE
+from maml_jax.algorithms import Entry as Entry
+from maml_jax.algorithms import InnerDescent as InnerDescent
+from maml_jax.algorithms import Problem as Problem
 from maml_jax.algorithms import fomaml as fomaml
 from maml_jax.algorithms import maml as maml
 from maml_jax.algorithms import pretrained as pretrained
 from maml_jax.algorithms import reptile as reptile
 from maml_jax.evaluate import evaluate as evaluate
+from maml_jax.evaluate import evaluate_objective as evaluate_objective
 from maml_jax.inner import adapt_only as adapt_only
+from maml_jax.inner import check_inner_grad as check_inner_grad
+from maml_jax.inner import checkpointed as checkpointed
 from maml_jax.inner import first_order as first_order
+from maml_jax.inner import gradient_based as gradient_based
 from maml_jax.inner import inner_loop as inner_loop
 from maml_jax.inner import mixed_mode as mixed_mode
+from maml_jax.outer import OuterRule as OuterRule
+from maml_jax.outer import gradient_step as gradient_step
 from maml_jax.outer import init_meta_state as init_meta_state
 from maml_jax.outer import make_meta_step as make_meta_step
 from maml_jax.outer import make_train_loop as make_train_loop
+from maml_jax.outer import pmap_meta_step as pmap_meta_step
 from maml_jax.types import Batch as Batch
 from maml_jax.types import Episode as Episode
 from maml_jax.types import Evaluation as Evaluation
@@ -30,17 +43,28 @@ from maml_jax.types import Model as Model
 __all__ = [
     "CATALOGUE",
     "Batch",
+    "Entry",
     "Episode",
     "Evaluation",
+    "InnerDescent",
     "InnerInfo",
     "MetaInfo",
     "MetaLearner",
     "MetaState",
     "Model",
+    "OuterRule",
+    "Problem",
     "adapt_only",
+    "check_inner_grad",
+    "checkpoint",
+    "checkpointed",
+    "cost",
     "evaluate",
+    "evaluate_objective",
     "first_order",
     "fomaml",
+    "gradient_based",
+    "gradient_step",
     "init_meta_state",
     "inner_loop",
     "losses",
@@ -50,7 +74,9 @@ __all__ = [
     "mixed_mode",
     "models",
     "parallel",
+    "pmap_meta_step",
     "pretrained",
+    "processes",
     "reptile",
     "tasks",
 ]

@@ -5,70 +5,182 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from scipy.special import stdtrit
 
-from maml_jax.types import ArrayTree, Evaluation, MetaLearner, PRNGKey, SampleEpisodeFn
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def _scores(learner, sample_episode, metric_fn, chunk_size, mesh, meta_params, keys):
-    """The metric [E, K+1] of the episodes drawn with keys [E]."""
-
-    def score(params, key):
-        episode = sample_episode(key)
-
-        def observe(task_params):
-            return metric_fn(learner.predict(task_params, episode.query.inputs), episode.query.targets)
-
-        return learner.adapt(params, episode.support, key=episode.key, observe_fn=observe)[1].observed
-
-    def scores(params, keys):
-        return jax.lax.map(lambda key: score(params, key), keys, batch_size=chunk_size if chunk_size > 1 else None)
-
-    if mesh is not None:
-        from maml_jax import parallel
-
-        parallel.check_divides(keys.shape[0], mesh.size, "num_episodes")
-        scores = parallel.each_task(scores, mesh)
-    return scores(meta_params, keys)
+from maml_jax import parallel
+from maml_jax.types import (
+    ArrayTree,
+    Evaluation,
+    MetaLearner,
+    PRNGKey,
+    SampleEpisodeFn,
+    as_floating,
+    check_integer,
+    draw_episode,
+    function_and_data,
+    with_data,
+)
 
 
 def evaluate(
-    learner: MetaLearner,
+    learner: MetaLearner | jax.tree_util.Partial,
     meta_params: ArrayTree,
     sample_episode: SampleEpisodeFn,
     key: PRNGKey,
     *,
-    metric_fn: Callable[[ArrayTree, ArrayTree], jax.Array],
+    metric_fn: Callable[[ArrayTree, ArrayTree], ArrayTree],
+    num_episodes: int = 600,
+    chunk_size: int | None = None,
+    mesh: jax.sharding.Mesh | None = None,
+    one_query_at_a_time: bool = False,
+    stochastic: bool = False,
+) -> Evaluation:
+    """Adapts to fresh episodes and scores their query sets before and after every inner step.
+
+    A learner built with more inner steps than in training shows the whole curve. Programs are compiled once for
+    each combination of functions, and the most recent ones are kept.
+
+    Args:
+      learner: the algorithm, usually with the number of inner steps of the test protocol. To compile once for many
+        values of a number, give a `jax.tree_util.Partial` that returns the learner: its arrays are arguments
+        of the compiled program.
+      meta_params: θ.
+      sample_episode: the task distribution to test on, `(key) -> Episode` or `(key, params) -> Episode`.
+      key: the randomness; episode i depends on `key` and i only.
+      metric_fn: `(outputs, targets) -> pytree of numbers` for one query set, such as `losses.accuracy`.
+      num_episodes: E ≥ 2.
+      chunk_size: episodes that are vmapped together; by default 1 on a CPU and 100 elsewhere.
+      mesh: from `parallel.task_mesh`, to divide the episodes over devices.
+      one_query_at_a_time: whether each query goes through the network with only the support set beside it.
+        The prediction is then inductive: a normalisation by batch statistics sees no other query. Otherwise
+        all queries of an episode go through together, which is transductive for such a normalisation.
+      stochastic: whether `adapt` gets the key of the episode. By default it gets none, and a stochastic model is
+        deterministic.
+
+    Returns:
+      An `Evaluation` with leaves [K+1, ...]; K = 0 for a learner that does not iterate.
+
+    Raises:
+      ValueError: if a count is wrong, `num_episodes` does not divide over `mesh`, or the learner's `adapt` ignores
+        `observe_fn`.
+    """
+    score = (_query_scores, metric_fn, one_query_at_a_time, stochastic)
+    return _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, chunk_size, mesh)
+
+
+def evaluate_objective(
+    learner: MetaLearner | jax.tree_util.Partial,
+    meta_params: ArrayTree,
+    sample_episode: SampleEpisodeFn,
+    key: PRNGKey,
+    *,
     num_episodes: int = 600,
     chunk_size: int | None = None,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Evaluation:
-    """Adapts to fresh episodes and scores their query sets before and after every inner step.
-
-    A learner built with more inner steps than were trained with shows the whole curve. The program is
-    compiled once for each combination of functions and is kept: evaluating again costs no compilation.
+    """The training objective and its info over many episodes, without a gradient.
 
     Args:
-      learner: the algorithm, usually with the number of inner steps of the test protocol.
+      learner: as for `evaluate`.
       meta_params: θ.
-      sample_episode: the task distribution to test on.
-      key: the randomness; episode i depends on `key` and i alone.
-      metric_fn: `(outputs, targets) -> scalar` of one query set, such as `losses.accuracy`.
+      sample_episode: the task distribution.
+      key: the randomness; episode i depends on `key` and i only.
       num_episodes: E ≥ 2.
       chunk_size: episodes that are vmapped together; by default 1 on a CPU and 100 elsewhere.
       mesh: from `parallel.task_mesh`, to divide the episodes over devices.
 
     Returns:
-      An `Evaluation`: mean [K+1], ci95 [K+1] and per_episode [E, K+1].
+      An `Evaluation` whose attributes are pairs `(objective, info)`.
 
     Raises:
-      ValueError: if `num_episodes` is below 2 (an interval needs two), or does not divide over `mesh`.
+      ValueError: if a count is wrong, or `num_episodes` does not divide over `mesh`.
     """
-    if num_episodes < 2:
-        raise ValueError(f"num_episodes={num_episodes} gives no interval; evaluate at least 2 episodes")
+    return _evaluate((_objective,), learner, meta_params, sample_episode, key, num_episodes, chunk_size, mesh)
+
+
+def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stochastic) -> ArrayTree:
+    """The metric [K+1] of one query set."""
+    support, query = episode.support, episode.query
+
+    def beside_support(task_params, inputs):
+        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support.inputs, inputs)
+        return jax.tree.map(lambda outputs: outputs[-1], learner.predict(task_params, batch))
+
+    def observe(task_params):
+        if one_query_at_a_time:
+            outputs = jax.lax.map(functools.partial(beside_support, task_params), query.inputs)
+        else:
+            outputs = learner.predict(task_params, query.inputs)
+        return jax.tree.map(jnp.asarray, metric_fn(outputs, query.targets))
+
+    _, info = learner.adapt(params, support, key=episode.key if stochastic else None, observe_fn=observe)
+    observed = getattr(info, "observed", None)
+    if observed is None:
+        raise ValueError(
+            "the learner's adapt returned no info.observed; it must evaluate observe_fn(task_params) before the first "
+            "and after every inner step, and stack the values to [K+1, ...]"
+        )
+    return observed
+
+
+def _objective(learner, params, episode) -> tuple[jax.Array, ArrayTree]:
+    return learner.objective(params, episode)
+
+
+def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, chunk_size, mesh) -> Evaluation:
+    """Scores episodes; `score` is a function of `(learner, params, episode, ...)` and its last arguments."""
+    num_episodes = check_integer("num_episodes", num_episodes, at_least=2)  # one gives no interval
     if chunk_size is None:
         chunk_size = 1 if jax.default_backend() == "cpu" else 100
+    chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
+    if mesh is not None:
+        parallel.check_divides(num_episodes, mesh.size, "num_episodes")
+    learner, learner_data = function_and_data(learner)
+    sample_episode, sample_data = function_and_data(sample_episode)
+    try:
+        program = _program(score, learner, sample_episode, chunk_size, mesh)
+    except TypeError:  # a part that cannot be hashed: the program is not kept, and every call compiles
+        program = _program.__wrapped__(score, learner, sample_episode, chunk_size, mesh)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_episodes))
-    per_episode = _scores(learner, sample_episode, metric_fn, chunk_size, mesh, meta_params, keys)
-    standard_error = jnp.std(per_episode, axis=0, ddof=1) / jnp.sqrt(num_episodes)
-    return Evaluation(jnp.mean(per_episode, axis=0), 1.96 * standard_error, per_episode)
+    per_episode = as_floating(program((meta_params, learner_data, sample_data), keys))
+    quantile = float(stdtrit(num_episodes - 1, 0.975))
+    return jax.tree.transpose(
+        jax.tree.structure(per_episode),
+        jax.tree.structure(Evaluation(*range(6))),
+        jax.tree.map(lambda values: _summary(values, quantile), per_episode),
+    )
+
+
+@functools.lru_cache(maxsize=16)
+def _program(score, learner, sample_episode, chunk_size, mesh) -> Callable:
+    """A jitted function of `((params, data of the learner, data of the sampler), keys)`.
+
+    What it closes over is freed when it leaves the cache.
+    """
+    score_fn, *settings = score
+
+    def scores(arguments, keys):
+        params, learner_data, sample_data = arguments
+        built = learner if isinstance(learner, MetaLearner) else with_data(learner, learner_data)()
+        sample = with_data(sample_episode, sample_data)
+
+        def score_one(key):
+            return score_fn(built, params, draw_episode(sample, key, params), *settings)
+
+        return jax.lax.map(score_one, keys, batch_size=chunk_size if chunk_size > 1 else None)
+
+    return jax.jit(scores) if mesh is None else parallel.each_task(scores, mesh)
+
+
+@jax.jit
+def _summary(values: jax.Array, quantile: jax.Array) -> Evaluation:
+    finite = jnp.isfinite(values)
+    others = jnp.where(finite, values, jnp.nan)
+    return Evaluation(
+        mean=jnp.mean(values, 0),
+        ci95=quantile * jnp.std(values, 0, ddof=1) / jnp.sqrt(values.shape[0]),
+        per_episode=values,
+        num_nonfinite=jnp.sum(~finite, 0),
+        finite_mean=jnp.nanmean(others, 0),
+        finite_median=jnp.nanmedian(others, 0),
+    )

@@ -58,7 +58,7 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
     _check_class_scores(outputs, targets, "cross_entropy")
-    # Compared and not gathered: the derivative of a gather is a scatter, which XLA runs as a loop over the examples.
+    # Compares instead of gathering: the derivative of a gather is a scatter, a loop over the examples on a CPU.
     num_classes = outputs.shape[-1]
     is_target = targets[..., None] == jnp.arange(num_classes).reshape((1,) * targets.ndim + (-1,))
     of_target = jnp.sum(jnp.where(is_target, jax.nn.log_softmax(outputs), 0.0), -1)
@@ -73,10 +73,11 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       targets: integer class indices [...].
 
     Returns:
-      A scalar. It has no useful gradient; it is a metric.
+      A scalar; not a number if an output is not. It is a metric and has no useful gradient.
 
     Raises:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
     _check_class_scores(outputs, targets, "accuracy")
-    return jnp.mean(jnp.argmax(outputs, axis=-1) == targets, dtype=jnp.result_type(outputs))
+    is_right = (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.result_type(outputs))
+    return jnp.mean(jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, is_right))

@@ -5,6 +5,9 @@ pure functions, each about one episode; batching over episodes, differentiation,
 the placement on devices are added from outside.
 """
 
+import functools
+import inspect
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -38,10 +41,21 @@ class Episode(NamedTuple):
 
 
 class Model(NamedTuple):
-    """A pair of pure functions, `init(key, inputs) -> params` and `apply(params, inputs) -> outputs`."""
+    """A network: a pair of pure functions.
+
+    Attributes:
+      init: `(key, inputs) -> params`.
+      apply: `(params, inputs) -> outputs`; with `stochastic`, `(params, inputs, *, key=None) -> outputs`.
+      stochastic: whether `apply` draws from a key, as dropout does. Without a key it is deterministic.
+    """
 
     init: Callable[[PRNGKey, ArrayTree], ArrayTree]
-    apply: Callable[[ArrayTree, ArrayTree], ArrayTree]
+    apply: Callable[..., ArrayTree]
+    stochastic: bool = False
+
+    def call(self, params: ArrayTree, inputs: ArrayTree, key: PRNGKey | None = None) -> ArrayTree:
+        """`apply`, with the key if the model takes one."""
+        return self.apply(params, inputs, key=key) if self.stochastic else self.apply(params, inputs)
 
 
 class LossFn(Protocol):
@@ -57,9 +71,14 @@ class ObserveFn(Protocol):
 
 
 class SampleEpisodeFn(Protocol):
-    """A task distribution: `(key) -> Episode`, pure and traceable."""
+    """A task distribution: `(key) -> Episode`, pure and traceable.
 
-    def __call__(self, key: PRNGKey) -> Episode: ...
+    A distribution whose data depend on the current policy is `(key, params) -> Episode`; no derivative passes
+    through the parameters that it is given. One that holds arrays is a `jax.tree_util.Partial` of a function and
+    these arrays, which are then arguments of the compiled program and not constants in it.
+    """
+
+    def __call__(self, key: PRNGKey, *params: ArrayTree) -> Episode: ...
 
 
 class InnerGradFn(Protocol):
@@ -146,31 +165,110 @@ class MetaInfo(NamedTuple):
     Attributes:
       loss: the mean objective over the meta-batch, before the update.
       grad_norm: the Euclidean norm of the meta-gradient.
+      finite: whether the loss, the meta-gradient and the parameters after the update are all finite.
+      objective: the info of the objective, averaged over the meta-batch.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
+    finite: jax.Array
+    objective: ArrayTree
 
 
 class Evaluation(NamedTuple):
     """A metric at every inner step, K+1 values from before the first to after the last.
 
+    If the metric is a pytree, so is each attribute.
+
     Attributes:
-      mean: [K+1], over the episodes.
-      ci95: [K+1], half-width of the 95 % interval, 1.96 standard errors of the mean.
+      mean: [K+1], over the episodes. It is not finite if one episode is not.
+      ci95: [K+1], half-width of the 95 % interval of the mean, by Student's t.
       per_episode: [E, K+1].
+      num_nonfinite: [K+1], the number of episodes whose metric is not finite.
+      finite_mean: [K+1], the mean over the other episodes.
+      finite_median: [K+1], the median of the other episodes.
     """
 
-    mean: jax.Array
-    ci95: jax.Array
-    per_episode: jax.Array
+    mean: ArrayTree
+    ci95: ArrayTree
+    per_episode: ArrayTree
+    num_nonfinite: ArrayTree
+    finite_mean: ArrayTree
+    finite_median: ArrayTree
 
 
 def check_floating(params: ArrayTree) -> None:
-    """Raises ValueError naming the first leaf of `params` that is not a floating array."""
+    """Raises ValueError naming the first leaf of `params` that is not a floating or complex array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path) or '(the only leaf)'} has dtype {jnp.result_type(leaf)} and "
                 "cannot be adapted by gradients; use floating parameters, and keep integers in the model's closure"
             )
+
+
+def check_optimizer(name: str, optimizer: Any) -> None:
+    """Raises ValueError unless `optimizer` has the `init` and `update` of an optax transformation."""
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ValueError(f"{name} must be an optax transformation such as optax.sgd(0.1), got {optimizer!r}")
+
+
+def check_integer(name: str, value: Any, at_least: int) -> int:
+    """Returns `value` as an `int`.
+
+    Args:
+      name: what the number is called in the message.
+      value: an integer of Python or numpy.
+      at_least: the smallest value allowed.
+
+    Raises:
+      ValueError: if `value` is no integer (a bool is none), or smaller than `at_least`.
+    """
+    try:
+        number = at_least - 1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = at_least - 1
+    if number < at_least:
+        raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
+    return number
+
+
+def as_floating(info: ArrayTree) -> ArrayTree:
+    """`info` without its keys, and with numbers that are not floating as float32."""
+
+    def convert(leaf):
+        if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
+            return None
+        return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else jnp.asarray(leaf, jnp.float32)
+
+    return jax.tree.map(convert, info)
+
+
+def function_and_data(function: Callable) -> tuple[Callable, tuple]:
+    """Splits a `jax.tree_util.Partial` into its function and its data `(args, keywords)`; another function has none.
+
+    The data can be arguments of a compiled program. The function is kept out of them, because JAX's caches hold
+    the structure of arguments, and with it a function and all that it closes over.
+    """
+    if isinstance(function, jax.tree_util.Partial):
+        return function.func, (function.args, function.keywords)
+    return function, ((), {})
+
+
+def with_data(function: Callable, data: tuple) -> Callable:
+    """The inverse of `function_and_data`."""
+    args, keywords = data
+    return functools.partial(function, *args, **keywords)
+
+
+def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTree) -> Episode:
+    """Draws one episode; a distribution with a second required argument is given the parameters, stopped."""
+    required = [
+        parameter
+        for parameter in inspect.signature(sample_episode).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    ]
+    if len(required) < 2:
+        return sample_episode(key)
+    return sample_episode(key, jax.lax.stop_gradient(params))

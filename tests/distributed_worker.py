@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import common, runs
+from experiments import cli, common, runs
 from maml_jax import evaluate, losses, maml
 from maml_jax.models import mlp
 from maml_jax.tasks import few_shot
@@ -29,6 +29,8 @@ class Config:
     run_dir: Path
     distributed: str = "auto"
     algorithm: str = "maml"
+    outer_optimizer: str = "adam"
+    outer_lr: float = 1e-2
     meta_batch_size: int = 8
     num_meta_steps: int = 12
     eval_episodes: int = 8
@@ -53,7 +55,7 @@ def run(config: Config) -> None:
     images = np.random.default_rng(0).integers(0, 256, (6, 4, 4, 4, 1), np.uint8)
     draw = few_shot.make_sampler(images, way=3, shot=1, query_shot=2)
     learner = maml(mlp(features=(8, 3)), losses.cross_entropy, inner_optimizer=optax.sgd(0.1), num_inner_steps=2)
-    _, val_key, test_key = jax.random.split(jax.random.key(config.seed), 3)
+    keys = runs.streams(config.seed)
 
     def sample(key):
         fault("hang")
@@ -77,13 +79,13 @@ def run(config: Config) -> None:
         if len(validations) == 2:
             fault("kill")
             fault("stop")
-        return -float(score(params, val_key).mean[-1])
+        return -float(score(params, keys.val).mean[-1])
 
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, learner, optax.adam(1e-2), sample, validate=validate)
+        trained = common.train(run_dir, config, learner, sample, validate=validate)
 
         def test():
-            evaluation = score(trained.params, test_key)
+            evaluation = score(trained.params, keys.test)
             return {"metrics": {"loss": runs.as_metric(evaluation)}, "per_episode": evaluation.per_episode.tolist()}
 
         runs.finish(run_dir, "worker", config, trained, {}, test)
@@ -92,4 +94,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.main(Config, run, __doc__)
+    cli.main(Config, run, __doc__)

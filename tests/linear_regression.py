@@ -38,6 +38,10 @@ class Quadratic(NamedTuple):
         minimiser = jnp.linalg.solve(self.hessian, self.offset)
         return minimiser + self.contraction(alpha, num_steps) @ (params - minimiser)
 
+    def descend_once(self, params, alpha):
+        """One step, also where the Hessian has no inverse."""
+        return params - alpha * self.gradient(params)
+
     def contraction(self, alpha, num_steps):
         """P^K, the derivative of φ_K with respect to θ."""
         step = jnp.eye(len(self.offset)) - alpha * self.hessian

@@ -20,7 +20,7 @@ from experiments import omniglot
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "experiments" / "launch"
 LIMIT = 240  # seconds for a job, which takes about 15 on two free cores and many times that on busy ones
-PATIENCE = 60  # where a job is to lose it: enough for one process to compile while the other waits
+TIMEOUT = 60  # where a job is to lose it: enough for one process to compile while the other waits
 LAUNCHERS = ("JAX_", "SLURM_", "OMPI_", "KUBERNETES_", "JOB_COMPLETION_INDEX", "TPU_", "MEGASCALE_", "WORKER_")
 
 
@@ -137,7 +137,9 @@ def lost(tmp_path_factory, cache):
     """Jobs that lose a process, begun before the other tests so that their waiting is over after them."""
     folder = tmp_path_factory.mktemp("lost")
     jobs = {
-        fault: Job(folder / fault, cache, explicit(2, WORKER_FAULT=f"{fault}:1", MAML_JAX_PATIENCE=PATIENCE))
+        fault: Job(
+            folder / fault, cache, explicit(2, WORKER_FAULT=f"{fault}:1", MAML_JAX_PROCESS_TIMEOUT_SECONDS=TIMEOUT)
+        )
         for fault in ("stop", "hang")
     }
     yield jobs
@@ -237,7 +239,7 @@ def test_a_hanging_process_is_named_and_ended(lost):
     # It sends heartbeats, and is missed where the processes meet.
     status, _, err = lost["hang"].wait()
     assert status == 2
-    assert f"process 0 of 2 waited {PATIENCE} s for the others before the start of training, and not all came" in err
+    assert f"process 0 of 2 waited {TIMEOUT} s for the others before the start of training, and not all came" in err
     assert "task names:\n1" in err, err
     assert lost["hang"].wait(1)[0] not in (0, None)
 

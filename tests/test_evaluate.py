@@ -1,3 +1,5 @@
+import gc
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,21 @@ import optax
 import pytest
 from linear_regression import ALPHA, half_mse, linear_model, make_episode
 
-from maml_jax import evaluate, maml, parallel
+from maml_jax import (
+    Batch,
+    Episode,
+    InnerInfo,
+    MetaLearner,
+    Model,
+    evaluate,
+    evaluate_objective,
+    losses,
+    maml,
+    models,
+    parallel,
+    reptile,
+)
+from maml_jax.tasks import few_shot
 
 NUM_STEPS = 3
 LEARNER = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=NUM_STEPS)
@@ -31,7 +47,7 @@ def test_scores_against_a_direct_computation():
             params = params - ALPHA * gradient
     chex.assert_trees_all_close(evaluation.per_episode, scores.astype(np.float32), rtol=1e-4)
     chex.assert_trees_all_close(evaluation.mean, scores.mean(0).astype(np.float32), rtol=1e-4)
-    ci95 = 1.96 * scores.std(0, ddof=1) / np.sqrt(8)
+    ci95 = 2.364624 * scores.std(0, ddof=1) / np.sqrt(8)  # the quantile 0.975 of Student's t with 7 degrees of freedom
     chex.assert_trees_all_close(evaluation.ci95, ci95.astype(np.float32), rtol=1e-4)
 
 
@@ -68,10 +84,217 @@ def test_evaluating_again_does_not_trace_again():
 
 @pytest.mark.parametrize("num_episodes", [1, 0])
 def test_fewer_than_two_episodes_are_refused(num_episodes):
-    with pytest.raises(ValueError, match=f"num_episodes={num_episodes} gives no interval; evaluate at least 2"):
+    with pytest.raises(ValueError, match=f"num_episodes must be an integer of at least 2, got {num_episodes}"):
         run(num_episodes)
 
 
 def test_episodes_that_do_not_divide_over_a_mesh_are_refused():
     with pytest.raises(ValueError, match=r"num_episodes=7 does not divide over the 4 devices .* multiple of 4"):
         run(7, mesh=parallel.task_mesh(jax.devices()[:4]))
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, True, 2.5])
+def test_a_chunk_size_that_is_no_positive_integer_is_refused(chunk_size):
+    with pytest.raises(ValueError, match=f"chunk_size must be an integer of at least 1, got {chunk_size}"):
+        run(chunk_size=chunk_size)
+
+
+def test_a_chunk_is_one_vmap():
+    # The number of predictions in the program does not change, but their leading axis is the chunk.
+    shapes = []
+
+    def metric(outputs, targets):
+        shapes.append(jax.typeof(outputs).shape)
+        return half_mse(outputs, targets)
+
+    for chunk_size in (1, 4):
+        program = jax.make_jaxpr(
+            lambda theta, n=chunk_size: evaluate(
+                LEARNER, theta, make_episode, KEY, metric_fn=metric, num_episodes=8, chunk_size=n
+            )
+        )(THETA)
+        batched = f"f32[{chunk_size},5,4]" in str(program)  # the query inputs of a chunk
+        assert batched == (chunk_size > 1)
+
+
+def test_a_metric_may_be_a_tree_of_numbers():
+    metrics = {"error": half_mse, "largest": lambda y, t: jnp.max(jnp.abs(y - t)), "constant": lambda y, t: 0.5}
+
+    def every(outputs, targets):
+        return {name: metric(outputs, targets) for name, metric in metrics.items()} | {"hits": outputs > targets}
+
+    evaluation = evaluate(LEARNER, THETA, make_episode, KEY, metric_fn=every, num_episodes=8)
+    assert evaluation.mean.keys() == metrics.keys() | {"hits"}
+    errors = jax.tree.map(lambda of: of["error"], evaluation, is_leaf=lambda x: isinstance(x, dict))
+    chex.assert_trees_all_close(errors, run(), rtol=1e-6)
+    chex.assert_trees_all_equal(evaluation.mean["constant"], jnp.full(NUM_STEPS + 1, 0.5))
+    chex.assert_shape(evaluation.mean["hits"], (NUM_STEPS + 1, 5))
+
+
+def test_episodes_that_are_not_finite_are_counted_and_the_others_summarised():
+    def sometimes(outputs, targets):
+        error = half_mse(outputs, targets)
+        return jnp.where(targets[0] > 0, error, jnp.where(targets[1] > 0, jnp.nan, jnp.inf))
+
+    evaluation = evaluate(LEARNER, THETA, make_episode, KEY, metric_fn=sometimes, num_episodes=40)
+    scores = np.asarray(evaluation.per_episode)
+    bad = ~np.isfinite(scores)
+    assert 0 < bad[:, 0].sum() < 40
+    assert np.isnan(scores).any()
+    assert np.isinf(scores).any()
+    chex.assert_trees_all_equal(evaluation.num_nonfinite, bad.sum(0).astype(np.int32))
+    assert not np.isfinite(evaluation.mean).any()
+    others = scores[~bad[:, 0]]
+    chex.assert_trees_all_close(evaluation.finite_mean, others.mean(0), rtol=1e-5)
+    chex.assert_trees_all_close(evaluation.finite_median, np.median(others, axis=0), rtol=1e-5)
+
+
+def test_a_diverged_model_does_not_score_by_chance():
+    learner = maml(
+        Model(lambda key, inputs: jnp.ones(2), lambda params, inputs: inputs * params[0]),
+        losses.cross_entropy,
+        inner_optimizer=optax.sgd(float("nan")),
+        num_inner_steps=1,
+    )
+
+    def labelled(key):
+        inputs = jax.random.normal(key, (4, 2))
+        batch = Batch(inputs, jnp.argmax(inputs, -1))
+        return Episode(batch, batch, key)
+
+    evaluation = evaluate(learner, jnp.ones(2), labelled, KEY, metric_fn=losses.accuracy, num_episodes=3)
+    assert evaluation.mean[0] == 1
+    assert jnp.isnan(evaluation.mean[1])
+    assert evaluation.num_nonfinite.tolist() == [0, 3]
+
+
+def reports_its_key(meta_params, support, *, key=None, observe_fn=None):
+    drawn = jnp.float32(-1.0) if key is None else jax.random.uniform(key)
+    return drawn, InnerInfo(jnp.zeros(0), jax.tree.map(lambda x: x[None], observe_fn(drawn)))
+
+
+def test_adapt_gets_the_key_of_the_episode_if_asked_to():
+    learner = MetaLearner(None, reports_its_key, lambda task_params, inputs: task_params, None)
+
+    def sample(key):
+        return make_episode(key)._replace(key=jax.random.fold_in(key, 5))
+
+    def scores(**kwargs):
+        return evaluate(
+            learner, THETA, sample, KEY, metric_fn=lambda outputs, targets: outputs, num_episodes=4, **kwargs
+        ).per_episode
+
+    keys = [jax.random.fold_in(jax.random.fold_in(KEY, e), 5) for e in range(4)]
+    chex.assert_trees_all_equal(scores(stochastic=True)[:, 0], jnp.stack([jax.random.uniform(key) for key in keys]))
+    chex.assert_trees_all_equal(scores(), jnp.full((4, 1), -1.0))
+
+
+def test_a_learner_that_does_not_observe_is_named():
+    blind = LEARNER._replace(adapt=lambda params, support, **kwargs: (params, InnerInfo(jnp.zeros(0))))
+    with pytest.raises(ValueError, match=r"adapt returned no info\.observed; it must evaluate observe_fn"):
+        run(learner=blind)
+    with pytest.raises(ValueError, match=r"adapt returned no info\.observed"):
+        run(learner=LEARNER._replace(adapt=lambda params, support, **kwargs: (params, None)))
+
+
+class Unhashable:
+    """A function that cannot be the key of a cache."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return self is other
+
+    def __call__(self, task_params, inputs):
+        return linear_model.apply(task_params, inputs)
+
+
+def test_parts_that_cannot_be_hashed_work():
+    chex.assert_trees_all_close(run(learner=LEARNER._replace(predict=Unhashable())), run(), rtol=1e-6)
+
+
+def test_a_learner_may_be_built_from_numbers_that_are_arguments_of_one_program():
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def build(rate):
+        return maml(linear_model, half_mse, inner_optimizer=optax.sgd(rate), num_inner_steps=NUM_STEPS)
+
+    for rate in (0.1, 0.2, ALPHA):
+        curve = run(learner=jax.tree_util.Partial(build, jnp.float32(rate)), chunk_size=8)
+    chex.assert_trees_all_close(curve, run(chunk_size=8), rtol=1e-5)
+
+
+def test_the_objective_and_its_info_may_be_evaluated():
+    evaluation = evaluate_objective(LEARNER, THETA, make_episode, KEY, num_episodes=8)
+    loss, info = evaluation.mean
+    chex.assert_trees_all_close(loss, run().mean[-1], rtol=1e-5)
+    chex.assert_shape(info.support_loss, (NUM_STEPS,))
+    distance, _ = evaluate_objective(
+        reptile(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1),
+        THETA,
+        make_episode,
+        KEY,
+        num_episodes=8,
+        mesh=parallel.task_mesh(jax.devices()[:2]),
+    ).mean
+    assert distance > 0
+
+
+def test_tasks_may_depend_on_the_parameters():
+    def on_policy(key, params):
+        return make_episode(key)._replace(query=Batch(jnp.eye(4), params))
+
+    # The targets are the predictions of θ before adaptation: the error before the first step is zero.
+    mean = evaluate(LEARNER, THETA, on_policy, KEY, metric_fn=half_mse, num_episodes=4).mean
+    assert mean[0] == 0
+    assert jnp.all(mean[1:] > 0)
+
+
+IMAGES = jax.random.randint(jax.random.key(0), (5, 6, 8, 8, 1), 0, 256).astype(jnp.uint8)
+
+
+def test_one_query_at_a_time_sees_the_support_set_and_no_other_query():
+    sampler = few_shot.make_sampler(IMAGES, way=3, shot=1, query_shot=2)
+    model = models.mlp(features=(4, 3), norm=models.BatchStatNorm)
+    learner = maml(model, losses.cross_entropy, inner_optimizer=optax.sgd(0.1), num_inner_steps=1)
+    params = model.init(jax.random.key(1), jnp.zeros((3, 8, 8, 1)))
+    together, single = (
+        evaluate(
+            learner, params, sampler, KEY, metric_fn=lambda y, t: y, num_episodes=2, one_query_at_a_time=alone
+        ).per_episode
+        for alone in (False, True)
+    )
+    assert jnp.max(jnp.abs(together - single)) > 1e-2  # batch statistics of the queries are shared by default
+    for e in range(2):
+        episode = sampler(jax.random.fold_in(KEY, e))
+        _, info = learner.adapt(params, episode.support, observe_fn=lambda task_params: task_params)
+        for k in range(2):
+            task_params = jax.tree.map(lambda x, k=k: x[k], info.observed)
+            expected = [
+                model.apply(task_params, jnp.concatenate([episode.support.inputs, query[None]]))[-1]
+                for query in episode.query.inputs
+            ]
+            chex.assert_trees_all_close(single[e, k], jnp.stack(expected), rtol=1e-3, atol=1e-4)
+
+
+def test_two_hundred_evaluations_with_fresh_learners_and_samplers_do_not_grow():
+    def once(seed):
+        # A learner and a sampler that close over arrays of their own; compiled in a few milliseconds.
+        scale, table = jnp.full(3, float(seed)), jnp.full((4, 1), float(seed))
+        learner = MetaLearner(None, reports_its_key, lambda task_params, inputs: inputs * scale[0], None)
+
+        def sample(key):
+            return Episode(Batch(table, table), Batch(table, table), key)
+
+        for sampler in (sample, jax.tree_util.Partial(lambda table, key: sample(key), table)):
+            evaluate(learner, THETA, sampler, KEY, metric_fn=half_mse, num_episodes=2, chunk_size=2)
+
+    def count(seeds):
+        for seed in seeds:
+            once(seed)
+        gc.collect()
+        return len(jax.live_arrays())
+
+    before = count(range(20))
+    assert count(range(20, 100)) <= before

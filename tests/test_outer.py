@@ -1,4 +1,5 @@
 import re
+from typing import NamedTuple
 
 import chex
 import jax
@@ -7,8 +8,23 @@ import optax
 import pytest
 from linear_regression import ALPHA, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import MetaState, Model, init_meta_state, make_meta_step, make_train_loop, maml, parallel
+from maml_jax import (
+    Batch,
+    Episode,
+    MetaLearner,
+    MetaState,
+    Model,
+    OuterRule,
+    gradient_step,
+    init_meta_state,
+    make_meta_step,
+    make_train_loop,
+    maml,
+    parallel,
+    pmap_meta_step,
+)
 from maml_jax.outer import default_chunk_size, meta_gradient, task_keys
+from maml_jax.tasks import few_shot
 
 LEARNER = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
@@ -24,10 +40,14 @@ def state_of(optimizer):
 
 
 def gradient(episodes, chunk_size=None, theta=THETA):
-    return jax.jit(lambda episodes: meta_gradient(LEARNER, theta, episodes, chunk_size=chunk_size))(episodes)
+    def gradient(episodes):
+        (loss, _), grads = meta_gradient(LEARNER, theta, episodes, chunk_size=chunk_size)
+        return loss, grads
+
+    return jax.jit(gradient)(episodes)
 
 
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 6])
+@pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 4, 5, 6, 7])
 def test_the_meta_gradient_is_the_mean_over_tasks_in_chunks_of_any_size(x64, chunk_size):
     theta, episodes = THETA.astype(jnp.float64), make_episodes(jax.random.key(0), 6)
     of_one = jax.jit(jax.value_and_grad(lambda params, episode: LEARNER.objective(params, episode)[0]))
@@ -52,29 +72,86 @@ def test_the_order_of_episodes_does_not_matter(episodes):
     chex.assert_trees_all_close(gradient(episodes, 2), gradient(shuffled, 2), rtol=1e-5)
 
 
-@pytest.mark.parametrize("chunk_size", [4, 0, -1, 7])
-def test_a_chunk_size_that_does_not_divide_is_refused(episodes, chunk_size):
-    message = rf"chunk_size={chunk_size} does not divide the meta-batch of 6 tasks; choose a divisor, or None"
+@pytest.mark.parametrize("chunk_size", [0, -1, True, 2.5, "all"])
+def test_a_chunk_size_that_is_no_positive_integer_is_refused(episodes, chunk_size):
+    message = f"chunk_size must be an integer of at least 1, got {chunk_size!r}"
     with pytest.raises(ValueError, match=message):
         gradient(episodes, chunk_size)
-    optimizer = optax.sgd(0.1)
-    with pytest.raises(ValueError, match=message):
-        make_meta_step(LEARNER, optimizer, chunk_size=chunk_size)(state_of(optimizer), episodes)
+    for make in (
+        lambda: make_meta_step(LEARNER, optax.sgd(0.1), chunk_size=chunk_size),
+        lambda: make_train_loop(
+            LEARNER, optax.sgd(0.1), make_episode, meta_batch_size=2, num_steps=1, chunk_size=chunk_size
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def default_chunk(learner, dim, num_tasks=24):
+    params = jax.ShapeDtypeStruct((dim,), jnp.float32)
+    episodes = jax.eval_shape(lambda: make_episodes(jax.random.key(0), num_tasks, dim=dim))
+    return default_chunk_size(learner, params, episodes)
 
 
 @pytest.mark.parametrize(
-    ("num_params", "expected"),
-    [(100, 24), (4_000, 12), (60_000, 1), (1_000_000, 1)],  # 0.4, 16, 240 and 4000 kB; a task's examples are 0.24 kB
+    ("dim", "num_tasks", "expected"),
+    # The largest results are the 11 inputs of a task, 44 bytes a dimension: 256 KiB hold 29 tasks of 200, 5 of 1,000.
+    [(200, 24, 24), (1_000, 24, 5), (1_000, 23, 5), (1_000, 31, 6), (60_000, 24, 1)],
 )
-def test_the_default_chunk_holds_what_fits_in_the_cache_of_a_core(num_params, expected):
-    params = jax.ShapeDtypeStruct((num_params,), jnp.float32)
+def test_the_default_chunk_fits_in_the_cache_of_a_core(dim, num_tasks, expected):
+    # 24 and 23 tasks make five chunks of at most five; 31 tasks would make seven, of at most five.
+    if num_tasks == 31:
+        expected = 5
+    assert default_chunk(LEARNER, dim, num_tasks) == expected
+
+
+def test_the_default_chunk_counts_parameters_that_a_task_copies_and_no_others():
+    # A table of 1 MB: adapted, every task has its own; looked up, all tasks share it.
+    model = Model(lambda key, inputs: jnp.zeros(2**18), lambda params, inputs: params[: inputs.shape[1]] @ inputs.T)
+    copied = maml(model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1)
+    shared = copied._replace(
+        objective=lambda params, episode: (jnp.mean(model.apply(params, episode.query.inputs)), ())
+    )
+    params = jax.ShapeDtypeStruct((2**18,), jnp.float32)
     episodes = jax.eval_shape(lambda: make_episodes(jax.random.key(0), 24))
-    assert default_chunk_size(params, episodes) == expected
+    assert default_chunk_size(copied, params, episodes) == 1
+    assert default_chunk_size(shared, params, episodes) == 24
 
 
-def test_the_default_chunk_of_an_accelerator_is_all_tasks(monkeypatch, episodes):
+@pytest.mark.parametrize(("limit", "expected"), [(None, 6), (2**30, 6), (4096, 1)])
+def test_the_default_chunk_of_an_accelerator_is_bounded_by_its_memory(monkeypatch, episodes, limit, expected):
+    class Device:
+        def memory_stats(self):
+            return None if limit is None else {"bytes_limit": limit}
+
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert default_chunk_size(jax.ShapeDtypeStruct((1_000_000,), jnp.float32), episodes) == 6
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert default_chunk_size(LEARNER, THETA, episodes) == expected
+
+
+NOT_A_META_BATCH = {
+    "a list of episodes": (lambda e: [e, e], r"got a list of 2 episodes; stack them into one Episode"),
+    "one episode": (
+        lambda e: jax.tree.map(lambda x: x[0], e),
+        r"leading axis \[T, \.\.\.\], got support\.inputs \[6, 4\].*query\.inputs \[5, 4\].*x\[None\]",
+    ),
+    "a scalar": (lambda e: e._replace(key=jax.random.key(0)), r"key \[\]"),
+    "support and query of different T": (
+        lambda e: e._replace(query=jax.tree.map(lambda x: x[:4], e.query)),
+        r"support\.inputs \[6, 6, 4\].*query\.inputs \[4, 5, 4\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NOT_A_META_BATCH)
+def test_what_is_no_meta_batch_is_refused_at_the_door(episodes, case):
+    change, message = NOT_A_META_BATCH[case]
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=message):
+        make_meta_step(LEARNER, optimizer)(state_of(optimizer), change(episodes))
+    pmap_step = pmap_meta_step(LEARNER, optimizer, devices=jax.devices()[:2])
+    with pytest.raises(ValueError, match=message):
+        pmap_step(state_of(optimizer), change(episodes))
 
 
 def test_episodes_may_carry_keys(episodes):
@@ -157,12 +234,11 @@ def test_a_loop_is_compiled_once():
     assert state.step == 6
 
 
-@pytest.mark.parametrize("counts", [{"meta_batch_size": 0, "num_steps": 3}, {"meta_batch_size": 4, "num_steps": -1}])
-def test_counts_that_are_not_positive_are_refused(counts):
-    with pytest.raises(
-        ValueError, match=f"must be positive, got {counts['meta_batch_size']} and {counts['num_steps']}"
-    ):
-        make_train_loop(LEARNER, optax.sgd(0.1), make_episode, **counts)
+@pytest.mark.parametrize("name", ["meta_batch_size", "num_steps"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_counts_that_are_no_positive_integers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got {value}"):
+        make_train_loop(LEARNER, optax.sgd(0.1), make_episode, **{"meta_batch_size": 4, "num_steps": 3, name: value})
 
 
 def test_tasks_that_do_not_divide_over_a_mesh_are_refused(episodes):
@@ -170,6 +246,230 @@ def test_tasks_that_do_not_divide_over_a_mesh_are_refused(episodes):
     message = r"meta_batch_size=6 does not divide over the 4 devices .*; choose a multiple of 4"
     with pytest.raises(ValueError, match=message):
         make_meta_step(LEARNER, optimizer, mesh=mesh)(state_of(optimizer), episodes)
-    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=6, num_steps=1, mesh=mesh)
     with pytest.raises(ValueError, match=message):
-        loop(state_of(optimizer), jax.random.key(0))
+        make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=6, num_steps=1, mesh=mesh)
+
+
+OPTIMIZERS = {
+    "adamw": lambda: optax.adamw(0.1, weight_decay=0.5),
+    "lamb": lambda: optax.lamb(0.1),
+    "polyak": lambda: optax.polyak_sgd(0.5),
+    "plateau": lambda: optax.chain(optax.adam(0.1), optax.contrib.reduce_on_plateau(patience=1)),
+    "lbfgs": lambda: optax.lbfgs(),
+    "dowg": lambda: optax.contrib.dowg(),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_outer_optimisers_get_the_parameters_the_value_and_the_function(episodes, name):
+    optimizer = OPTIMIZERS[name]()
+
+    def mean_loss(theta):
+        return jnp.mean(jax.vmap(lambda e: LEARNER.objective(theta, e)[0])(episodes))
+
+    expected, opt_state = state_of(optimizer).params, optimizer.init(state_of(optimizer).params)
+    state, step = state_of(optimizer), make_meta_step(LEARNER, optimizer)
+    for _ in range(2):
+        value, grads = jax.value_and_grad(mean_loss)(expected)
+        updates, opt_state = optax.with_extra_args_support(optimizer).update(
+            grads, opt_state, expected, value=value, grad=grads, value_fn=mean_loss
+        )
+        expected = optax.apply_updates(expected, updates)
+        state, _ = step(state, episodes)
+    chex.assert_trees_all_close(state.params, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_state_is_donated_and_says_so_when_it_is_used_again(episodes):
+    optimizer = optax.adam(0.1)
+    step = make_meta_step(LEARNER, optimizer)
+    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=2, num_steps=1)
+    for program, argument in ((step, episodes), (loop, jax.random.key(0))):
+        state = state_of(optimizer)
+        program(state, argument)
+        assert state.params.is_deleted()
+        with pytest.raises(ValueError, match=r"the state was donated to an earlier call .* use the state that"):
+            program(state, argument)
+
+
+def test_without_donation_a_state_may_be_used_again(episodes):
+    optimizer = optax.adam(0.1)
+    step = make_meta_step(LEARNER, optimizer, donate=False)
+    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=2, num_steps=1, donate=False)
+    state = state_of(optimizer)
+    for program, argument in ((step, episodes), (loop, jax.random.key(0))):
+        chex.assert_trees_all_equal(program(state, argument), program(state, argument))
+
+
+def test_training_leaves_the_arrays_of_the_model_alone(episodes):
+    pretrained = jnp.ones(4)
+    model = Model(lambda key, inputs: {"a": pretrained, "b": pretrained}, lambda p, x: x @ (p["a"] * p["b"]))
+    learner = maml(model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1)
+    for optimizer in (optax.adam(0.1), optax.lbfgs(), optax.contrib.dowg()):  # the last two hold the parameters
+        state = init_meta_state(learner, optimizer, jax.random.key(0), jnp.zeros((6, 4)))
+        make_meta_step(learner, optimizer)(state, episodes)
+        chex.assert_trees_all_equal(pretrained, jnp.ones(4))
+
+
+def test_what_is_no_optimiser_is_refused():
+    for make in (gradient_step, lambda optimizer: make_meta_step(LEARNER, optimizer)):
+        with pytest.raises(ValueError, match=r"optimizer must be an optax transformation .* got 0\.1"):
+            make(0.1)
+
+
+class Seen(NamedTuple):
+    """What a learner is given, reported through its info."""
+
+    support: jax.Array
+    key: jax.Array
+    index: jax.Array
+
+
+def probe(params, episode):
+    """An objective that is linear in its one parameter and reports what it was given."""
+    drawn = jax.random.uniform(episode.key)
+    return params * episode.query.inputs, Seen(episode.support.inputs, drawn, jnp.int32(3))
+
+
+PROBE = MetaLearner(lambda key, inputs: jnp.float32(2.0), None, None, probe)
+
+
+def numbers(key):
+    support, query = jax.random.normal(key, (2,))
+    return Episode(Batch(support, support), Batch(query, query), jax.random.fold_in(key, 7))
+
+
+@pytest.mark.parametrize("num_devices", [None, 2])
+@pytest.mark.parametrize("chunk_size", [1, 2, 3])
+def test_the_info_of_the_objective_is_averaged_over_the_tasks(num_devices, chunk_size):
+    mesh = None if num_devices is None else parallel.task_mesh(jax.devices()[:num_devices])
+    episodes = jax.vmap(numbers)(jax.random.split(jax.random.key(0), 6))
+    optimizer = optax.sgd(0.1)
+    state = init_meta_state(PROBE, optimizer, jax.random.key(0), None)
+    state, info = make_meta_step(PROBE, optimizer, chunk_size=chunk_size, mesh=mesh)(state, episodes)
+    expected = Seen(
+        jnp.mean(episodes.support.inputs), jnp.mean(jax.vmap(jax.random.uniform)(episodes.key)), jnp.float32(3.0)
+    )
+    chex.assert_trees_all_close(jax.device_get(info.objective), expected, rtol=1e-6)
+    chex.assert_trees_all_close(state.params, 2.0 - 0.1 * jnp.mean(episodes.query.inputs), rtol=1e-6)
+
+
+BAD_STEPS = {
+    "loss": lambda params, episode: (jnp.nan + 0.0 * params, ()),
+    # The value is finite, its derivative is not: √x at zero.
+    "gradient": lambda params, episode: (jnp.sqrt(params - params), ()),
+    # Everything is finite but the parameters after the update.
+    "parameters": lambda params, episode: (1e30 * params, ()),
+}
+
+
+@pytest.mark.parametrize("what", BAD_STEPS)
+def test_a_step_that_is_not_finite_is_found_on_the_device(what):
+    # The bad objective is that of step 2 only.
+    good, bad = PROBE, PROBE._replace(objective=BAD_STEPS[what])
+
+    def learner(step):
+        def objective(params, episode):
+            return jax.lax.cond(step == 2, bad.objective, lambda p, e: (good.objective(p, e)[0], ()), params, episode)
+
+        return good._replace(objective=objective)
+
+    optimizer = optax.sgd(1e10)
+    loop = make_train_loop(learner, optimizer, numbers, meta_batch_size=2, num_steps=4)
+    _, info = loop(init_meta_state(learner, optimizer, jax.random.key(0), None), jax.random.key(1))
+    assert info.finite.tolist()[:3] == [True, True, False]
+
+
+def test_the_learner_may_depend_on_the_meta_step():
+    # An objective that is annealed: the loss of step i is weighted by 1 / (i + 1). One program, traced once.
+    traces = []
+
+    def annealed(step):
+        traces.append(step)
+        return PROBE._replace(objective=lambda params, episode: (params * episode.query.inputs / (step + 1), ()))
+
+    optimizer = optax.sgd(0.1)
+    state = init_meta_state(annealed, optimizer, jax.random.key(0), None)
+    loop = make_train_loop(annealed, optimizer, numbers, meta_batch_size=4, num_steps=3)
+    state, info = loop(state, jax.random.key(1))
+    num_traces = len(traces)
+    loop(state, jax.random.key(1))
+    assert len(traces) == num_traces
+    theta = 2.0
+    for i in range(3):
+        keys = task_keys(jax.random.fold_in(jax.random.key(1), i), 4)
+        gradient = jnp.mean(jax.vmap(numbers)(keys).query.inputs) / (i + 1)
+        chex.assert_trees_all_close(info.loss[i], theta * gradient, rtol=1e-5)
+        theta = theta - 0.1 * gradient
+
+
+@pytest.mark.parametrize("num_devices", [None, 2])
+def test_tasks_may_depend_on_the_parameters_which_are_constants_to_the_gradient(num_devices):
+    mesh = None if num_devices is None else parallel.task_mesh(jax.devices()[:num_devices])
+
+    def on_policy(key, params):
+        return numbers(key)._replace(query=Batch(params**2, params))
+
+    optimizer = optax.sgd(0.1)
+    loop = make_train_loop(PROBE, optimizer, on_policy, meta_batch_size=2, num_steps=2, mesh=mesh)
+    state, info = loop(init_meta_state(PROBE, optimizer, jax.random.key(0), None), jax.random.key(1))
+    # The objective is θ · stop(θ²): its derivative is θ², not 3 θ². From 2 the next parameter is 2 - 0.4 = 1.6.
+    chex.assert_trees_all_close(jax.device_get(info.loss), jnp.array([8.0, 1.6**3]), rtol=1e-6)
+    chex.assert_trees_all_close(jax.device_get(state.params), jnp.float32(1.6 - 0.1 * 1.6**2), rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_devices", [None, 2])
+def test_an_outer_rule_may_use_the_gradient_several_times(num_devices):
+    # Two epochs of gradient descent on one meta-batch: the episodes of both are the same.
+    mesh = None if num_devices is None else parallel.task_mesh(jax.devices()[:num_devices])
+
+    def update(gradient_fn, params, episodes, count):
+        losses = []
+        for _ in range(2):
+            (loss, info), grads = gradient_fn(params, episodes)
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+            losses.append(loss)
+        return params, count + 1, {"losses": jnp.stack(losses), "support": info.support}
+
+    rule = OuterRule(lambda params: jnp.int32(0), update)
+    state = init_meta_state(PROBE, rule, jax.random.key(0), None)
+    loop = make_train_loop(PROBE, rule, numbers, meta_batch_size=4, num_steps=3, mesh=mesh)
+    state, info = jax.device_get(loop(state, jax.random.key(1)))
+    assert (state.opt_state, state.step) == (3, 3)
+    theta = 2.0
+    for i in range(3):
+        episodes = jax.vmap(numbers)(task_keys(jax.random.fold_in(jax.random.key(1), i), 4))
+        slope = jnp.mean(episodes.query.inputs)
+        expected = [theta * slope, (theta - 0.1 * slope) * slope]
+        chex.assert_trees_all_close(info["losses"][i], jnp.stack(expected), rtol=1e-5)
+        chex.assert_trees_all_close(info["support"][i], jnp.mean(episodes.support.inputs), rtol=1e-5)
+        theta = theta - 0.2 * slope
+
+
+def test_images_are_arguments_of_the_compiled_program():
+    images = jnp.zeros((40, 20, 32, 32, 1), jnp.uint8)  # 0.8 MB
+    sampler = few_shot.make_sampler(images, way=2, shot=1, query_shot=1)
+    model = Model(lambda key, inputs: jnp.zeros((1024, 2)), lambda params, x: x.reshape(len(x), -1) @ params)
+    learner = maml(
+        model, lambda y, t: jnp.mean(y * jax.nn.one_hot(t, 2)), inner_optimizer=optax.sgd(0.1), num_inner_steps=1
+    )
+    optimizer = optax.sgd(0.1)
+    state = init_meta_state(learner, optimizer, jax.random.key(0), jnp.zeros((2, 32, 32, 1)))
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        loop = make_train_loop(learner, optimizer, sampler, meta_batch_size=2, num_steps=1, mesh=mesh)
+        lowered = loop.lower(state, jax.random.key(1))
+        assert len(lowered.as_text()) < 200_000
+        assert images.nbytes <= lowered.compile().memory_analysis().argument_size_in_bytes
+
+
+def test_a_training_loop_may_be_vmapped_over_seeds():
+    optimizer = optax.adam(0.05)
+    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=2, num_steps=3)
+
+    def run(key):
+        return loop(init_meta_state(LEARNER, optimizer, key, jnp.zeros((6, 4))), key)
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    states, infos = jax.vmap(run)(keys)
+    for i in range(2):
+        alone = run(keys[i])
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], (states, infos)), alone, rtol=1e-5, atol=1e-6)

@@ -7,70 +7,75 @@ Finn, Abbeel and Levine, 2017, Model-agnostic meta-learning for fast adaptation 
 https://arxiv.org/abs/1703.03400
 """
 
+import dataclasses
+import math
+from collections.abc import Callable
+
 import optax
 
 from maml_jax.inner.gradients import first_order, mixed_mode
-from maml_jax.inner.loop import check_num_steps, inner_loop
-from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
+from maml_jax.inner.learner import gradient_based
+from maml_jax.inner.loop import adapt_only
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_optimizer
 
 
 def maml(
     model: Model,
     loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
     *,
     inner_optimizer: optax.GradientTransformation,
     num_inner_steps: int,
     inner_grad: InnerGradFn = mixed_mode,
+    num_microbatches: int = 1,
 ) -> MetaLearner:
     """Builds MAML: min_θ E[L_Q(φ_K)] with φ_0 = θ and φ_{k+1} = φ_k + rule(∇L_S(φ_k)).
 
     With plain gradient descent of rate α the meta-gradient is Π_k (I − α ∇²L_S(φ_k)) ∇L_Q(φ_K).
 
     Args:
-      model: the network; its parameters are the meta-parameters θ.
-      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for support and query alike.
-      inner_optimizer: any optax transformation, for example `optax.sgd(0.4)`.
+      model: the network; its parameters are the meta-parameters θ. A stochastic model draws from the key of
+        the episode, see `inner.gradient_based`.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
+      query_loss_fn: the same for the query set; by default `loss_fn`.
+      inner_optimizer: any optax transformation, for example `optax.sgd(0.4)`; `inner.inner_loop` lists the ones that
+        need an `eps_root`.
       num_inner_steps: K ≥ 0. With K = 0 the objective is the query loss at θ.
-      inner_grad: how the inner gradient is differentiated: `mixed_mode` (exact, flat memory),
-        `jax.value_and_grad` (exact, reverse over reverse) or `first_order`.
+      inner_grad: how the inner gradient is differentiated: `mixed_mode` (exact, flat memory), `checkpointed`
+        or `jax.value_and_grad` (exact, reverse over reverse), or `first_order`.
+      num_microbatches: parts of the support set whose gradients are computed one after another.
 
     Returns:
-      A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`; keys are not needed and ignored.
+      A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if `num_inner_steps` is negative.
+      ValueError: if an argument is not what it should be.
 
     References:
       Finn et al., 2017, Algorithm 2. https://arxiv.org/abs/1703.03400
     """
-    check_num_steps(num_inner_steps)
-
-    def batch_loss(params, batch):
-        return loss_fn(model.apply(params, batch.inputs), batch.targets)
-
-    def adapt(meta_params, support, *, key=None, observe_fn=None):
-        del key
-        return inner_loop(
-            batch_loss,
-            inner_optimizer,
-            meta_params,
-            support,
-            num_steps=num_inner_steps,
-            inner_grad=inner_grad,
-            observe_fn=observe_fn,
-        )
-
-    def objective(meta_params, episode):
-        task_params, info = adapt(meta_params, episode.support)
-        return batch_loss(task_params, episode.query), info
-
-    return MetaLearner(model.init, adapt, model.apply, objective)
+    check_optimizer("inner_optimizer", inner_optimizer)
+    return gradient_based(
+        model,
+        loss_fn,
+        query_loss_fn,
+        rule=lambda meta_params: inner_optimizer,
+        num_inner_steps=num_inner_steps,
+        inner_grad=inner_grad,
+        num_microbatches=num_microbatches,
+    )
 
 
 def fomaml(
-    model: Model, loss_fn: LossFn, *, inner_optimizer: optax.GradientTransformation, num_inner_steps: int
+    model: Model,
+    loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_inner_steps: int,
+    num_microbatches: int = 1,
 ) -> MetaLearner:
-    """Builds first-order MAML: the meta-gradient is ∇L_Q at φ_K, second derivatives left out.
+    """Builds first-order MAML: the meta-gradient is ∇L_Q at φ_K, without second derivatives.
 
     It is `maml` with `inner_grad=first_order`; see there for the arguments.
 
@@ -80,7 +85,31 @@ def fomaml(
     return maml(
         model,
         loss_fn,
+        query_loss_fn,
         inner_optimizer=inner_optimizer,
         num_inner_steps=num_inner_steps,
         inner_grad=first_order,
+        num_microbatches=num_microbatches,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class InnerDescent:
+    """Hyperparameters of an inner loop of gradient descent."""
+
+    inner_lr: float = 0.01
+    """Rate of the inner gradient descent, for a loss that is a mean over the batch."""
+    num_inner_steps: int | None = 1
+    """Inner gradient steps in training; None for the published number, if it depends on the task."""
+
+    def __post_init__(self):
+        """Raises ValueError for a rate that is not positive and finite, or a negative number of steps."""
+        if isinstance(self.inner_lr, int | float) and not (self.inner_lr > 0 and math.isfinite(self.inner_lr)):
+            raise ValueError(f"inner_lr={self.inner_lr} must be a positive number")
+        if self.num_inner_steps is not None:
+            check_integer("num_inner_steps", self.num_inner_steps, at_least=0)
+
+    def rule(self, where: Callable[[str], bool] | None = None) -> optax.GradientTransformation:
+        """Gradient descent on the parameters whose name passes `where`; by default on all."""
+        rule = optax.sgd(self.inner_lr)
+        return rule if where is None else adapt_only(rule, where)

@@ -1,8 +1,8 @@
-"""Pretraining on all tasks at once: the baseline that does not know it will have to adapt.
+"""Pretraining on all tasks at once: the baseline whose training ignores that it will be adapted.
 
-The objective is Σ_n l_n(θ) where MAML's is Σ_n l_n(φ_n); at test time both fine-tune by gradient
-descent. It makes sense where tasks share their targets' meaning (regression); where every episode
-shuffles its labels, no single θ can do better than chance.
+The objective is Σ_n l_n(θ) where MAML's is Σ_n l_n(φ_n). At test time both fine-tune by gradient descent. Targets
+must mean the same in every episode, as in regression or with global labels. If every episode shuffles its
+labels, no single θ is better than chance.
 
 Finn et al., 2017, section 5.1 and appendix C. https://arxiv.org/abs/1703.03400
 """
@@ -18,21 +18,22 @@ from maml_jax.types import LossFn, MetaLearner, Model
 def pretrained(
     model: Model, loss_fn: LossFn, *, inner_optimizer: optax.GradientTransformation, num_inner_steps: int
 ) -> MetaLearner:
-    """Builds the pretraining baseline: min_θ E[L_{S ∪ Q}(θ)], adapted only when it is used.
+    """Builds the pretraining baseline: min_θ E[L_{S ∪ Q}(θ)], adapted only at test time.
 
-    Every example that a meta-learner is shown, support and query, is a training example here.
+    Support and query examples are training examples alike. The query set may be empty, as in batches over all
+    training classes.
 
     Args:
       model: the network.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
-      inner_optimizer: the fine-tuning rule at test time; the training objective does not contain it.
+      inner_optimizer: the fine-tuning rule at test time; the training objective does not depend on it.
       num_inner_steps: K ≥ 0 fine-tuning steps in `adapt`.
 
     Returns:
-      A `MetaLearner`; its `info` holds an empty `support_loss` [0] in training.
+      A `MetaLearner`; in training the `support_loss` of its `info` is empty, [0].
 
     Raises:
-      ValueError: if `num_inner_steps` is negative.
+      ValueError: if an argument is not what it should be.
     """
     fine_tuned = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps)
     plain = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=0)

@@ -1,7 +1,7 @@
 """Reptile: move the initialisation towards the parameters that each task ends at.
 
-No derivative passes through the inner loop. The update is written as the gradient of a squared
-distance, so that Reptile trains by `jax.grad` like everything else.
+No derivative passes through the inner loop. The update is the gradient of a squared distance, so that Reptile
+trains with `jax.grad` like every other algorithm.
 
 Nichol, Achiam and Schulman, 2018, On first-order meta-learning algorithms.
 https://arxiv.org/abs/1803.02999
@@ -27,13 +27,13 @@ def reptile(
       model: the network; its parameters are the meta-parameters θ.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
       inner_optimizer: any optax transformation.
-      num_inner_steps: K ≥ 0; K > 1 is what makes Reptile more than training on all tasks at once.
+      num_inner_steps: K ≥ 0. With K = 1 Reptile is training on all tasks at once.
 
     Returns:
-      A `MetaLearner`. The value of `objective` is a squared distance and no loss.
+      A `MetaLearner`. The value of `objective` is a squared distance, not a loss.
 
     Raises:
-      ValueError: if `num_inner_steps` is negative.
+      ValueError: if an argument is not what it should be.
 
     References:
       Nichol et al., 2018, Algorithm 2 and section 4. https://arxiv.org/abs/1803.02999
@@ -41,7 +41,8 @@ def reptile(
     base = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps)
 
     def objective(meta_params, episode):
-        task_params, info = base.adapt(jax.lax.stop_gradient(meta_params), episode.support)
+        start = jax.lax.stop_gradient(meta_params)
+        task_params, info = base.adapt(start, episode.support, key=episode.key)
         gap = optax.tree.sub(meta_params, task_params)
         return 0.5 * optax.tree.norm(gap, squared=True), info
 

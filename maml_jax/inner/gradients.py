@@ -1,17 +1,23 @@
 """How the inner gradient is itself differentiated.
 
 Every transform here has the signature of `jax.value_and_grad` and returns the same numbers. They
-differ in what an outer `jax.grad` sees: `jax.value_and_grad` keeps the whole backward pass to run it
-backwards once more, `mixed_mode` gets the same exact derivative from one forward-mode product and
-stores nothing but the arguments, `first_order` makes the gradient a constant.
+differ in what an outer `jax.grad` does: `jax.value_and_grad` stores the activations of the forward and
+the backward pass, `mixed_mode` stores only the arguments and computes the same derivative by one forward-mode
+product, `checkpointed` stores only the arguments and runs both passes again, `first_order` treats the gradient
+as a constant.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+
+from maml_jax.types import ArrayTree, InnerGradFn
 
 
 def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -40,36 +46,56 @@ def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool
     return first_order_value_and_grad
 
 
-def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """`jax.value_and_grad` whose gradient is differentiated forward over reverse.
+def checkpointed(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """`jax.value_and_grad` that keeps only its arguments and is run again when it is differentiated.
 
-    Let g(a, b) = ∂f/∂a at the arguments a in `argnums` and the others b. Reverse mode needs vᵀ∂g/∂a
-    and vᵀ∂g/∂b for a cotangent v. Second derivatives commute, so both are the derivative of the
-    *complete* gradient (∂f/∂a, ∂f/∂b) along v in a:
-
-        vᵀ ∂g/∂(a, b) = d/dε ∇f(a + εv, b) at ε = 0,
-
-    one `jax.jvp` of `jax.grad`. The result is exact, and all that is kept for it is (a, b): inside a
-    `lax.scan` the memory of an inner loop grows by one copy of the parameters a step and not by the
-    activations of a forward and a backward pass. (Outside of a scan XLA may merge the recomputation
-    with the first pass, which costs memory and saves time; the result is the same.)
-
-    Derivatives flow to every floating array among the positional arguments, whether in `argnums` or
-    not: pass the support set, a learned regulariser or a temperature as an argument and its mixed
-    derivative is exact. Integer arrays and keys may be passed too. The rule is for reverse mode, and
-    may be nested in it; `jax.jvp` of the result is refused by JAX, use `jax.value_and_grad` for that.
+    It is reverse over reverse with the memory of `mixed_mode`, at a higher cost. It works where `mixed_mode`
+    does not: under `jax.jvp` and `jax.linearize`, and with rules of `jax.custom_jvp` that are no true derivatives.
 
     Args:
       fun: `(*args) -> scalar`, or `(scalar, aux)` with `has_aux`.
-      argnums: which positional arguments to differentiate; negative ones count from the end.
+      argnums: which positional arguments to differentiate.
       has_aux: whether `fun` returns auxiliary data beside its value.
 
     Returns:
       `(*args) -> (value, grads)`, or `((value, aux), grads)`.
+    """
+    return jax.checkpoint(jax.value_and_grad(fun, argnums, has_aux=has_aux))
+
+
+def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
+    """`jax.value_and_grad` whose gradient is differentiated forward over reverse.
+
+    Let f(a, b) be the function, a the arguments in `argnums` and b everything else that it depends on:
+    other arguments and closed-over values. The gradient g(a, b) = ∂f/∂a is differentiated for a cotangent v.
+    Because second derivatives commute, vᵀ∂g/∂a and vᵀ∂g/∂b are the derivative of the *complete* gradient
+    (∂f/∂a, ∂f/∂b) along v in a,
+
+        vᵀ ∂g/∂(a, b) = d/dε ∇f(a + εv, b) at ε = 0,
+
+    which is one `jax.jvp` of `jax.grad`. Only (a, b) is stored for it. Inside a `lax.scan` the memory of an inner
+    loop grows by one copy of the parameters a step, and not by the activations of both passes. (Outside of a
+    scan XLA may merge the recomputation with the first pass. This costs memory and saves time.)
+
+    The result is exact if the complete gradient has a symmetric derivative, which every true gradient has. A
+    made-up derivative, such as gradient reversal, need not have one. A function that contains a
+    `jax.custom_vjp`, or a collective over a mapped axis, is therefore differentiated as by `checkpointed`. A
+    made-up rule of `jax.custom_jvp` is not noticed; `check_inner_grad` compares a few products.
+
+    The result may be differentiated in reverse mode any number of times, and in forward mode after that
+    (`jax.hessian`, products with a Hessian). From the second outer derivative on, the memory is that of
+    `jax.value_and_grad`. `jax.jvp` of the result itself is refused by JAX; use `checkpointed` there.
+
+    Args:
+      fun: `(*args, **kwargs) -> scalar`, or `(scalar, aux)` with `has_aux`.
+      argnums: which positional arguments to differentiate; negative ones count from the end.
+      has_aux: whether `fun` returns auxiliary data beside its value.
+
+    Returns:
+      `(*args, **kwargs) -> (value, grads)`, or `((value, aux), grads)`.
 
     Raises:
-      ValueError: when differentiated, if `fun` closes over a value that the outer derivative depends
-        on. Pass that value to `fun` as an argument.
+      TypeError, ValueError: as `jax.value_and_grad`, when called.
 
     References:
       Pearlmutter, 1994, Fast exact multiplication by the Hessian (the product with Hv); Kemaev et al.,
@@ -77,60 +103,160 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
     """
 
     def mixed_value_and_grad(*args, **kwargs):
-        numbers = (argnums,) if isinstance(argnums, int) else argnums
-        positions = tuple(n + len(args) if n < 0 else n for n in numbers)
-        converted_fun, closed_over = jax.closure_convert(lambda *a: fun(*a, **kwargs), *args)
-        chosen = tuple(jax.tree.map(jnp.asarray, args[n]) for n in positions)
-        rest = tuple(None if n in positions else arg for n, arg in enumerate(args))
-        leaves, treedef = jax.tree.flatten((rest, closed_over))
-        is_floating = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
-        floating = [jnp.asarray(leaf) for leaf, floats in zip(leaves, is_floating, strict=True) if floats]
-        fixed = [leaf for leaf, floats in zip(leaves, is_floating, strict=True) if not floats]
+        # JAX's own check of `argnums` and of the differentiated arguments, on a function that costs nothing.
+        jax.value_and_grad(lambda *args, **kwargs: jnp.zeros(()), argnums)(*args, **kwargs)
+        positions = [operator.index(n) % len(args) for n in np.atleast_1d(argnums)]
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"argnums={argnums} names an argument twice")
+        chosen = [args[n] for n in positions]
+        rest = [None if n in positions else arg for n, arg in enumerate(args)]
+        arrays, static = _partition((rest, kwargs), lambda leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic))
+        static_aux = None
+
+        def call(chosen, arrays):
+            nonlocal static_aux
+            args, kwargs = _combine(arrays, static)
+            for n, arg in zip(positions, chosen, strict=True):
+                args[n] = arg
+            out = fun(*args, **kwargs)
+            value, aux = out if has_aux else (out, None)
+            aux, static_aux = _partition(aux, lambda leaf: hasattr(leaf, "dtype"))
+            return value, aux
+
+        chosen = jax.tree.map(jnp.asarray, chosen)
+        converted, closed_over, suits = _hoist(call, chosen, arrays)
+        floating, fixed = _partition(
+            (arrays, closed_over), lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        )
 
         def value_and_aux(chosen, floating, fixed):
-            sources = {True: iter(floating), False: iter(fixed)}
-            rest, consts = treedef.unflatten([next(sources[floats]) for floats in is_floating])
-            by_position = dict(zip(positions, chosen, strict=True))
-            out = converted_fun(*(by_position.get(n, arg) for n, arg in enumerate(rest)), *consts)
-            return out if has_aux else (out, None)
+            return converted(chosen, *_combine(floating, fixed))
 
-        @jax.custom_vjp
-        def value_and_grads(chosen, floating, fixed):
+        def plain(chosen, floating, fixed):
             return jax.value_and_grad(value_and_aux, has_aux=True)(chosen, floating, fixed)
 
         def forward(*primals):
-            num_closed_over = sum(is_floating[len(leaves) - len(closed_over) :])
-            for const in primals[1][len(floating) - num_closed_over :]:
-                if const.perturbed:
-                    raise ValueError(
-                        f"mixed_mode: the inner loss closes over a value of shape {jnp.shape(const.value)} that "
-                        "the outer derivative depends on, and its derivative would be lost. Pass the value to "
-                        "the loss as an argument (beside the support set, for example), or choose "
-                        "inner_grad=jax.value_and_grad"
-                    )
             primals = custom_vjp_primal_tree_values(primals)
-            return value_and_grads(*primals), primals
+            return plain(*primals), primals
 
         def backward(primals, cotangents):
             chosen, floating, fixed = primals
-            (value_bar, aux_bar), direction = cotangents
+            (value_bar, aux_bar), grads_bar = cotangents
 
             def complete_gradient(chosen):
                 return jax.grad(value_and_aux, (0, 1), has_aux=True)(chosen, floating, fixed)[0]
 
-            gradient, product = jax.jvp(complete_gradient, (chosen,), (_instantiate(direction),))
+            gradient, product = jax.jvp(complete_gradient, (chosen,), (_instantiate(grads_bar),))
             if not isinstance(value_bar, SymbolicZero):
                 product = jax.tree.map(lambda p, g: p + value_bar * g, product, gradient)
             if not all(isinstance(bar, SymbolicZero) for bar in jax.tree.leaves(aux_bar)):
-                _, pull = jax.vjp(lambda c, f: value_and_aux(c, f, fixed)[1], chosen, floating)
-                product = jax.tree.map(jnp.add, product, pull(_instantiate(aux_bar)))
+                _, pullback = jax.vjp(lambda *floats: value_and_aux(*floats, fixed)[1], chosen, floating)
+                product = jax.tree.map(jnp.add, product, pullback(_instantiate(aux_bar)))
             return *product, None
 
-        value_and_grads.defvjp(forward, backward, symbolic_zeros=True)
+        if suits:
+            value_and_grads = jax.custom_vjp(plain)
+            value_and_grads.defvjp(forward, backward, symbolic_zeros=True)
+        else:
+            value_and_grads = jax.checkpoint(plain)
         (value, aux), grads = value_and_grads(chosen, floating, fixed)
-        return ((value, aux) if has_aux else value), (grads[0] if isinstance(argnums, int) else grads)
+        grads = tuple(grads) if isinstance(argnums, tuple | list) else grads[0]
+        return ((value, _combine(aux, static_aux)) if has_aux else value), grads
 
     return mixed_value_and_grad
+
+
+def check_inner_grad(
+    fun: Callable,
+    *args: ArrayTree,
+    inner_grad: InnerGradFn = mixed_mode,
+    num_products: int = 3,
+    rtol: float = 1e-2,
+) -> float:
+    """Compares derivatives of an inner gradient with those of reverse over reverse.
+
+    A transform that claims to be exact agrees with `jax.value_and_grad` to rounding. `mixed_mode` does not if `fun`
+    contains a derivative rule that is not the derivative of a function.
+
+    Args:
+      fun: `(*args) -> scalar`, the inner loss; its first argument are the parameters.
+      args: where to compare. Floating arrays are varied, other leaves are constants.
+      inner_grad: the transform to check.
+      num_products: how many products of the derivative with random vectors are compared.
+      rtol: the largest difference allowed, relative to the norm of the product.
+
+    Returns:
+      The largest relative difference.
+
+    Raises:
+      ValueError: if it is larger than `rtol`.
+    """
+    floating, fixed = _partition(args, lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+    def product_of(transform):
+        def product(cotangent):
+            _, pullback = jax.vjp(lambda floating: transform(fun)(*_combine(floating, fixed))[1], floating)
+            return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(pullback(cotangent))])
+
+        return jax.jit(product)
+
+    product, exact_product = product_of(inner_grad), product_of(jax.value_and_grad)
+    worst = 0.0
+    for index in range(num_products):
+        keys = iter(jax.random.split(jax.random.key(index), len(jax.tree.leaves(args[0]))))
+        cotangent = jax.tree.map(lambda x, keys=keys: jax.random.normal(next(keys), x.shape, x.dtype), args[0])
+        difference = jnp.linalg.norm(product(cotangent) - exact_product(cotangent))
+        worst = max(worst, float(difference / jnp.maximum(jnp.linalg.norm(exact_product(cotangent)), 1e-30)))
+    if not worst <= rtol:
+        raise ValueError(
+            f"the derivative of the inner gradient differs from reverse over reverse by {worst:.1%}. A custom "
+            "derivative rule in the loss is probably no true derivative; choose inner_grad=checkpointed"
+        )
+    return worst
+
+
+def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
+    """Makes the values that `fun` closes over arguments.
+
+    Returns:
+      `(*args, closed_over) -> fun(*args)`; the closed-over values; whether forward over reverse suits `fun`: it
+      contains no `jax.custom_vjp`, and no collective over a mapped axis, whose name is not bound in a custom rule.
+    """
+    closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
+
+    def converted(*args):
+        *args, closed_over = args
+        outputs = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves(args))
+        return jax.tree.structure(shapes).unflatten(outputs)
+
+    has_axis_name = any(type(effect).__name__ == "NamedAxisEffect" for effect in closed.jaxpr.effects)
+    return converted, closed.consts, not has_axis_name and not _contains_custom_vjp(closed.jaxpr)
+
+
+def _contains_custom_vjp(jaxpr: Any) -> bool:
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        eqn.primitive.name.startswith("custom_vjp")
+        or any(
+            _contains_custom_vjp(value)
+            for value in jax.tree.leaves(eqn.params, is_leaf=lambda value: hasattr(value, "eqns"))
+            if hasattr(value, "eqns")
+        )
+        for eqn in jaxpr.eqns
+    )
+
+
+def _partition(tree: Any, belongs: Callable[[Any], bool]) -> tuple[Any, Any]:
+    """Two trees of the structure of `tree`: leaves that belong, and the others; None in place of each other."""
+    return (
+        jax.tree.map(lambda leaf: leaf if belongs(leaf) else None, tree),
+        jax.tree.map(lambda leaf: None if belongs(leaf) else leaf, tree),
+    )
+
+
+def _combine(tree: Any, other: Any) -> Any:
+    """The inverse of `_partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
 
 
 def _instantiate(cotangents: Any) -> Any:

@@ -1,6 +1,7 @@
 """The inner loop: K steps of any optax rule on one support set, in one `lax.scan`."""
 
 from collections.abc import Callable
+from functools import partial
 
 import chex
 import jax
@@ -8,38 +9,43 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
-from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn, check_floating
-
-
-def check_num_steps(num_steps: int) -> None:
-    """Raises ValueError unless `num_steps` is an integer K ≥ 0."""
-    if not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(f"num_inner_steps must be an integer of at least 0, got {num_steps!r}")
+from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn, check_floating, check_integer
 
 
 def inner_loop(
-    batch_loss_fn: Callable[[chex.ArrayTree, chex.ArrayTree], jax.Array],
+    loss_fn: Callable[..., jax.Array],
     rule: optax.GradientTransformation,
     params: chex.ArrayTree,
     support: chex.ArrayTree,
     *,
     num_steps: int,
+    per_step: chex.ArrayTree = None,
+    num_microbatches: int = 1,
     inner_grad: InnerGradFn = mixed_mode,
     observe_fn: ObserveFn | None = None,
 ) -> tuple[chex.ArrayTree, InnerInfo]:
     """Adapts parameters to one support set with a differentiable optimiser.
 
     Iterates φ ← φ + rule(∇L_S(φ)) from φ = params. The result is differentiable in `params`, in
-    `support` and in whatever `rule` closes over, such as a learned step size.
+    `support`, in `per_step` and in whatever `loss_fn` and `rule` close over, such as a learned step size.
 
     Args:
-      batch_loss_fn: `(params, support) -> scalar`, the mean loss of the support set. With `mixed_mode`
-        everything differentiable that it uses must come in through these two arguments.
-      rule: optax transformation turning a gradient into an update. An adaptive rule needs a positive
-        `eps_root` (1e-8, say): the derivative of √v at v = 0 is infinite.
+      loss_fn: `(params, support) -> scalar`, the mean loss of the support set; with `per_step`,
+        `(params, support, data_of_the_step) -> scalar`.
+      rule: optax transformation turning a gradient into an update. A rule that asks for the value, the gradient
+        or the loss function (`value`, `grad`, `value_fn` of optax) gets them. The meta-gradient through a rule
+        that takes the square root of a second moment is not finite where that moment is zero: `adam`, `adamw`,
+        `nadam`, `rmsprop` and their relatives need `eps_root=1e-8` (`rmsprop` calls it `eps_in_sqrt`), and
+        `radam` has no such argument. Safe without one are `sgd`, also with momentum, `lion`, `sign_sgd`, clipping,
+        schedules and `polyak_sgd`.
       params: θ, a pytree of floating arrays.
-      support: usually a `Batch` [S, ...]; any pytree, so that learned quantities can ride along.
+      support: usually a `Batch` [S, ...]; any pytree.
       num_steps: K ≥ 0. With K = 0, `params` come back unchanged.
+      per_step: data that belong to one step, a pytree with leaves [K, ...] that is scanned along: mini-batches,
+        keys, learned numbers.
+      num_microbatches: M, a divisor of S. With M > 1 the leaves of `support` are cut into M equal parts, and the
+        gradient of a step is the mean over the parts, computed one after another with the memory of one. A
+        loss that is no mean over examples, as with batch statistics, changes by it.
       inner_grad: transform with the signature of `jax.value_and_grad`; says how ∇L_S is itself
         differentiated. With `first_order`, ∂φ/∂θ = I.
       observe_fn: `(task_params) -> pytree`, evaluated at φ before the first and after every step.
@@ -49,32 +55,78 @@ def inner_loop(
       and `observed` [K+1, ...].
 
     Raises:
-      ValueError: if `num_steps` is negative, `params` are not all floating, or the loss is no scalar.
+      ValueError: if a count is wrong, `params` are not all floating, the loss is no scalar, or leading axes of
+        `per_step` and `support` do not fit `num_steps` and `num_microbatches`.
 
     References:
       Finn et al., 2017, Algorithm 1, lines 5-6. https://arxiv.org/abs/1703.03400
     """
-    check_num_steps(num_steps)
+    num_steps = check_integer("num_inner_steps", num_steps, at_least=0)
+    num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
     check_floating(params)
-    loss_shape = jax.eval_shape(batch_loss_fn, params, support).shape
-    if loss_shape != ():
-        raise ValueError(f"the inner loss must be a scalar, got shape {loss_shape}; take the mean over the batch")
-    value_and_grad = inner_grad(batch_loss_fn)
+    _check_leading_axis(
+        per_step, "per_step", lambda size: size == num_steps, f"one entry for each of the {num_steps} steps"
+    )
+    if num_microbatches > 1:
+        what = f"a multiple of num_microbatches={num_microbatches} examples"
+        _check_leading_axis(support, "support", lambda size: size % num_microbatches == 0, what)
+        support = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), support)
+    shape = getattr(jax.eval_shape(loss_fn, params, *_batch(support, per_step, num_microbatches)), "shape", None)
+    if shape != ():
+        raise ValueError(f"the inner loss must be a scalar, got shape {shape}; take the mean and return only that")
+    rule = optax.with_extra_args_support(rule)
+    value_and_grad = inner_grad(loss_fn)
 
-    def step(carry, _):
+    def step(carry, of_step):
         params, opt_state = carry
         observed = None if observe_fn is None else observe_fn(params)
-        loss, grads = value_and_grad(params, support)
-        updates, opt_state = rule.update(grads, opt_state, params)
+        own = () if per_step is None else (of_step,)
+        loss, grads = _mean_over_parts(partial(value_and_grad, params), support, own, num_microbatches)
+        updates, opt_state = rule.update(
+            grads,
+            opt_state,
+            params,
+            value=loss,
+            grad=grads,
+            value_fn=lambda params: _mean_over_parts(partial(loss_fn, params), support, own, num_microbatches),
+        )
         return (optax.apply_updates(params, updates), opt_state), (loss, observed)
 
-    (params, _), (losses, observed) = jax.lax.scan(step, (params, rule.init(params)), length=num_steps)
+    (params, _), (losses, observed) = jax.lax.scan(step, (params, rule.init(params)), per_step, length=num_steps)
     if observe_fn is not None:
         observed = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), observed, observe_fn(params))
     return params, InnerInfo(losses, observed)
 
 
-def adapt_only(rule: optax.GradientTransformation, adapts: Callable[[str], bool]) -> optax.GradientTransformation:
+def _batch(support: chex.ArrayTree, per_step: chex.ArrayTree, num_microbatches: int) -> tuple:
+    """Shapes of what the loss is given beside the parameters, in one step and one part."""
+
+    def without_leading_axis(tree):
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
+
+    part = support if num_microbatches == 1 else without_leading_axis(support)
+    return (part,) if per_step is None else (part, without_leading_axis(per_step))
+
+
+def _mean_over_parts(function: Callable, support: chex.ArrayTree, own: tuple, num_parts: int) -> chex.ArrayTree:
+    """The mean of `function(part, *own)` over the parts [M, ...] of a support set, computed one after another."""
+    if num_parts == 1:
+        return function(support, *own)
+
+    def add(total, part):
+        return jax.tree.map(lambda t, x: t + x / num_parts, total, function(part, *own)), None
+
+    shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], support), *own)
+    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), support)[0]
+
+
+def _check_leading_axis(tree: chex.ArrayTree, name: str, fits: Callable[[int], bool], what: str) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not jnp.ndim(leaf) or not fits(jnp.shape(leaf)[0]):
+            raise ValueError(f"{name}{jax.tree_util.keystr(path)} must hold {what}, got shape {jnp.shape(leaf)}")
+
+
+def adapt_only(rule: optax.GradientTransformation, where: Callable[[str], bool]) -> optax.GradientTransformation:
     """Restricts an inner rule to some parameters; the others keep their meta-learned values.
 
     The outer gradient still reaches every parameter. For example, a network whose normalisation offsets
@@ -85,15 +137,21 @@ def adapt_only(rule: optax.GradientTransformation, adapts: Callable[[str], bool]
 
     Args:
       rule: the optax transformation for the parameters that adapt.
-      adapts: `(name) -> bool`; the name is the parameter's path such as "norm_0/offset".
+      where: `(name) -> bool`, whether a parameter adapts; the name is its path, such as "norm_0/offset".
 
     Returns:
-      An optax transformation with zero updates wherever `adapts` is false.
+      An optax transformation with zero updates wherever `where` is false. Its `init` raises ValueError if
+      `where` is false for every parameter.
     """
 
     def label(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: adapts(jax.tree_util.keystr(path, simple=True, separator="/")), params
-        )
+        names = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        adapts = [bool(where(name)) for name in names]
+        if names and not any(adapts):
+            raise ValueError(f"adapt_only selects none of the parameters {names}; check the names in `where`")
+        return jax.tree.unflatten(jax.tree.structure(params), adapts)
 
     return optax.partition({True: rule, False: optax.set_to_zero()}, label)

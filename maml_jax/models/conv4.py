@@ -8,68 +8,94 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.typing import Dtype
 
 from maml_jax.models.from_flax import from_linen
-from maml_jax.models.layers import BatchStatNorm, Conv, ConvFn, conv_matmul, max_pool
-from maml_jax.types import Model
+from maml_jax.models.layers import Conv, ConvFn, conv_matmul, max_pool
+from maml_jax.models.normalisation import BatchStatNorm
+from maml_jax.types import Model, check_integer
 
 
 class Conv4(nn.Module):
-    """Four blocks of convolution, normalisation and ReLU, then a linear layer; see `conv4`."""
+    """The flax module behind `conv4`, with the same arguments."""
 
-    way: int
-    features: int
-    pooling: bool
-    conv_fn: ConvFn
-    norm: Callable[..., nn.Module]
-    head_init: nn.initializers.Initializer
+    way: int | None
+    features: int = 64
+    pooling: bool = False
+    conv_fn: ConvFn = conv_matmul
+    norm: Callable[..., nn.Module] = BatchStatNorm
+    head_init: nn.initializers.Initializer | None = None
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[S, H, W, C] -> [S, N]."""
+        """[S, H, W, C] -> [S, N], or [S, D] without a head."""
         strides = (1, 1) if self.pooling else (2, 2)
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = inputs
         for index in range(4):
-            hidden = Conv(self.features, strides=strides, conv_fn=self.conv_fn, name=f"conv_{index}")(hidden)
-            hidden = nn.relu(self.norm(name=f"norm_{index}")(hidden))
+            conv = Conv(self.features, strides=strides, conv_fn=self.conv_fn, name=f"conv_{index}", **dtypes)
+            hidden = nn.relu(self.norm(name=f"norm_{index}", **dtypes)(conv(hidden)))
             if self.pooling:
                 hidden = max_pool(hidden)
         hidden = hidden.reshape(hidden.shape[0], -1) if self.pooling else hidden.mean((1, 2))
-        return nn.Dense(self.way, kernel_init=self.head_init, name="head")(hidden)
+        if self.way is None:
+            return hidden
+        default_init = nn.initializers.xavier_uniform() if self.pooling else nn.initializers.normal(1.0)
+        head_init = self.head_init or default_init
+        return nn.Dense(self.way, kernel_init=head_init, param_dtype=self.param_dtype, name="head")(hidden)
 
 
 def conv4(
     *,
-    way: int,
+    way: int | None,
     features: int = 64,
     pooling: bool = False,
     conv_fn: ConvFn = conv_matmul,
     norm: Callable[..., nn.Module] = BatchStatNorm,
     head_init: nn.initializers.Initializer | None = None,
+    dtype: Dtype | None = None,
+    param_dtype: Dtype = jnp.float32,
 ) -> Model:
-    """Four 3x3 convolutions, each normalised and rectified, and a linear layer.
+    """Four 3x3 convolutions, each followed by normalisation and ReLU, and a linear layer.
 
-    Without `pooling` this is the Omniglot geometry: stride 2, and the mean over the 2x2 positions that
-    are left of 28x28. With it, the geometry for larger images: stride 1, a 2x2 maximum after each block,
-    and all positions flattened. Kernels are Xavier uniform and biases zero.
+    Without `pooling` this is the Omniglot geometry: the convolutions have stride 2, and the linear layer sees the
+    mean over positions, 2x2 for images of 28x28. With `pooling` it is the geometry for larger images: stride 1, a
+    2x2 maximum after each block, and all positions flattened. Kernels are Xavier uniform, biases are zero.
 
     Args:
-      way: N, the number of outputs.
+      way: N, the number of outputs. With None there is no linear layer, and the outputs are the embedding [S, D]:
+        D = `features` without `pooling`, and `features` times the number of positions with it.
       features: filters of each convolution; 64 for Omniglot, 32 for miniImageNet in the MAML paper.
       pooling: the geometry.
       conv_fn: how the convolution is computed, `layers.conv_matmul` or `layers.conv_lax`.
-      norm: a flax module class or partial; by default batch statistics with an offset and no scale.
+      norm: a flax module class or partial with the arguments `dtype`, `param_dtype` and `name`; by default
+        `BatchStatNorm` with an offset and no scale.
       head_init: initialiser of the linear layer [D, N]; by default N(0, 1) without `pooling` and Xavier
         uniform with it, as in the authors' code.
+      dtype: dtype of the four blocks, such as `jnp.bfloat16`. With None, inputs and parameters are promoted. The
+        linear layer promotes the embedding and its own parameters in either case.
+      param_dtype: dtype of the initial parameters.
 
     Returns:
       A `Model` from inputs [S, H, W, C] to outputs [S, N].
 
     Raises:
-      ValueError: if `way` or `features` is not positive.
+      ValueError: if `way` or `features` is not a positive integer.
     """
-    if way < 1 or features < 1:
-        raise ValueError(f"conv4 needs at least one output and one filter, got way={way} and features={features}")
-    if head_init is None:
-        head_init = nn.initializers.xavier_uniform() if pooling else nn.initializers.normal(1.0)
-    return from_linen(Conv4(way, features, pooling, conv_fn, norm, head_init))
+    check_integer("features", features, 1)
+    if way is not None:
+        check_integer("way", way, 1)
+    module = Conv4(
+        way=way,
+        features=features,
+        pooling=pooling,
+        conv_fn=conv_fn,
+        norm=norm,
+        head_init=head_init,
+        dtype=dtype,
+        param_dtype=param_dtype,
+    )
+    return from_linen(module)

@@ -1,71 +1,184 @@
 """Turns flax modules into `Model`s, pairs of pure functions."""
 
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.errors import InvalidRngError
+from flax.traverse_util import flatten_dict
 
 from maml_jax.types import Model
 
 
-def from_linen(module: nn.Module) -> Model:
+def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
     """Makes a `Model` of a linen module whose only variables are parameters.
+
+    The `init` of the model has an optional third argument `params`, a part of the parameters. It keeps these and
+    draws the others. A learner that starts from a pretrained body and a new head is built from
+    `model._replace(init=functools.partial(model.init, params={"body": pretrained}))`.
 
     Args:
       module: called as `module(inputs) -> outputs`, with inputs [S, ...].
+      rngs: names of the random streams that `module` draws from in training, such as `("dropout",)`. With names,
+        the model is stochastic. A key given to `apply` puts the module into training mode, and every stream gets
+        its own key derived from it. Without a key the module is in evaluation mode, and every `nn.Dropout` is the
+        identity. The mode is passed to the arguments `train`, `training` and `deterministic` of `module.__call__`,
+        if it has them. Without names, these arguments keep their defaults.
 
     Returns:
       A `Model` whose parameters are the module's "params" collection.
 
     Raises:
-      ValueError: from `init`, if the module keeps other variables, such as the running averages of
-        `nn.BatchNorm`. They are state that an inner loop would have to carry; use
-        `models.BatchStatNorm`, or a normalisation without batch statistics.
+      ValueError: if `rngs` is a string. `init` raises it if the module keeps other variables, such as the running
+        averages of `nn.BatchNorm`, which are state that an inner loop would have to carry; if the module draws from
+        a stream that `rngs` does not name, or without a key; and if a given parameter has a name or a shape that
+        the module does not have.
     """
+    if isinstance(rngs, str):
+        raise ValueError(f'rngs must be a sequence of names, got {rngs!r}; write rngs=("{rngs}",)')
+    name = type(module).__name__
+    accepted = inspect.signature(module.__call__).parameters
 
-    def init(key, inputs):
-        variables = dict(module.init(key, inputs))
+    def mode(training):
+        arguments = {"train": training, "training": training, "deterministic": not training}
+        return {argument: value for argument, value in arguments.items() if argument in accepted}
+
+    def evaluate(method, *args, **kwargs):
+        if not rngs:
+            return method(*args, **kwargs)
+        with nn.intercept_methods(_skip_dropout):
+            return method(*args, **kwargs, **mode(training=False))
+
+    def apply(params, inputs, *, key=None):
+        if key is None:
+            return evaluate(module.apply, {"params": params}, inputs)
+        keys = {stream: jax.random.fold_in(key, index) for index, stream in enumerate(rngs)}
+        return module.apply({"params": params}, inputs, rngs=keys, **mode(training=True))
+
+    def draw(key, inputs):
+        variables = dict(evaluate(module.init, key, inputs))
         params = variables.pop("params", {})
         if variables:
             raise ValueError(
-                f"{type(module).__name__} keeps variables beside its parameters: {sorted(variables)}; an inner "
-                "loop adapts parameters alone. Use maml_jax.models.BatchStatNorm in place of a normalisation "
-                "with running averages"
+                f"{name} keeps variables beside its parameters: {sorted(variables)}; an inner loop only adapts "
+                "parameters. Use maml_jax.models.BatchStatNorm or PopulationNorm instead of a normalisation with "
+                "running averages"
             )
+        try:
+            for stream_key in (key, None) if rngs else (key,):
+                jax.eval_shape(functools.partial(apply, key=stream_key), params, inputs)
+        except InvalidRngError as error:
+            raise ValueError(
+                f"{name} draws from a random stream that rngs={tuple(rngs)} does not name, or draws without a key: "
+                f'{error}. Name every stream, as in from_linen(module, rngs=("dropout",)). If the module draws '
+                "outside nn.Dropout, its __call__ needs an argument `train` that turns this off"
+            ) from error
         return params
 
-    return Model(init, lambda params, inputs: module.apply({"params": params}, inputs))
+    def init(key, inputs, params=None):
+        if params is None:
+            return draw(key, inputs)
+        expected = flatten_dict(jax.eval_shape(draw, key, inputs))
+        for path, leaf in flatten_dict(params).items():
+            if path not in expected or jnp.shape(leaf) != expected[path].shape:
+                raise ValueError(
+                    f"params has {'/'.join(path)} of shape {jnp.shape(leaf)}, and {name} has "
+                    f"{expected[path].shape if path in expected else 'no such parameter'}; leave out the parameters "
+                    "that are to be drawn"
+                )
+        # A copy, because a training loop donates its state and the caller keeps `params`.
+        given = {"params": jax.tree.map(jnp.copy, params)}
+        filled = evaluate(module.apply, given, inputs, rngs={"params": key}, mutable=["params"])[1]
+        return filled["params"]
+
+    if rngs:
+        return Model(init, apply, stochastic=True)
+    return Model(init, lambda params, inputs: apply(params, inputs))
 
 
-def from_nnx(module: nnx.Module | Callable[[nnx.Rngs], nnx.Module]) -> Model:
+def _skip_dropout(next_function, args, kwargs, context):
+    if isinstance(context.module, nn.Dropout):
+        return args[0] if args else kwargs["inputs"]
+    return next_function(*args, **kwargs)
+
+
+def from_nnx(module: nnx.Module | Callable[..., nnx.Module]) -> Model:
     """Makes a `Model` of an nnx module.
 
+    Variables other than `nnx.Param`, and arrays made by the constructor, are constants of the model. A module with
+    random streams, such as those of `nnx.Dropout`, makes a stochastic model. A key given to `apply` reseeds the
+    streams and sets the attribute `deterministic` of every layer to False. Without a key, `deterministic` is True.
+    `use_running_average` is not changed.
+
     Args:
-      module: a function from `nnx.Rngs` to a module, so that `init` can draw fresh parameters; or a
-        module, whose present parameters `init` then returns copies of, whatever the key.
+      module: a function called as `module(rngs=nnx.Rngs(...))`, such as a module class, with which `init` draws new
+        parameters; its constants are those made with `nnx.Rngs(0)`. Or a module: `init` then returns copies of its
+        present parameters, whatever the key, and later changes of the module have no effect.
 
     Returns:
       A `Model` whose parameters are the `nnx.State` of the module's `nnx.Param`s.
 
     Raises:
-      ValueError: if the module keeps variables other than `nnx.Param`, as running averages and dropout do.
+      ValueError: from `init`, if a call changes variables that are neither parameters nor random streams, such as
+        the running averages of `nnx.BatchNorm`. Variables that pass through `nnx.jit` or `nnx.remat` count as
+        changed.
     """
     is_module = isinstance(module, nnx.Module)
-    abstract = module if is_module else nnx.eval_shape(lambda: module(nnx.Rngs(0)))
-    graphdef, params, others = nnx.split(abstract, nnx.Param, ...)
-    if kinds := sorted({type(variable).__name__ for _, variable in nnx.to_flat_state(others)}):
-        raise ValueError(
-            f"{type(abstract).__name__} keeps variables beside nnx.Param: {kinds}; an inner loop adapts "
-            "parameters alone. Leave out running averages and random streams"
-        )
+    built = nnx.clone(module, arrays=True) if is_module else module(rngs=nnx.Rngs(0))
+    name = type(built).__name__
+    graphdef, present, constants = nnx.split(built, nnx.Param, ...)
+    variables = [variable for _, variable in nnx.to_flat_state(constants)]
+    streams = sorted({variable.tag for variable in variables if isinstance(variable, nnx.RngKey)})
+
+    def merge(params, constants, key=None):
+        # A copy of the variables, not of their arrays: a call changes the counters of random streams in place.
+        instance = nnx.merge(graphdef, params, constants, copy=True)
+        if streams:
+            instance.set_attributes(deterministic=key is None, raise_if_not_found=False)
+        if key is not None:
+            keys = {stream: jax.random.fold_in(key, index) for index, stream in enumerate(streams)}
+            nnx.reseed(instance, policy="match_shape", **keys)
+        return instance
+
+    def changed_kinds(params, inputs, key):
+        kinds = set()
+
+        def others(instance):
+            state = nnx.split(instance, nnx.Param, nnx.RngState, ...)[-1]
+            return {
+                path: (type(leaf).__name__ if isinstance(leaf, nnx.Variable) else "array", jax.tree.leaves(leaf))
+                for path, leaf in nnx.to_flat_state(state)
+            }
+
+        def call(params, constants, inputs, key):
+            instance = merge(params, constants, key)
+            before, outputs, after = others(instance), instance(inputs), others(instance)
+            for path, (kind, leaves) in before.items():
+                # In a traced call, an unchanged variable holds the same tracer as before.
+                if any(new is not old for new, old in zip(after[path][1], leaves, strict=True)):
+                    kinds.add(kind)
+            return outputs
+
+        jax.eval_shape(call, params, constants, inputs, key if streams else None)
+        return sorted(kinds)
 
     def init(key, inputs):
-        del inputs
         if is_module:
-            # A copy, because a training loop donates its state and the module keeps its own arrays.
-            return jax.tree.map(jnp.copy, params)
-        return nnx.split(module(nnx.Rngs(key)), nnx.Param, ...)[1]
+            # A copy, because a training loop donates its state and `init` may be called again.
+            params = jax.tree.map(jnp.copy, present)
+        else:
+            params = nnx.split(module(rngs=nnx.Rngs(key)), nnx.Param, ...)[1]
+        if kinds := changed_kinds(params, inputs, key):
+            raise ValueError(
+                f"a call of {name} changes its variables of kind {kinds}; an inner loop only adapts nnx.Param. Build "
+                "normalisations with use_running_average=True, or use one without running averages"
+            )
+        return params
 
-    return Model(init, lambda params, inputs: nnx.merge(graphdef, params)(inputs))
+    if streams:
+        return Model(init, lambda params, inputs, *, key=None: merge(params, constants, key)(inputs), stochastic=True)
+    return Model(init, lambda params, inputs: merge(params, constants)(inputs))

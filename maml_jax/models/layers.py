@@ -1,11 +1,12 @@
-"""Layers for networks whose weights differ from task to task."""
+"""Convolution and pooling that stay fast when every task has its own weights."""
 
-import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype
 from jax import lax
 
 ConvFn = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
@@ -15,8 +16,8 @@ ConvFn = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 def conv_lax(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, int]) -> jax.Array:
     """Convolution by `lax.conv_general_dilated`, padding "SAME".
 
-    Under a `vmap` over kernels it becomes a grouped convolution, whose weight gradient is slow on most
-    backends; see `conv_matmul`.
+    Under a `vmap` over kernels it becomes a grouped convolution. The weight gradient of a grouped convolution is
+    slow on most backends; see `conv_matmul`.
 
     Args:
       inputs: [B, H, W, C].
@@ -33,8 +34,8 @@ def conv_matmul(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, int]) 
     """The same convolution as one matrix product of strided slices.
 
     The h·w shifted views of the padded input are concatenated along the channels and multiplied by the
-    kernel as a [h·w·C, F] matrix. Everything in it batches over a task axis of the kernel as a batched
-    matrix product, in the first derivative and in the second.
+    kernel as a [h·w·C, F] matrix. Under a `vmap` over kernels this becomes a batched matrix product, and so do
+    its first and second derivatives.
 
     Args:
       inputs: [B, H, W, C].
@@ -45,16 +46,16 @@ def conv_matmul(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, int]) 
       [B, ⌈H / s₀⌉, ⌈W / s₁⌉, F].
     """
     batch, *size, channels = inputs.shape
-    pads = lax.padtype_to_pads(size, kernel.shape[:2], strides, "SAME")
+    same_pads = lax.padtype_to_pads(size, kernel.shape[:2], strides, "SAME")
     height, width = (-(-n // s) for n, s in zip(size, strides, strict=True))
-    # Padded to whole strides, the input falls into s₀ phases of rows, in which s₁ neighbouring columns lie together:
-    # every view is made of dense slices. The transpose of a strided slice would scatter with gaps, at three times
-    # the cost.
-    phase = [n + (k - 1) // s for n, k, s in zip((height, width), kernel.shape, strides, strict=False)]
-    pads = [(low, n * s - low - m) for (low, _), n, s, m in zip(pads, phase, strides, size, strict=True)]
-    padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0))).reshape(batch, phase[0], strides[0], phase[1], -1)
-    phases = [rows.squeeze(2) for rows in lax.split(padded, (1,) * strides[0], axis=2)]
-    patches = [
+    # The input is padded to whole strides and split into s₀ phases of rows, in which s₁ neighbouring columns are
+    # contiguous. Every view is then made of dense slices. The transpose of a strided slice would scatter with gaps,
+    # which takes three times as long.
+    phase_shape = [n + (k - 1) // s for n, k, s in zip((height, width), kernel.shape, strides, strict=False)]
+    pads = [(low, n * s - low - m) for (low, _), n, s, m in zip(same_pads, phase_shape, strides, size, strict=True)]
+    padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0))).reshape(batch, phase_shape[0], strides[0], phase_shape[1], -1)
+    phases = [phase.squeeze(2) for phase in lax.split(padded, (1,) * strides[0], axis=2)]
+    views = [
         phases[i % strides[0]][
             :,
             i // strides[0] : i // strides[0] + height,
@@ -64,16 +65,16 @@ def conv_matmul(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, int]) 
         for i in range(kernel.shape[0])
         for j in range(0, kernel.shape[1], strides[1])
     ]
-    rows = jnp.concatenate(patches, axis=-1).reshape(batch * height * width, -1)
-    return _product(rows, kernel.reshape(rows.shape[1], -1)).reshape(batch, height, width, -1)
+    patches = jnp.concatenate(views, axis=-1).reshape(batch * height * width, -1)
+    return _product(patches, kernel.reshape(patches.shape[1], -1)).reshape(batch, height, width, -1)
 
 
 def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`rows` [N, K] @ `kernel` [K, F], so written that the gradient of the kernel is the faster product on a CPU.
+    """`rows` [N, K] @ `kernel` [K, F], arranged so that the kernel gradient is fast on a CPU.
 
-    It contracts over N, the major axis of both its operands, and the left one of them is packed again as the
-    product goes: the smaller one had better stand there. JAX puts the cotangent [N, F] on the left, and XLA
-    exchanges the two where the result is transposed next. A barrier before that transpose prevents it.
+    That gradient contracts over N, the leading axis of both operands. XLA repacks the left operand during the
+    product, so the smaller one should be on the left. JAX puts the cotangent [N, F] on the left. Where the result
+    is transposed next, XLA exchanges the two operands again; a barrier before that transpose prevents this.
     """
     if rows.shape[1] < kernel.shape[1]:
         return rows @ kernel
@@ -82,7 +83,10 @@ def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _barrier_to_derivatives(array: jax.Array) -> jax.Array:
-    """The identity. XLA moves nothing across it in tangents and cotangents; equal values are still computed once."""
+    """The identity, with an optimisation barrier on its tangents and cotangents only.
+
+    The value has no barrier, so XLA still computes equal values only once.
+    """
     return array
 
 
@@ -98,8 +102,10 @@ class Conv(nn.Module):
       features: F, the number of filters.
       kernel_size: (h, w).
       strides: (vertical, horizontal).
-      conv_fn: `conv_matmul` or `conv_lax`, equal in value and derivatives.
-      kernel_init: initialiser of the kernel [h, w, C, F]; the bias starts at zero.
+      conv_fn: `conv_matmul` or `conv_lax`, which have the same values and derivatives.
+      kernel_init: initialiser of the kernel [h, w, C, F]. The bias starts at zero.
+      dtype: dtype of the computation and of the outputs. With None, inputs and parameters are promoted.
+      param_dtype: dtype of the initial parameters.
     """
 
     features: int
@@ -107,89 +113,23 @@ class Conv(nn.Module):
     strides: tuple[int, int] = (1, 1)
     conv_fn: ConvFn = conv_matmul
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, H', W', F]."""
-        kernel = self.param("kernel", self.kernel_init, (*self.kernel_size, inputs.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        kernel_shape = (*self.kernel_size, inputs.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, kernel_shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        inputs, kernel, bias = promote_dtype(inputs, kernel, bias, dtype=self.dtype)
         return self.conv_fn(inputs, kernel, self.strides) + bias.reshape(1, 1, 1, -1)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def standardise(inputs: jax.Array, epsilon: float) -> tuple[jax.Array, jax.Array]:
-    """Subtracts the mean of every channel and divides by its standard deviation.
-
-    Its derivative is written out, with m = (variance + ε)^(-1/2) and means over every axis but the last,
-
-        dx̂ = m (dx - mean(dx) - x̂ mean(x̂ dx)),    dm = -m² mean(x̂ dx),
-
-    which reads and writes the activations fewer times than the one that follows from the steps of the
-    computation; it is differentiated in turn as it stands.
-
-    Args:
-      inputs: x, [..., C].
-      epsilon: ε, added to the variance.
-
-    Returns:
-      x̂ [..., C] and m, [1, ..., C].
-
-    References:
-      Ioffe and Szegedy, 2015, Algorithm 1 and the derivatives in section 3. https://arxiv.org/abs/1502.03167
-    """
-    centred = inputs - _channel_mean(inputs)
-    multiplier = lax.rsqrt(_channel_mean(jnp.square(centred)) + epsilon)
-    return centred * multiplier, multiplier
-
-
-@standardise.defjvp
-def _standardise_jvp(epsilon, primals, tangents):
-    (inputs,), (tangent,) = primals, tangents
-    outputs, multiplier = standardise(inputs, epsilon)
-    along = multiplier * _channel_mean(outputs * tangent)
-    tangent_out = multiplier * tangent - multiplier * _channel_mean(tangent) - outputs * along
-    return (outputs, multiplier), (tangent_out, -multiplier * along)
-
-
-def _channel_mean(inputs):
-    return jnp.mean(inputs, tuple(range(inputs.ndim - 1)), keepdims=True)
-
-
-class BatchStatNorm(nn.Module):
-    """Normalises by the statistics of the batch it is given, always; it keeps no running averages.
-
-    The support set and the query set are each normalised by themselves. At test time a prediction
-    then depends on the other queries beside it: the setting is transductive, and results say so.
-
-    Attributes:
-      scale: whether to multiply by a learned γ, initially 1.
-      offset: whether to add a learned β, initially 0.
-      epsilon: added to the variance.
-
-    References:
-      Ioffe and Szegedy, 2015, Algorithm 1. https://arxiv.org/abs/1502.03167
-    """
-
-    scale: bool = False
-    offset: bool = True
-    epsilon: float = 1e-3
-
-    @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[B, ..., C] -> [B, ..., C]; statistics over every axis but the last."""
-        outputs = standardise(inputs, self.epsilon)[0]
-        channels, broadcast = inputs.shape[-1:], (1,) * (inputs.ndim - 1) + (-1,)
-        if self.scale:
-            outputs = outputs * self.param("scale", nn.initializers.ones, channels).reshape(broadcast)
-        if self.offset:
-            outputs = outputs + self.param("offset", nn.initializers.zeros, channels).reshape(broadcast)
-        return outputs
-
-
 def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
-    """Maximum over windows that do not overlap; a remainder at the border is dropped.
+    """Maximum over windows that do not overlap. A remainder at the border is dropped.
 
-    Written as a reshape and a maximum, whose second derivative is cheap on every backend.
+    It is a reshape and a maximum, because their second derivative is cheap on every backend.
 
     Args:
       inputs: [B, H, W, C].

@@ -1,8 +1,7 @@
 """Omniglot: 1623 handwritten characters of 50 alphabets, 20 drawings each, as one uint8 array.
 
-Read with tensorflow-datasets, without tensorflow. The array is canonical: characters sorted by
-name, drawings sorted by their pixels, ink 255 on 0, so that one checksum holds for
-everybody, whoever prepared the data and with whatever library.
+The drawings are read with tensorflow-datasets, without tensorflow. Characters are sorted by name and the drawings
+of each character by their pixels, so the array and its checksum do not depend on how the data were prepared.
 
 Lake, Salakhutdinov and Tenenbaum, 2015, Human-level concept learning through probabilistic program
 induction. https://github.com/brendenlake/omniglot
@@ -21,34 +20,37 @@ import numpy as np
 
 NUM_CHARACTERS, NUM_DRAWINGS, SIZE = 1623, 20, 28
 SHA256 = "f7e8705d0a1e116fc92ace3978f29428bf69bbd0f4ba34d8e95b814ffc85e412"
-"""Checksum of the bytes of the uint8 array [1623, 20, 28, 28, 1] that everything here agrees on."""
+"""Checksum of the bytes of the uint8 array [1623, 20, 28, 28, 1]."""
+
+_COMMAND = "python -m maml_jax.tasks.omniglot_builder"
 
 
 def splits() -> dict[str, list[str]]:
     """The characters, by name, of the splits "train" (1100), "val" (100) and "test" (423).
 
-    Drawn once at random from all 1623, as in the MAML paper, and written down: the paper's own draw
-    depends on the order of a directory listing.
+    They were drawn once at random from all 1623, as in the MAML paper, and written to a file, because the
+    paper's own draw depends on the order of a directory listing.
     """
     return json.loads(resources.files("maml_jax.tasks").joinpath("omniglot_splits.json").read_text())
 
 
-def shrink(pixels: np.ndarray) -> np.ndarray:
-    """One drawing as the few-shot literature uses it.
+def downscale_to_28(pixels: np.ndarray) -> np.ndarray:
+    """Downscales one drawing to 28x28, as in the few-shot literature, by nearest neighbour.
+
+    Pillow uses nearest neighbour for the 1-bit originals whichever filter is requested.
 
     Args:
-      pixels: [105, 105], zero where there is ink, whatever the value of paper.
+      pixels: [105, 105], zero where there is ink and any other value elsewhere.
 
     Returns:
-      uint8 [28, 28]: nearest neighbour, 255 where there is ink and 0 elsewhere. Nearest neighbour is what
-      Pillow does to the 1-bit originals whatever filter it is asked for.
+      uint8 [28, 28], 255 where there is ink and 0 elsewhere.
     """
     nearest = ((np.arange(SIZE) + 0.5) * pixels.shape[0] / SIZE).astype(int)
     return np.where(pixels[nearest[:, None], nearest], 0, 255).astype(np.uint8)
 
 
-def canonical(drawings: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
-    """Puts drawings in any order into the canonical array.
+def canonical_array(drawings: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
+    """Downscales all drawings, given in any order, and sorts them into the canonical array.
 
     Args:
       drawings: pairs of a character's name, "Alphabet_number", and its pixels [105, 105].
@@ -57,27 +59,34 @@ def canonical(drawings: Iterable[tuple[str, np.ndarray]]) -> np.ndarray:
       uint8 [1623, 20, 28, 28, 1].
 
     Raises:
-      ValueError: if characters or drawings are missing or differ from the known ones.
+      ValueError: if characters or drawings are missing or differ from the originals.
     """
     by_name: dict[str, list[bytes]] = {name: [] for split in splits().values() for name in split}
     for name, pixels in drawings:
         if name not in by_name:
             raise ValueError(f"{name!r} is no character of Omniglot")
-        by_name[name].append(shrink(pixels).tobytes())
+        by_name[name].append(downscale_to_28(pixels).tobytes())
     if wrong := {name: len(found) for name, found in by_name.items() if len(found) != NUM_DRAWINGS}:
         name, count = next(iter(wrong.items()))
         raise ValueError(
             f"{len(wrong)} of the {NUM_CHARACTERS} characters do not have {NUM_DRAWINGS} drawings, {name} has {count}"
         )
     flat = b"".join(drawing for name in sorted(by_name) for drawing in sorted(by_name[name]))
-    return verified(np.frombuffer(flat, np.uint8).reshape(NUM_CHARACTERS, NUM_DRAWINGS, SIZE, SIZE, 1))
+    return check_images(np.frombuffer(flat, np.uint8).reshape(NUM_CHARACTERS, NUM_DRAWINGS, SIZE, SIZE, 1))
 
 
-def verified(images: np.ndarray) -> np.ndarray:
-    """Returns `images` if the checksum of their bytes is `SHA256`, and raises a ValueError if not."""
-    found = hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+def check_images(images: np.ndarray) -> np.ndarray:
+    """Returns the canonical array unchanged.
+
+    Raises:
+      ValueError: if its shape, its dtype or the checksum of its bytes is not that of Omniglot.
+    """
+    shape = (NUM_CHARACTERS, NUM_DRAWINGS, SIZE, SIZE, 1)
+    if (images.shape, images.dtype) != (shape, np.uint8):
+        raise ValueError(f"the images are {images.dtype}{list(images.shape)}, and must be uint8{list(shape)}")
+    found = hashlib.sha256(images.tobytes()).hexdigest()
     if found != SHA256:
-        raise ValueError(f"the images have checksum {found[:12]}..., the original drawings {SHA256[:12]}...")
+        raise ValueError(f"the images have checksum {found[:12]}..., and the original drawings {SHA256[:12]}...")
     return images
 
 
@@ -87,12 +96,12 @@ def default_data_dir() -> Path:
 
 
 def prepared_dir(data_dir: str | Path) -> Path:
-    """Where tensorflow-datasets keeps Omniglot in a data directory."""
-    return Path(data_dir) / "omniglot" / "3.0.0"
+    """The directory of Omniglot in a data directory of tensorflow-datasets."""
+    return Path(data_dir).expanduser() / "omniglot" / "3.0.0"
 
 
 def read_drawings(data_dir: str | Path) -> Iterator[tuple[str, np.ndarray]]:
-    """The drawings of a prepared `omniglot/3.0.0` directory, in its order, as `canonical` takes them.
+    """Reads the drawings of a prepared `omniglot/3.0.0` directory, in the order of its records.
 
     Args:
       data_dir: the directory that holds `omniglot/3.0.0`.
@@ -100,17 +109,17 @@ def read_drawings(data_dir: str | Path) -> Iterator[tuple[str, np.ndarray]]:
     Yields:
       A character's name and its pixels [105, 105].
     """
-    import tensorflow_datasets as tfds  # heavy, and needed for the first reading alone
+    import tensorflow_datasets as tfds  # slow to import, and only needed until there is a cache
     from absl import logging
 
     verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it would recommend OpenCV, which is not needed for small PNGs
+    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets recommends OpenCV, which small PNGs do not need
     try:
         builder = tfds.builder_from_directory(prepared_dir(data_dir))
         names = builder.info.features["label"].names
         for split in ("train", "test"):
             source = builder.as_data_source(split)
-            for start in range(0, len(source), 1000):  # records read by the thousand come twice as fast
+            for start in range(0, len(source), 1000):  # twice as fast as one by one
                 for example in source.__getitems__(range(start, min(start + 1000, len(source)))):
                     yield names[example["label"]], example["image"][..., 0]
     finally:
@@ -118,7 +127,7 @@ def read_drawings(data_dir: str | Path) -> Iterator[tuple[str, np.ndarray]]:
 
 
 def read_tfds(data_dir: str | Path) -> np.ndarray:
-    """Reads and verifies a prepared `omniglot/3.0.0` directory of tensorflow-datasets.
+    """Reads and checks a prepared `omniglot/3.0.0` directory of tensorflow-datasets.
 
     Args:
       data_dir: the directory that holds `omniglot/3.0.0`.
@@ -128,34 +137,46 @@ def read_tfds(data_dir: str | Path) -> np.ndarray:
 
     Raises:
       ModuleNotFoundError: if tensorflow-datasets is not installed.
-      ValueError: if it cannot be read or its content is not Omniglot.
+      ValueError: if the directory cannot be read or its content is not Omniglot.
     """
     try:
-        return canonical(read_drawings(data_dir))
+        return canonical_array(read_drawings(data_dir))
     except ModuleNotFoundError:
         raise
-    except Exception as error:  # those of tensorflow-datasets, array_record and Pillow share no class
+    except Exception as error:  # tensorflow-datasets, array_record and Pillow share no class
         raise ValueError(
             f"the prepared Omniglot at {prepared_dir(data_dir)} is damaged or not the original "
             f"({type(error).__name__}: {error}); delete that directory and prepare it again with "
-            f"`python -m experiments.prepare_omniglot --data-dir {data_dir}`"
+            f"`{_COMMAND} --data-dir {data_dir}`"
         ) from error
 
 
+def npz_path(file: str | Path) -> Path:
+    """Returns the path of an `.npz` file, with `~` expanded.
+
+    Raises:
+      ValueError: if the name does not end in `.npz`.
+    """
+    file = Path(file).expanduser()
+    if file.suffix != ".npz":
+        raise ValueError(f"{file} must end in .npz, because `load` recognises such a file by its name")
+    return file
+
+
 def save_npz(images: np.ndarray, file: str | Path) -> None:
-    """Writes the canonical array to an `.npz` that needs no tensorflow-datasets to be read; never half of it.
+    """Writes the canonical array to an `.npz`, which can be read without tensorflow-datasets.
+
+    The file is written under another name and renamed when it is complete.
 
     Args:
       images: uint8 [1623, 20, 28, 28, 1].
-      file: a name that ends in `.npz`; its directory is made, a file that is there is replaced.
+      file: a name that ends in `.npz`. Its directory is made; an existing file is replaced.
 
     Raises:
       OSError: if it cannot be written.
       ValueError: if the name does not end in `.npz`.
     """
-    file = Path(file)
-    if file.suffix != ".npz":
-        raise ValueError(f"{file} must end in .npz, by which it is recognised later")
+    file = npz_path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".omniglot-") as scratch:
         np.savez_compressed(Path(scratch) / file.name, images=images)
@@ -173,27 +194,27 @@ def load_npz(file: str | Path) -> np.ndarray:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if the file is damaged or holds something else.
+      ValueError: if the file is damaged, or holds anything but uint8 [1623, 20, 28, 28, 1] with the checksum of
+        Omniglot.
     """
-    if not Path(file).is_file():
-        raise FileNotFoundError(
-            f"there is no file {file}; write it with `python -m experiments.prepare_omniglot --npz {file}`"
-        )
+    file = Path(file).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no file {file}; write it with `{_COMMAND} --npz {file}`")
     try:
-        with open(file, "rb") as stream, np.load(stream) as archive:  # numpy leaves a damaged file open
-            return verified(archive["images"])
-    except Exception as error:  # of the zip, of its compression, of the array inside
+        with open(file, "rb") as stream, np.load(stream) as archive:  # numpy does not close a damaged file
+            return check_images(archive["images"])
+    except Exception as error:  # zipfile, zlib and numpy share no class
         raise ValueError(
-            f"{file} is damaged or holds no Omniglot ({type(error).__name__}: {error}); delete it. A cache is made "
-            f"again by itself, any other file with `python -m experiments.prepare_omniglot --npz {file}`"
+            f"{file} is damaged or holds no Omniglot ({type(error).__name__}: {error}); delete it. A file in the cache "
+            f"is written again by the next run, any other file by `{_COMMAND} --npz {file}`"
         ) from error
 
 
 def load(split: str, data_dir: str | Path | None = None) -> np.ndarray:
     """The images of one split.
 
-    A prepared directory is read once; the array is then kept under `$XDG_CACHE_HOME/maml_jax`, for as long
-    as the files of the directory stay as they are.
+    A prepared directory is only read the first time. The array is then cached in `$XDG_CACHE_HOME/maml_jax`
+    (by default `~/.cache/maml_jax`), and the cache is used until a file of the directory changes.
 
     Args:
       split: "train", "val" or "test", disjoint sets of characters.
@@ -204,7 +225,8 @@ def load(split: str, data_dir: str | Path | None = None) -> np.ndarray:
       uint8 [C, 20, 28, 28, 1], ink 255; C is 1100, 100 or 423.
 
     Raises:
-      FileNotFoundError: if there is nothing at `data_dir`.
+      FileNotFoundError: if there is no Omniglot at `data_dir`.
+      ModuleNotFoundError: if tensorflow-datasets is not installed, and neither an `.npz` nor the cache is read.
       ValueError: if the split is unknown or the data are damaged.
     """
     characters = splits()
@@ -223,8 +245,8 @@ def load_all(data_dir: str | Path | None = None) -> np.ndarray:
     prepared = prepared_dir(data_dir)
     if not prepared.is_dir():
         raise FileNotFoundError(
-            f"no Omniglot at {data_dir}: it holds no omniglot/3.0.0. Prepare it with `python -m "
-            f"experiments.prepare_omniglot --data-dir {data_dir}`, or name the directory that has it"
+            f"no Omniglot at {data_dir}: it holds no omniglot/3.0.0. Prepare it with "
+            f"`{_COMMAND} --data-dir {data_dir}`, or give the directory that holds it"
         )
     files = sorted((entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in prepared.iterdir())
     fingerprint = hashlib.sha256(repr((str(prepared.resolve()), files)).encode()).hexdigest()[:12]
@@ -233,6 +255,6 @@ def load_all(data_dir: str | Path | None = None) -> np.ndarray:
     if cache.is_file():
         return load_npz(cache)
     images = read_tfds(data_dir)
-    with contextlib.suppress(OSError):  # where nothing can be kept, the next run reads again
+    with contextlib.suppress(OSError):  # without a cache the next run reads the directory again
         save_npz(images, cache)
     return images

@@ -1,5 +1,6 @@
 """What every algorithm of the catalogue promises; a new one joins by being listed."""
 
+import dataclasses
 from typing import NamedTuple
 
 import chex
@@ -12,23 +13,41 @@ from maml_jax import (
     CATALOGUE,
     Batch,
     Episode,
+    InnerDescent,
     MetaState,
     Model,
+    Problem,
+    check_inner_grad,
     evaluate,
     init_meta_state,
     losses,
     make_meta_step,
     make_train_loop,
+    mixed_mode,
     models,
+    parallel,
 )
 from maml_jax.tasks import sinusoid
 
 NUM_STEPS = 2
 EVERY_ALGORITHM = pytest.mark.parametrize("name", CATALOGUE)
+DEVICES = pytest.mark.parametrize("num_devices", [1, 2])
 
 
-def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=losses.mean_squared_error, inner_lr=0.01):
-    return CATALOGUE[name](model, loss_fn, inner_optimizer=optax.sgd(inner_lr), num_inner_steps=num_inner_steps)
+def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=losses.mean_squared_error, **hyperparameters):
+    entry = CATALOGUE[name]
+    if iterates(name):
+        hyperparameters["num_inner_steps"] = num_inner_steps
+    return entry.build(Problem(model, loss_fn), entry.hyperparameters(**hyperparameters))
+
+
+def iterates(name):
+    """Whether the algorithm takes inner steps whose number is a hyperparameter."""
+    return "num_inner_steps" in {field.name for field in dataclasses.fields(CATALOGUE[name].hyperparameters)}
+
+
+def mesh_of(num_devices):
+    return None if num_devices == 1 else parallel.task_mesh(jax.devices()[:num_devices])
 
 
 class Affine(NamedTuple):
@@ -103,6 +122,7 @@ def test_gradients_are_finite_and_the_same_with_and_without_jit(name):
 @EVERY_ALGORITHM
 @pytest.mark.parametrize("num_steps", [0, 3])
 def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
+    num_steps = num_steps if iterates(name) else 0
     learner = build(name, affine_model(Affine), num_inner_steps=num_steps)
     support = episode().support
     meta_params = learner.init(jax.random.key(0), support.inputs)
@@ -115,27 +135,86 @@ def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
     with_key, without = adapt(jax.random.key(1)), adapt(None)
     _, info = without
     chex.assert_trees_all_equal(with_key, without)
-    chex.assert_shape(info.support_loss, (num_steps,))
     chex.assert_shape(info.observed, (num_steps + 1, *support.targets.shape))
+    if not iterates(name):
+        return
+    chex.assert_shape(info.support_loss, (num_steps,))
     by_hand = jax.vmap(losses.mean_squared_error, in_axes=(0, None))(info.observed[:-1], support.targets)
     chex.assert_trees_all_close(info.support_loss, by_hand, rtol=1e-5)
 
 
 @EVERY_ALGORITHM
-def test_the_same_shapes_are_not_traced_twice(name):
+@DEVICES
+def test_the_same_shapes_are_not_traced_twice(name, num_devices):
     learner = build(name, affine_model(Affine))
     chex.clear_trace_counter()
     counted = learner._replace(objective=chex.assert_max_traces(learner.objective, n=1))
     optimizer = optax.adam(1e-3)
+    mesh = mesh_of(num_devices)
     state = init_meta_state(learner, optimizer, jax.random.key(0), episode().support.inputs)
-    step = make_meta_step(counted, optimizer, chunk_size=2)
+    if mesh is not None:  # where the state will be after the first step
+        state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+    step = make_meta_step(counted, optimizer, chunk_size=2, mesh=mesh)
     for seed in range(3):
-        state, info = step(state, jax.vmap(sample_episode)(jax.random.split(jax.random.key(seed), 2)))
+        state, info = step(state, jax.vmap(sample_episode)(jax.random.split(jax.random.key(seed), 4)))
     assert state.step == 3
-    assert jnp.isfinite(info.loss)
+    assert info.finite
 
 
 @EVERY_ALGORITHM
+def test_one_device_and_two_take_the_same_path(name):
+    learner, optimizer = build(name, models.mlp(features=(8, 1), activation=jnp.tanh)), optax.adam(1e-2)
+
+    def results(num_devices):
+        mesh = mesh_of(num_devices)
+        loop = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=4, num_steps=3, mesh=mesh)
+        state = init_meta_state(learner, optimizer, jax.random.key(0), episode().support.inputs)
+        state, info = loop(state, jax.random.key(1))
+        evaluation = evaluate(
+            learner,
+            state.params,
+            sample_episode,
+            jax.random.key(2),
+            metric_fn=losses.mean_squared_error,
+            num_episodes=4,
+            chunk_size=2,
+            mesh=mesh,
+        )
+        return jax.device_get((state, info, evaluation))
+
+    chex.assert_trees_all_close(results(2), results(1), rtol=1e-4, atol=1e-5)
+
+
+@EVERY_ALGORITHM
+def test_the_key_of_the_episode_reaches_the_model(name):
+    # A model that adds noise to its weight: other keys give other objectives, no key gives none.
+    def apply(params, inputs, *, key=None):
+        noise = 0.0 if key is None else jax.random.normal(key)
+        return inputs * (params + noise)
+
+    model = Model(lambda key, inputs: jnp.ones((1, 1)), apply, stochastic=True)
+    learner = build(name, model)
+
+    def objective(key):
+        return learner.objective(jnp.ones((1, 1)), episode()._replace(key=key))[0]
+
+    values = [float(objective(key)) for key in (None, None, jax.random.key(1), jax.random.key(2))]
+    assert values[0] == values[1]
+    assert len(set(values)) == 3
+
+
+def test_inner_gradients_of_the_networks_are_differentiated_exactly(x64):
+    batch = Batch(jax.random.normal(jax.random.key(0), (6, 8, 8, 1)), jnp.arange(6) % 3)
+    for model in (models.mlp(features=(4, 3), activation=jnp.tanh), models.conv4(way=3, features=2)):
+        params = jax.tree.map(jnp.float64, model.init(jax.random.key(1), batch.inputs))
+
+        def loss(params, batch, model=model):
+            return losses.cross_entropy(model.apply(params, batch.inputs), batch.targets)
+
+        assert check_inner_grad(loss, params, batch, inner_grad=mixed_mode, rtol=1e-7) < 1e-7
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if iterates(name)])
 @pytest.mark.parametrize("num_steps", [-1, 0.5])
 def test_a_wrong_number_of_steps_is_refused(name, num_steps):
     with pytest.raises(ValueError, match=f"at least 0, got {num_steps}"):
@@ -167,7 +246,7 @@ def test_a_meta_step_lowers_for_cuda_and_tpu(name):
     state = MetaState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     step = make_meta_step(learner, optimizer)
     for platform in ("cuda", "tpu"):
-        exported = jax.export.export(step, platforms=(platform,))(state, Episode(batch, batch))
+        exported = jax.export.export(step.jitted, platforms=(platform,))(state, Episode(batch, batch))
         assert exported.platforms == (platform,)
         assert "stablehlo.dot_general" in exported.mlir_module()
 
@@ -193,3 +272,19 @@ def test_it_learns_to_regress_sinusoids(name):
     after = query_loss(state.params)
     assert after < 0.85 * before
     assert after < 4.25
+
+
+@pytest.mark.parametrize("rate", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_rate_that_is_not_positive_and_finite_is_refused(rate):
+    with pytest.raises(ValueError, match=r"inner_lr=.* must be a positive number"):
+        InnerDescent(inner_lr=rate)
+
+
+@EVERY_ALGORITHM
+def test_published_settings_build_learners(name):
+    entry = CATALOGUE[name]
+    assert entry.settings
+    for settings in entry.settings.values():
+        assert isinstance(settings, entry.hyperparameters)
+        assert dataclasses.fields(settings)
+        assert type(settings).__dataclass_params__.frozen

@@ -3,10 +3,11 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from flax import linen as nn
 from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import first_order, fomaml, losses, maml, mixed_mode, models
+from maml_jax import Model, first_order, fomaml, losses, maml, mixed_mode, models
 
 
 def meta_gradient(learner, params, episode):
@@ -67,7 +68,10 @@ def test_without_inner_steps_maml_trains_on_the_query_set():
     def query_loss(params):
         return losses.mean_squared_error(model.apply(params, episode.query.inputs), episode.query.targets)
 
-    chex.assert_trees_all_equal(meta_gradient(learner, params, episode), jax.grad(query_loss)(params))
+    # Two programs of the same operations, which XLA may fuse differently.
+    chex.assert_trees_all_close(
+        meta_gradient(learner, params, episode), jax.grad(query_loss)(params), rtol=1e-6, atol=1e-7
+    )
 
 
 def test_meta_gradient_of_a_network_agrees_with_finite_differences(x64):
@@ -107,3 +111,66 @@ def test_a_step_size_inside_the_learner_is_learned_to_first_order_too(x64):
 def test_a_wrong_number_of_steps_is_refused_when_the_learner_is_built(builder, num_steps):
     with pytest.raises(ValueError, match=rf"at least 0, got {num_steps}"):
         builder(linear_model, half_mse, inner_optimizer=optax.sgd(0.1), num_inner_steps=num_steps)
+
+
+def test_the_query_loss_may_differ_from_the_support_loss(x64):
+    episode = make_episode(jax.random.key(0))
+    support, query = Quadratic.of(episode.support), Quadratic.of(episode.query)
+    theta = jnp.array([0.5, -1.0, 2.0, 0.1])
+    learner = maml(
+        linear_model,
+        half_mse,
+        lambda outputs, targets: 3.0 * half_mse(outputs, targets),
+        inner_optimizer=optax.sgd(ALPHA),
+        num_inner_steps=2,
+    )
+    phi = support.descend(theta, ALPHA, 2)
+    expected = 3.0 * support.contraction(ALPHA, 2) @ query.gradient(phi)
+    chex.assert_trees_all_close(meta_gradient(learner, theta, episode), expected, rtol=1e-12)
+
+
+def drop(key, inputs):
+    """Dropout of half of the features, as a mask that the test can make again."""
+    return inputs if key is None else 2.0 * inputs * jax.random.bernoulli(key, 0.5, inputs.shape)
+
+
+dropout_model = Model(
+    linear_model.init, lambda params, inputs, *, key=None: drop(key, inputs) @ params, stochastic=True
+)
+
+
+def test_dropout_draws_anew_in_every_inner_step_and_in_the_query_pass(x64):
+    # Step k uses fold_in(key, k), the query pass fold_in(key, K): written out as linear regression on masked inputs.
+    key, theta = jax.random.key(9), jnp.array([0.5, -1.0, 2.0, 0.1])
+    episode = make_episode(jax.random.key(0))._replace(key=key)
+    learner = maml(dropout_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=3)
+
+    def masked(batch, k):
+        return Quadratic.of(batch._replace(inputs=drop(jax.random.fold_in(key, k), batch.inputs)))
+
+    phi, derivative = theta, jnp.eye(4)
+    for k in range(3):
+        step = masked(episode.support, k)
+        phi, derivative = step.descend_once(phi, ALPHA), step.contraction(ALPHA, 1) @ derivative
+    expected = derivative.T @ masked(episode.query, 3).gradient(phi)
+    chex.assert_trees_all_close(learner.adapt(theta, episode.support, key=key)[0], phi, rtol=1e-12)
+    chex.assert_trees_all_close(meta_gradient(learner, theta, episode), expected, rtol=1e-11)
+
+
+def test_a_stochastic_model_is_deterministic_without_a_key(x64):
+    episode, theta = make_episode(jax.random.key(0)), jnp.array([0.5, -1.0, 2.0, 0.1])
+    kwargs = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": 2}
+    with_dropout, without = (maml(model, half_mse, **kwargs) for model in (dropout_model, linear_model))
+    chex.assert_trees_all_equal(meta_gradient(with_dropout, theta, episode), meta_gradient(without, theta, episode))
+    chex.assert_trees_all_equal(
+        with_dropout.predict(theta, episode.query.inputs), without.predict(theta, episode.query.inputs)
+    )
+
+
+def test_what_is_no_optimiser_or_no_model_is_refused_when_the_learner_is_built():
+    with pytest.raises(ValueError, match=r"inner_optimizer must be an optax transformation .* got 0\.01"):
+        maml(linear_model, half_mse, inner_optimizer=0.01, num_inner_steps=1)
+    with pytest.raises(
+        ValueError, match=r"must be a maml_jax\.Model, got Dense; wrap a flax module with models\.from_linen"
+    ):
+        maml(nn.Dense(1), half_mse, inner_optimizer=optax.sgd(0.1), num_inner_steps=1)

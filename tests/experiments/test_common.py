@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from experiments import common, runs
-from maml_jax import losses, maml, models
+from maml_jax import checkpoint, losses, maml, models
 from maml_jax.tasks import sinusoid
 
 
@@ -24,25 +26,29 @@ from maml_jax.tasks import sinusoid
 class Config:
     num_meta_steps: int = 12
     meta_batch_size: int = 4
+    outer_optimizer: str = "adam"
+    outer_lr: float = 1e-2
     val_every: int = 4
     log_every: int = 2
     eval_episodes: int = 2
-    eval_inner_steps: int = 1
     chunk_size: int | None = None
     seed: int = 0
     run_dir: Path | None = None
 
 
-OPTIMIZER = optax.adam(1e-2)
 SAMPLE = sinusoid.make_sampler(shot=3, query_shot=3)
 LEARNER = maml(
     models.mlp(features=(8, 1)), losses.mean_squared_error, inner_optimizer=optax.sgd(0.01), num_inner_steps=1
 )
 
 
-def train(run_dir, config=Config(), validate=None):
+def train(run_dir, config=Config(), validate=None, learner=LEARNER):
     with runs.open_run(run_dir, config):
-        return common.train(run_dir, config, LEARNER, OPTIMIZER, SAMPLE, validate=validate)
+        return common.train(run_dir, config, learner, SAMPLE, validate=validate)
+
+
+def logged(run_dir):
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -60,10 +66,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
         train(tmp_path / "halves", validate=interrupt)
     resumed = train(tmp_path / "halves")
     chex.assert_trees_all_equal(resumed.params, whole.params)
-    steps = {
-        name: [json.loads(line)["step"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "halves")
-    }
+    steps = {name: [record["step"] for record in logged(tmp_path / name)] for name in ("whole", "halves")}
     assert steps["whole"] == steps["halves"] == [2, 4, 6, 8, 10, 12]
 
 
@@ -112,30 +115,77 @@ def test_the_best_validated_state_is_returned_and_survives_an_interruption(tmp_p
     chex.assert_trees_all_equal(again.params, seen[1])
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    diverging = LEARNER._replace(
-        objective=lambda params, episode: (LEARNER.objective(params, episode)[0] / 0.0, None),
-    )
-    config = Config()
-    with (
-        runs.open_run(tmp_path, config),
-        pytest.raises(runs.RunError, match=r"not finite from step 0 on; lower --outer-lr"),
-    ):
-        common.train(tmp_path, config, diverging, OPTIMIZER, SAMPLE)
+def test_a_signal_stops_after_the_compiled_call_and_the_run_resumes_from_there(tmp_path):
+    whole = train(tmp_path / "whole")
+
+    def terminate(params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return 0.0
+
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "stopped", validate=terminate)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    # The signal comes while step 4 is validated; a signal between validations saves a state of its own.
+    assert checkpoint.latest(tmp_path / "stopped" / "checkpoints") == 4
+    resumed = train(tmp_path / "stopped")
+    chex.assert_trees_all_equal(resumed.params, whole.params)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"num_meta_steps": -1}, r"--num-meta-steps -1 is too small; give at least 0"),
-        ({"eval_episodes": 1}, r"--eval-episodes 1 is too small; give at least 2"),
-        ({"log_every": 3}, r"--log-every 3 does not divide --val-every 4"),
-        ({"log_every": 0}, r"--log-every 0 is too small"),
-    ],
-)
-def test_impossible_counts_are_refused(change, message):
-    with pytest.raises(runs.RunError, match=message):
-        common.check_config(dataclasses.replace(Config(), **change))
+def test_a_signal_between_validations_saves_the_state(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole")
+    write = runs.finite
+
+    def terminate(record):
+        if record["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return write(record)
+
+    monkeypatch.setattr(runs, "finite", terminate)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path / "stopped")
+    monkeypatch.undo()
+    assert stopped.value.code == 128 + signal.SIGINT
+    assert checkpoint.latest(tmp_path / "stopped" / "checkpoints") == 2
+    chex.assert_trees_all_equal(train(tmp_path / "stopped").params, whole.params)
+
+
+def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(tmp_path, capsys):
+    whole = train(tmp_path)
+    shutil.rmtree(next((tmp_path / "checkpoints" / "12").glob("*/d"), tmp_path / "checkpoints" / "12"))
+    resumed = train(tmp_path)
+    assert "checkpoints [12] in" in capsys.readouterr().out
+    chex.assert_trees_all_equal(resumed.params, whole.params)
+
+
+def test_a_run_may_be_continued_with_more_steps_and_other_chunks(tmp_path):
+    train(tmp_path, Config(num_meta_steps=4))
+    longer = train(tmp_path, Config(chunk_size=1))
+    assert longer.best_step == 12
+    chex.assert_trees_all_equal(longer.params, train(tmp_path / "whole").params)
+    with pytest.raises(runs.RunError, match="num_meta_steps is 12 there and 4 here"):
+        train(tmp_path, Config(num_meta_steps=4))
+
+
+NOT_FINITE = {
+    "the loss": lambda loss, params: loss / 0.0,
+    # The value is finite, its derivative is not.
+    "the meta-gradient": lambda loss, params: loss + jnp.sqrt(0.0 * jnp.sum(params["dense_0"]["bias"])),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FINITE)
+@pytest.mark.parametrize("num_meta_steps", [1, 12])
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, what, num_meta_steps):
+    def objective(params, episode):
+        loss, info = LEARNER.objective(params, episode)
+        return NOT_FINITE[what](loss, params), info
+
+    message = rf"{what} is not finite at meta-step 0 .*set its eps_root to 1e-8; else lower --inner-lr or --outer-lr"
+    for _ in range(2):  # the second attempt finds no state of the first
+        with pytest.raises(runs.RunError, match=message):
+            train(tmp_path, Config(num_meta_steps=num_meta_steps), learner=LEARNER._replace(objective=objective))
+        assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
 def test_a_mesh_is_the_largest_that_divides():

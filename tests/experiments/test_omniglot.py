@@ -1,12 +1,15 @@
 """The Omniglot experiment in miniature, on made-up and on real characters."""
 
+import dataclasses
 import json
 import os
 
+import chex
 import numpy as np
 import pytest
 
 from experiments import omniglot, runs
+from maml_jax import evaluate, losses
 
 TINY = {
     "num_meta_steps": 4,
@@ -18,6 +21,13 @@ TINY = {
 }
 
 
+def config_of(algorithm="maml", *, num_inner_steps=None, **settings):
+    config = dataclasses.replace(omniglot.METHODS[algorithm], **settings)
+    return dataclasses.replace(
+        config, hyperparameters=dataclasses.replace(config.hyperparameters, num_inner_steps=num_inner_steps)
+    )
+
+
 @pytest.fixture
 def drawings(monkeypatch):
     """Random characters in place of the data set, fewer of them."""
@@ -26,9 +36,9 @@ def drawings(monkeypatch):
     monkeypatch.setattr(omniglot.omniglot, "load", lambda split, data_dir: parts[split])
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile", "pretrained"])
+@pytest.mark.parametrize("algorithm", omniglot.METHODS)
 def test_every_algorithm_runs(algorithm, drawings, tmp_path):
-    results = omniglot.run(omniglot.Config(algorithm=algorithm, run_dir=tmp_path, **TINY))
+    results = omniglot.run(config_of(algorithm, run_dir=tmp_path, **TINY))
     assert json.loads((tmp_path / "results.json").read_text()) == results
     accuracy = results["metrics"]["accuracy"]
     assert len(accuracy["mean"]) == len(accuracy["ci95"]) == 4  # before, and after each of 3 steps
@@ -38,7 +48,7 @@ def test_every_algorithm_runs(algorithm, drawings, tmp_path):
 
 
 def test_a_finished_run_is_shown_and_not_overwritten(drawings, tmp_path):
-    config = omniglot.Config(run_dir=tmp_path, **TINY)
+    config = config_of(run_dir=tmp_path, **TINY)
     first = omniglot.run(config)
     written = (tmp_path / "results.json").stat().st_mtime_ns
     assert omniglot.run(config) == first
@@ -46,12 +56,14 @@ def test_a_finished_run_is_shown_and_not_overwritten(drawings, tmp_path):
 
 
 def test_defaults_are_those_of_the_paper():
-    five = omniglot.with_paper_defaults(omniglot.Config())
-    twenty = omniglot.with_paper_defaults(omniglot.Config(way=20, shot=5))
-    assert (five.query_shot, five.meta_batch_size, five.num_inner_steps, five.eval_inner_steps) == (1, 32, 1, 3)
-    assert (twenty.query_shot, twenty.meta_batch_size, twenty.num_inner_steps, twenty.eval_inner_steps) == (5, 16, 5, 5)
-    assert five.inner_lr == pytest.approx(0.4 * 5)
-    assert twenty.inner_lr == pytest.approx(0.1 * 20)
+    five = omniglot.with_paper_defaults(config_of())
+    twenty = omniglot.with_paper_defaults(config_of(way=20, shot=5))
+    names = ("query_shot", "meta_batch_size", "eval_inner_steps")
+    assert [getattr(five, name) for name in names] == [1, 32, 3]
+    assert [getattr(twenty, name) for name in names] == [5, 16, 5]
+    assert (five.hyperparameters.num_inner_steps, twenty.hyperparameters.num_inner_steps) == (1, 5)
+    assert five.hyperparameters.inner_lr == pytest.approx(0.4 * 5)
+    assert twenty.hyperparameters.inner_lr == pytest.approx(0.1 * 20)
 
 
 @pytest.mark.parametrize(
@@ -67,19 +79,49 @@ def test_defaults_are_those_of_the_paper():
 )
 def test_mistakes_are_told_before_anything_is_trained(settings, message, drawings, tmp_path):
     with pytest.raises((runs.RunError, ValueError), match=message):
-        omniglot.run(omniglot.Config(run_dir=tmp_path / "run", **{**TINY, **settings}))
+        omniglot.run(config_of(run_dir=tmp_path / "run", **{**TINY, **settings}))
     assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_data_directory_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no Omniglot at .*nowhere.*experiments.prepare_omniglot"):
-        omniglot.run(omniglot.Config(data_dir=tmp_path / "nowhere", run_dir=tmp_path / "run", **TINY))
+    with pytest.raises(FileNotFoundError, match=r"no Omniglot at .*nowhere.*maml_jax.tasks.omniglot_builder"):
+        omniglot.run(config_of(data_dir=tmp_path / "nowhere", run_dir=tmp_path / "run", **TINY))
 
 
 @pytest.mark.skipif(
     "TFDS_DATA_DIR" not in os.environ,
-    reason="set TFDS_DATA_DIR to a directory made by `python -m experiments.prepare_omniglot --data-dir DIR`",
+    reason="set TFDS_DATA_DIR to a directory made by `python -m maml_jax.tasks.omniglot_builder --data-dir DIR`",
 )
 def test_real_characters(tmp_path):
-    results = omniglot.run(omniglot.Config(run_dir=tmp_path, **TINY))
+    results = omniglot.run(config_of(run_dir=tmp_path, **TINY))
     assert 0.0 <= results["metrics"]["accuracy"]["mean"][-1] <= 1.0
+
+
+def test_the_trained_network_comes_out_of_a_run(drawings, tmp_path):
+    config = config_of(run_dir=tmp_path, **TINY)
+    results = omniglot.run(config)
+    learner, params = omniglot.load(tmp_path)
+    sampler = omniglot.make_samplers(omniglot.with_paper_defaults(config))["test"]
+    again = evaluate(
+        learner, params, sampler, runs.streams(0).test, metric_fn=losses.accuracy, num_episodes=TINY["eval_episodes"]
+    )
+    chex.assert_trees_all_close(again.mean, np.float32(results["metrics"]["accuracy"]["mean"]), atol=1e-6)
+    with pytest.raises(runs.RunError, match=r"is no run directory: it holds no config\.json"):
+        omniglot.load(tmp_path / "figures")
+
+
+def test_an_inductive_test_is_another_and_says_so(drawings, tmp_path):
+    transductive, inductive = (
+        omniglot.run(config_of(run_dir=tmp_path / str(alone), inductive=alone, **TINY)) for alone in (False, True)
+    )
+    assert transductive["protocol"]["normalisation"] == "transductive"
+    assert inductive["protocol"]["normalisation"] == "each query with the support set"
+    assert transductive["metrics"] != inductive["metrics"]
+
+
+def test_a_longer_run_keeps_the_results_of_the_shorter_one(drawings, tmp_path):
+    short = omniglot.run(config_of(run_dir=tmp_path, **TINY))
+    longer = omniglot.run(config_of(run_dir=tmp_path, **{**TINY, "num_meta_steps": 6}))
+    assert longer["meta_steps"] == 6
+    assert json.loads((tmp_path / "results_4_4.json").read_text()) == short
+    assert json.loads((tmp_path / "results.json").read_text()) == longer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import omniglot, report, sinusoid
+from experiments import cli, report, runs
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -32,24 +32,32 @@ def test_examples_of_the_readme_run():
 
 
 @pytest.mark.parametrize(
-    ("experiment", "settings", "expected"),
+    ("experiment", "flags"),
     [
-        ("sinusoid", {}, "python -m experiments.sinusoid"),
-        ("sinusoid", {"algorithm": "pretrained"}, "python -m experiments.sinusoid --algorithm pretrained"),
-        ("sinusoid", {"inner_lr": 0.01, "seed": 3}, "python -m experiments.sinusoid --inner-lr 0.01"),
-        ("omniglot", {"way": 20}, "python -m experiments.omniglot --way 20"),
-        (
-            "omniglot",
-            {"algorithm": "fomaml", "shot": 5, "rotations": False},
-            "python -m experiments.omniglot --algorithm fomaml --shot 5 --no-rotations",
-        ),
+        ("sinusoid", "maml"),
+        ("sinusoid", "pretrained"),
+        ("sinusoid", "maml --inner-lr 0.01"),
+        ("sinusoid", "reptile --num-inner-steps 5"),
+        ("omniglot", "maml --way 20"),
+        ("omniglot", "fomaml --shot 5 --no-rotations"),
     ],
 )
-def test_the_command_is_recovered_from_the_results(experiment, settings, expected):
-    module = {"omniglot": omniglot, "sinusoid": sinusoid}[experiment]
-    fill = {"omniglot": omniglot.with_paper_defaults, "sinusoid": sinusoid.with_defaults}[experiment]
-    config = report.runs.as_json(fill(module.Config(**settings)))
-    assert report.command({"experiment": experiment, "config": config}) == expected
+def test_the_command_is_recovered_from_the_results(experiment, flags):
+    module = report.EXPERIMENTS[experiment]
+    config = module.with_paper_defaults(cli.parse(module.METHODS, "", [*flags.split(), "--seed", "3"]))
+    results = {"experiment": experiment, "algorithm": config.algorithm, "config": runs.as_json(config)}
+    assert report.command(results) == f"python -m experiments.{experiment} {flags}"
+
+
+def test_a_short_curve_is_reported(tmp_path):
+    results = json.loads((RESULTS / "sinusoid_maml_seed-0.json").read_text())
+    for evaluation in results["evaluations"]:
+        for name, values in evaluation["metrics"]["mse"].items():
+            evaluation["metrics"]["mse"][name] = values[:4]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "short.json").write_text(json.dumps(results))
+    report.write(tmp_path / "results", tmp_path / "RESULTS.md", None)
+    assert "not finite in 1 of 1" in (tmp_path / "RESULTS.md").read_text()
 
 
 def test_adding_never_replaces_other_results(tmp_path):

@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 from experiments import runs
@@ -13,6 +15,9 @@ from experiments import runs
 @dataclasses.dataclass(frozen=True)
 class Config:
     seed: int = 0
+    num_meta_steps: int = 10
+    data_dir: str | None = None
+    run_dir: str | None = None
 
 
 def claim(run_dir, config=Config()):
@@ -25,7 +30,48 @@ def test_a_directory_of_another_configuration_is_refused(tmp_path):
     claim(tmp_path)
     with pytest.raises(runs.RunError, match=r"another configuration: seed is 0 there and 1 here\. Choose"):
         claim(tmp_path, Config(seed=1))
-    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 0}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seed": 0, "num_meta_steps": 10, "data_dir": None}
+
+
+def test_what_does_not_change_the_results_may_change_and_the_length_may_grow(tmp_path):
+    claim(tmp_path)
+    claim(tmp_path, Config(data_dir="elsewhere", run_dir="here", num_meta_steps=20))
+    assert json.loads((tmp_path / "config.json").read_text())["num_meta_steps"] == 20
+    with pytest.raises(runs.RunError, match="num_meta_steps is 20 there and 10 here"):
+        claim(tmp_path)
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    claim(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(runs.RunError, match=r"config\.json is damaged .*; delete it, or choose another --run-dir"):
+        claim(tmp_path)
+
+
+def test_every_stream_of_an_experiment_is_another():
+    # Two seeds, every stream, and the keys that training and evaluation derive from a stream in two levels.
+    keys = []
+    for seed in (0, 1):
+        for stream in runs.streams(seed):
+            keys.append(stream)
+            for i in range(4):
+                child = jax.random.fold_in(stream, i)
+                keys += [child, *(jax.random.fold_in(child, j) for j in range(4))]
+    data = np.stack([jax.random.key_data(key) for key in keys])
+    assert len(np.unique(data, axis=0)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((None, None), "not finite"),
+        ((0.5,), "0.50"),
+        ((0.5, 0.25), "0.50 ± 0.25"),
+        ((4e9, 5e8), "4e+09 ± 5e+08"),
+    ],
+)
+def test_means_are_printed(arguments, expected):
+    assert runs.format_mean(*arguments) == expected
 
 
 def test_a_directory_held_by_a_live_process_is_refused(tmp_path):

@@ -1,14 +1,19 @@
 """The sinusoid experiment in miniature, the demo, and the mistakes a user can make."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
+import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import demo, sinusoid
+from maml_jax import models
 
 TINY = {
     "num_meta_steps": 4,
@@ -21,9 +26,13 @@ TINY = {
 }
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "fomaml", "reptile", "pretrained", "oracle"])
+def config_of(algorithm, **settings):
+    return dataclasses.replace(sinusoid.METHODS[algorithm], **settings)
+
+
+@pytest.mark.parametrize("algorithm", sinusoid.METHODS)
 def test_every_algorithm_runs_and_reports_every_step(algorithm, tmp_path):
-    config = sinusoid.Config(algorithm=algorithm, inner_lr_grid=(1e-3, 1e-2), run_dir=tmp_path, **TINY)
+    config = config_of(algorithm, inner_lr_grid=(1e-3, 1e-2), run_dir=tmp_path, **TINY)
     results = sinusoid.run(config)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     assert [evaluation["shot"] for evaluation in results["evaluations"]] == [5, 10]
@@ -32,6 +41,8 @@ def test_every_algorithm_runs_and_reports_every_step(algorithm, tmp_path):
             assert len(numbers) == 11
     assert results["metrics"] == results["evaluations"][0]["metrics"]
     assert results["config"]["query_shot"] == 10
+    learner, params = sinusoid.load(tmp_path)
+    assert learner.predict(params, np.zeros((2, 3 if algorithm == "oracle" else 1))).shape == (2, 1)
     figures = {file.name for file in (tmp_path / "figures").iterdir()}
     drawn = {"inner_steps.png", "learning_curve.png", "predictions.png"}
     assert figures == (drawn - {"predictions.png"} if algorithm == "oracle" else drawn)
@@ -39,23 +50,24 @@ def test_every_algorithm_runs_and_reports_every_step(algorithm, tmp_path):
 
 def test_the_rate_at_test_is_tuned_for_the_baselines_alone(tmp_path):
     # Almost untrained, the network gains nothing from a step: the grid's absurd rate must lose.
-    config = sinusoid.Config(algorithm="pretrained", inner_lr_grid=(1e-3, 1e6), run_dir=tmp_path, **TINY)
+    config = config_of("pretrained", inner_lr_grid=(1e-3, 1e6), run_dir=tmp_path, **TINY)
     assert [e["inner_lr"] for e in sinusoid.run(config)["evaluations"]] == [1e-3, 1e-3]
-    assert sinusoid.with_defaults(sinusoid.Config(algorithm="maml")).tune_inner_lr is False
+    assert sinusoid.with_paper_defaults(config_of("maml")).tune_inner_lr is False
 
 
 def test_diverged_tasks_are_counted_and_leave_the_median():
     per_episode = np.array([[1.0, 1.0], [2.0, np.inf], [3.0, np.nan], [4.0, 2.0]])
-    metric = sinusoid.as_metric(sinusoid.Evaluation(per_episode.mean(0), per_episode.std(0), per_episode))
+    mean, bad = per_episode.mean(0), np.array([0, 2])
+    metric = sinusoid.as_metric(sinusoid.Evaluation(mean, mean, per_episode, bad, np.ones(2), np.ones(2)))
+    assert metric["num_nonfinite"] == [0, 2]
     assert metric["diverged"] == [0.0, 0.5]
     assert metric["median"][0] == 2.5
     assert metric["median"][1] == np.inf
 
 
 def test_the_demo_trains_both_and_draws_them_together(tmp_path, monkeypatch, capsys):
-    make = sinusoid.Config
-    tiny = {name: value for name, value in TINY.items() if name != "num_meta_steps"} | {"eval_inner_steps": 10}
-    monkeypatch.setattr(sinusoid, "Config", lambda **settings: make(**settings, **tiny))
+    tiny = {name: config_of(name, **TINY) for name in ("maml", "pretrained")}
+    monkeypatch.setattr(sinusoid, "METHODS", tiny)
     results = demo.run(demo.Config(run_dir=tmp_path, num_meta_steps=2))
     assert set(results) == {"maml", "pretrained"}
     assert {file.name for file in (tmp_path / "figures").iterdir()} == {
@@ -73,14 +85,14 @@ def test_the_demo_trains_both_and_draws_them_together(tmp_path, monkeypatch, cap
     [
         (["--num-inner-steps", "-1"], "num_inner_steps must be an integer of at least 0, got -1"),
         (["--no-such-flag", "1"], "--no-such-flag"),
-        (["--shot", "0"], "shot=0"),
-        (["--meta-batch-size", "0"], "--meta-batch-size 0 is too small; give at least 1"),
-        (["--eval-episodes", "1"], "--eval-episodes 1 is too small"),
+        (["reptile", "--inner-lr", "nan"], "inner_lr=nan must be a positive number"),
+        (["--meta-batch-size", "0"], "--meta-batch-size must be an integer of at least 1, got 0"),
+        (["--algorithm", "none"], "there is no method 'none' here; choose one of maml, fomaml"),
     ],
 )
 def test_mistakes_end_in_a_message_and_no_traceback(flags, message, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.sinusoid", "--run-dir", str(tmp_path / "run"), *flags],
+        [sys.executable, "-m", "experiments.sinusoid", *flags, "--run-dir", str(tmp_path / "run")],
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "200", "XDG_CACHE_HOME": str(tmp_path)},
@@ -90,3 +102,51 @@ def test_mistakes_end_in_a_message_and_no_traceback(flags, message, tmp_path):
     assert message in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shot": 0}, "--shot must be an integer of at least 1, got 0"),
+        ({"num_meta_steps": -1}, "--num-meta-steps must be an integer of at least 0, got -1"),
+        ({"eval_episodes": 1}, "--eval-episodes must be an integer of at least 2, got 1"),
+        ({"log_every": 3, "val_every": 4}, "--log-every 3 does not divide --val-every 4"),
+        ({"chunk_size": 0}, "--chunk-size must be an integer of at least 1, got 0"),
+        ({"seed": -1}, "--seed must be an integer of at least 0, got -1"),
+        ({"seed": 10**20}, "--seed 100000000000000000000 does not fit into 32 bits"),
+        ({"outer_lr": -0.1}, "--outer-lr -0.1 must be a positive number"),
+        ({"eval_shots": ()}, "--eval-shots needs positive numbers"),
+        ({"eval_query_shot": 0}, "--eval-query-shot must be an integer of at least 1, got 0"),
+        ({"inner_lr_grid": ()}, "--inner-lr-grid needs positive rates"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_trained(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of("maml", **settings)
+
+
+def test_diverged_results_are_shown(capsys):
+    results = {
+        "algorithm": "maml",
+        "protocol": {"episodes": 2},
+        "evaluations": [
+            {
+                "shot": 5,
+                "inner_lr": 0.01,
+                "metrics": {
+                    "mse": {"mean": [1.0, None], "ci95": [0.1, None], "median": [1.0, None], "diverged": [0.0, 1.0]}
+                },
+            }
+        ],
+    }
+    sinusoid.show(results)
+    assert "not finite" in capsys.readouterr().out
+
+
+def test_tuning_compiles_once_for_all_rates(monkeypatch):
+    chex.clear_trace_counter()
+    counted = chex.assert_max_traces(sinusoid.make_learner, n=1)
+    monkeypatch.setattr(sinusoid, "make_learner", lambda *args: counted(*args))
+    config = sinusoid.with_paper_defaults(config_of("pretrained", **TINY, eval_shots=(5,)))
+    params = models.mlp(features=(40, 40, 1)).init(jax.random.key(0), jnp.zeros((5, 1)))
+    sinusoid.test(config, params, sinusoid.test_samplers(config)[5])

@@ -67,7 +67,7 @@ def test_a_rule_that_wants_the_parameters_gets_them(episode):
     chex.assert_trees_all_close(params, jax.tree.map(lambda p, g: p - ALPHA * (g + 0.5 * p), THETA, grads), rtol=1e-5)
 
 
-@pytest.mark.parametrize("num_steps", [-1, 2.0, None])
+@pytest.mark.parametrize("num_steps", [-1, 2.0, None, True])
 def test_a_wrong_number_of_steps_is_refused(episode, num_steps):
     with pytest.raises(ValueError, match=f"at least 0, got {num_steps}"):
         adapt(episode, num_steps)
@@ -82,6 +82,14 @@ def test_a_loss_that_is_no_scalar_is_refused(episode):
     with pytest.raises(ValueError, match=r"scalar, got shape \(6,\); take the mean"):
         inner_loop(
             lambda params, batch: batch.inputs @ params, optax.sgd(0.1), jnp.ones(4), episode.support, num_steps=1
+        )
+
+
+@pytest.mark.parametrize("returned", [lambda value: (value, value), lambda value: None, lambda value: {"loss": value}])
+def test_a_loss_that_is_no_array_is_refused(episode, returned):
+    with pytest.raises(ValueError, match=r"must be a scalar, got shape None"):
+        inner_loop(
+            lambda params, batch: returned(loss(params, batch)), optax.sgd(0.1), THETA, episode.support, num_steps=1
         )
 
 
@@ -119,7 +127,7 @@ def test_adapt_only_keeps_parameters_whose_meta_gradient_is_still_exact(x64, rul
 
 def test_adapt_only_sees_every_parameter_by_its_path():
     names = []
-    adapt_only(optax.sgd(0.1), lambda name: bool(names.append(name))).init((THETA, [jnp.ones(1)]))
+    adapt_only(optax.sgd(0.1), lambda name: names.append(name) is None).init((THETA, [jnp.ones(1)]))
     assert set(names) == {"0/body/w", "0/head", "1/0"}
 
 
@@ -128,3 +136,161 @@ def test_adapting_everything_is_the_rule_itself(episode):
     chex.assert_trees_all_equal(
         adapt(episode, 3, rule=everything), adapt(episode, 3, rule=optax.sgd(ALPHA, momentum=0.9))
     )
+
+
+def test_adapt_only_refuses_to_adapt_nothing():
+    with pytest.raises(ValueError, match=r"selects none of the parameters \['body/w', 'head'\]"):
+        adapt_only(optax.sgd(0.1), lambda name: "haed" in name).init(THETA)
+
+
+@pytest.fixture
+def minibatches(x64):
+    """Three mini-batches of their own, [3, 2, ...], and float64 parameters."""
+    batches = make_episode(jax.random.key(4)).support
+    return jax.tree.map(lambda x: x.reshape(3, 2, *x.shape[1:]), batches), jax.tree.map(jnp.float64, THETA)
+
+
+def test_every_step_gets_its_own_data(minibatches):
+    batches, theta = minibatches
+
+    def of_step(params, support, batch):
+        assert support is None
+        return loss(params, batch)
+
+    def by_scan(theta, batches):
+        return inner_loop(of_step, optax.sgd(ALPHA), theta, None, num_steps=3, per_step=batches)
+
+    def by_hand(theta, batches):
+        losses = []
+        for k in range(3):
+            value, grads = jax.value_and_grad(loss)(theta, jax.tree.map(lambda x, k=k: x[k], batches))
+            theta = jax.tree.map(lambda p, g: p - ALPHA * g, theta, grads)
+            losses.append(value)
+        return theta, jnp.stack(losses)
+
+    params, info = by_scan(theta, batches)
+    chex.assert_trees_all_close((params, info.support_loss), by_hand(theta, batches), rtol=1e-12)
+    # The derivative reaches the parameters and the data of every step.
+    ours, expected = (
+        jax.grad(lambda *args, f=f: optax.tree.norm(f(*args)[0], squared=True), (0, 1))(theta, batches)
+        for f in (by_scan, by_hand)
+    )
+    chex.assert_trees_all_close(ours, expected, rtol=1e-10)
+    assert all(jnp.all(leaf != 0) for leaf in jax.tree.leaves(ours[1]))
+
+
+def test_data_of_the_wrong_number_of_steps_are_refused(minibatches):
+    batches, theta = minibatches
+    with pytest.raises(
+        ValueError, match=r"per_step\.inputs must hold one entry for each of the 2 steps, got shape \(3, 2"
+    ):
+        inner_loop(lambda p, s, b: loss(p, b), optax.sgd(ALPHA), theta, None, num_steps=2, per_step=batches)
+
+
+@pytest.mark.parametrize("inner_grad", [mixed_mode, jax.value_and_grad])
+def test_microbatches_give_the_gradient_of_the_whole_batch(x64, inner_grad):
+    episode, theta = make_episode(jax.random.key(1)), jax.tree.map(jnp.float64, THETA)
+
+    def objective(theta, support, num_microbatches):
+        phi, info = inner_loop(
+            loss,
+            optax.sgd(ALPHA, momentum=0.9),
+            theta,
+            support,
+            num_steps=3,
+            num_microbatches=num_microbatches,
+            inner_grad=inner_grad,
+        )
+        return loss(phi, episode.query), (phi, info)
+
+    whole, parts = (jax.value_and_grad(objective, (0, 1), has_aux=True)(theta, episode.support, n) for n in (1, 3))
+    chex.assert_trees_all_close(parts, whole, rtol=1e-11)
+
+
+def test_microbatches_need_the_memory_of_one():
+    model = models.mlp(features=(64, 64, 1), activation=jnp.tanh)
+    shapes = [jax.ShapeDtypeStruct((512, 1), jnp.float32)] * 2
+    params = jax.eval_shape(model.init, jax.random.key(0), shapes[0])
+
+    def temporaries(num_microbatches):
+        def objective(params, inputs, targets):
+            phi, _ = inner_loop(
+                lambda p, batch: losses.mean_squared_error(model.apply(p, batch[0]), batch[1]),
+                optax.sgd(0.1),
+                params,
+                (inputs, targets),
+                num_steps=3,
+                num_microbatches=num_microbatches,
+            )
+            return optax.tree.norm(phi, squared=True)
+
+        return jax.jit(jax.grad(objective)).lower(params, *shapes).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(16) < temporaries(1) / 4
+
+
+def test_a_support_set_that_does_not_divide_into_microbatches_is_refused(episode):
+    with pytest.raises(
+        ValueError, match=r"support\.inputs must hold a multiple of num_microbatches=4 examples, got shape"
+    ):
+        adapt(episode, 1, num_microbatches=4)
+
+
+RULES_WITH_EXTRA_ARGUMENTS = {
+    "polyak": lambda: optax.polyak_sgd(max_learning_rate=0.5),
+    "plateau": lambda: optax.chain(optax.sgd(0.1), optax.contrib.reduce_on_plateau(factor=0.5, patience=1)),
+    "lbfgs without a line search": lambda: optax.lbfgs(0.1, linesearch=None),
+    "backtracking": lambda: optax.chain(
+        optax.sgd(1.0), optax.scale_by_backtracking_linesearch(max_backtracking_steps=4)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES_WITH_EXTRA_ARGUMENTS)
+def test_rules_that_want_the_value_or_the_function_get_them(x64, name):
+    episode, theta = make_episode(jax.random.key(1)), jax.tree.map(jnp.float64, THETA)
+    rule = RULES_WITH_EXTRA_ARGUMENTS[name]()
+    expected, opt_state = theta, rule.init(theta)
+    for _ in range(2):
+        value, grads = jax.value_and_grad(loss)(expected, episode.support)
+        updates, opt_state = optax.with_extra_args_support(rule).update(
+            grads, opt_state, expected, value=value, grad=grads, value_fn=lambda p: loss(p, episode.support)
+        )
+        expected = optax.apply_updates(expected, updates)
+    for num_microbatches in (1, 2):
+        params, _ = adapt(episode, 2, theta, rule=rule, num_microbatches=num_microbatches)
+        chex.assert_trees_all_close(params, expected, rtol=1e-10)
+    if name != "backtracking":  # its number of trials is a while loop, which reverse mode does not differentiate
+        gradients = [
+            jax.grad(lambda p, t=t: loss(adapt(episode, 2, p, rule=rule, inner_grad=t)[0], episode.query))(theta)
+            for t in (mixed_mode, jax.value_and_grad)
+        ]
+        chex.assert_trees_all_close(*gradients, rtol=1e-9)
+        chex.assert_tree_all_finite(gradients)
+
+
+# The second moment of an input that is always zero is exactly zero, where √v has no finite derivative.
+SAFE = {
+    "sgd": optax.sgd(0.1),
+    "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "lion": optax.lion(0.1),
+    "sign_sgd": optax.sign_sgd(0.1),
+    "clipping": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "schedule": optax.sgd(optax.cosine_decay_schedule(0.1, 10)),
+    "polyak_sgd": optax.polyak_sgd(0.5),
+    "adam with eps_root": optax.adam(0.1, eps_root=1e-8),
+    "adamw with eps_root": optax.adamw(0.1, eps_root=1e-8),
+    "rmsprop with eps_in_sqrt": optax.rmsprop(0.1, eps=1e-8, eps_in_sqrt=True),
+}
+UNSAFE = {"adam": optax.adam(0.1), "radam": optax.radam(0.1), "rmsprop": optax.rmsprop(0.1, eps_in_sqrt=False)}
+
+
+@pytest.mark.parametrize("name", [*SAFE, *UNSAFE])
+def test_the_docstring_says_which_rules_are_safe(name):
+    episode = make_episode(jax.random.key(1))
+    dead = episode.support._replace(inputs=episode.support.inputs.at[:, 0].set(0.0))
+    grads = jax.grad(lambda p: loss(inner_loop(loss, (SAFE | UNSAFE)[name], p, dead, num_steps=2)[0], episode.query))(
+        THETA
+    )
+    finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
+    assert finite == (name in SAFE)

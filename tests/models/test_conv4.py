@@ -1,7 +1,9 @@
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from networks import batch_normalisation, convolution, dense, num_parameters, random_params
 
 from maml_jax import models
 from maml_jax.models.layers import conv_lax, conv_matmul
@@ -41,6 +43,51 @@ def test_the_mini_imagenet_geometry():
     }
 
 
+def test_published_sizes():
+    # A convolution has 9 · C · F + F parameters, an offset F, the head D · N + N.
+    # (9 · 1 · 64 + 64) + 3 (9 · 64 · 64 + 64) + 4 · 64 + (64 · 5 + 5) = 640 + 110,784 + 256 + 325.
+    assert num_parameters(models.conv4(way=5), 1, 28, 28, 1) == 112_005
+    # (9 · 3 · 32 + 32) + 3 (9 · 32 · 32 + 32) + 4 · 32 + (800 · 5 + 5) = 896 + 27,744 + 128 + 4,005.
+    assert num_parameters(models.conv4(way=5, features=32, pooling=True), 1, 84, 84, 3) == 32_773
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+def test_it_is_the_composition_of_its_layers(x64, pooling):
+    model = models.conv4(way=5, features=3, pooling=pooling)
+    inputs = jax.random.normal(jax.random.key(0), (4, 33, 32, 2))
+    params = random_params(model, inputs)
+
+    def written_out(params, hidden):
+        for index in range(4):
+            convolved = convolution(params[f"conv_{index}"], hidden, (1, 1) if pooling else (2, 2))
+            normalised = batch_normalisation(params[f"norm_{index}"], convolved)
+            hidden = jnp.maximum(normalised, 0.0)
+            if pooling:
+                hidden = nn.max_pool(hidden, (2, 2), (2, 2))
+        # 33 -> 17 -> 9 -> 5 -> 3 by strides and 33 -> 16 -> 8 -> 4 -> 2 by pooling.
+        chex.assert_shape(hidden, (4, 2, 2, 3) if pooling else (4, 3, 2, 3))
+        return dense(params["head"], hidden.reshape(4, -1) if pooling else hidden.mean((1, 2)))
+
+    expected = jax.jit(written_out)(params, inputs)
+    chex.assert_trees_all_close(jax.jit(model.apply)(params, inputs), expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("pooling", [False, True])
+def test_without_a_head_the_outputs_are_the_inputs_of_the_head(pooling):
+    inputs = jax.random.normal(jax.random.key(0), (2, 32, 32, 1))
+
+    @jax.jit
+    def outputs(key):
+        with_head, without = (models.conv4(way=way, features=3, pooling=pooling) for way in (5, None))
+        params = with_head.init(key, inputs)
+        body = {name: values for name, values in params.items() if name != "head"}
+        embedding = without.apply(body, inputs)
+        chex.assert_shape(embedding, (2, 12 if pooling else 3))
+        return dense(params["head"], embedding), with_head.apply(params, inputs)
+
+    chex.assert_trees_all_close(*outputs(jax.random.key(1)), rtol=1e-5, atol=1e-5)
+
+
 def test_initial_weights():
     # A head of standard deviation 1 for Omniglot; Xavier uniform, bounded by √(6 / (D + N)), with pooling.
     inputs = jnp.zeros((1, 16, 16, 1))
@@ -60,8 +107,8 @@ def test_initial_weights():
 def test_how_the_convolution_is_computed_does_not_matter(x64, pooling):
     inputs = jax.random.normal(jax.random.key(0), (3, 17, 17, 2))
     networks = [models.conv4(way=4, features=3, pooling=pooling, conv_fn=f) for f in (conv_matmul, conv_lax)]
-    params = networks[0].init(jax.random.key(1), inputs)
-    by_matmul, by_lax = (network.apply(params, inputs) for network in networks)
+    params = jax.jit(networks[0].init)(jax.random.key(1), inputs)
+    by_matmul, by_lax = (jax.jit(network.apply)(params, inputs) for network in networks)
     chex.assert_shape(by_matmul, (3, 4))
     chex.assert_trees_all_close(by_matmul, by_lax, rtol=1e-9)
 
@@ -72,7 +119,21 @@ def test_the_head_sees_the_mean_or_all_positions():
     assert shapes(models.conv4(way=2, features=8, pooling=True), 1, 64, 64, 1)["head/kernel"] == (4 * 4 * 8, 2)
 
 
-@pytest.mark.parametrize(("way", "features"), [(0, 64), (5, 0)])
-def test_an_empty_network_is_refused(way, features):
-    with pytest.raises(ValueError, match=f"at least one output and one filter, got way={way} and features={features}"):
-        models.conv4(way=way, features=features)
+@pytest.mark.parametrize("arguments", [{"way": 0}, {"way": 5.0}, {"way": 5, "features": 0}])
+def test_an_empty_network_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"(way|features) must be an integer of at least 1, got (0|5\.0)"):
+        models.conv4(**arguments)
+
+
+def test_the_module_is_a_part_of_other_modules():
+    class Siamese(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            embedding = models.Conv4(way=None, features=3)(inputs)
+            return jnp.linalg.norm(embedding[::2] - embedding[1::2], axis=-1)
+
+    inputs = jnp.zeros((4, 16, 16, 1))
+    model = models.from_linen(Siamese())
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    assert set(params) == {"Conv4_0"}
+    chex.assert_shape(jax.eval_shape(model.apply, params, inputs), (2,))

@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -39,19 +41,143 @@ def test_linen_modules_with_running_averages_are_refused():
         from_linen(Normalised()).init(jax.random.key(0), jnp.ones((3, 4)))
 
 
+def test_given_parameters_are_kept_and_the_others_drawn():
+    model, inputs = from_linen(nn.Sequential([nn.Dense(3), nn.Dense(2)])), jnp.ones((3, 4))
+    pretrained = {"layers_0": {"kernel": jnp.full((4, 3), 7.0), "bias": jnp.zeros(3)}}
+    first, other = (model.init(jax.random.key(seed), inputs, pretrained) for seed in (0, 1))
+    chex.assert_trees_all_equal_shapes(first, model.init(jax.random.key(0), inputs))
+    chex.assert_trees_all_equal(first["layers_0"], pretrained["layers_0"])
+    assert jnp.any(first["layers_1"]["kernel"] != other["layers_1"]["kernel"])
+    # A training loop donates its state; the pretrained parameters outlive it.
+    jax.jit(lambda params: jax.tree.map(lambda x: x + 1.0, params), donate_argnums=0)(first)
+    chex.assert_tree_all_finite(pretrained)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kernel": jnp.ones((4, 3))}, r"params has kernel of shape \(4, 3\), and Dense has \(4, 2\)"),
+        ({"weight": jnp.ones(1)}, r"params has weight of shape \(1,\), and Dense has no such parameter"),
+    ],
+)
+def test_given_parameters_must_be_those_of_the_module(given, message):
+    with pytest.raises(ValueError, match=message):
+        from_linen(nn.Dense(2)).init(jax.random.key(0), jnp.ones((3, 4)), given)
+
+
+class HardCoded(nn.Module):
+    """Dropout that knows no other mode."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        return nn.Dropout(0.5, deterministic=False)(nn.Dense(64)(inputs))
+
+
+class WithTrain(nn.Module):
+    @nn.compact
+    def __call__(self, inputs, train=False):
+        return nn.Dropout(0.5, deterministic=not train)(nn.Dense(64)(inputs))
+
+
+class WithTraining(nn.Module):
+    @nn.compact
+    def __call__(self, inputs, training):
+        return nn.Dropout(0.5)(nn.Dense(64)(inputs), deterministic=not training)
+
+
+class WithDeterministic(nn.Module):
+    @nn.compact
+    def __call__(self, inputs, *, deterministic=True):
+        return nn.Dropout(0.5, deterministic=deterministic)(nn.Dense(64)(inputs))
+
+
+class Latent(nn.Module):
+    """Noise that is drawn without `nn.Dropout`."""
+
+    @nn.compact
+    def __call__(self, inputs, train=False):
+        hidden = nn.Dense(64)(inputs)
+        return hidden + jax.random.normal(self.make_rng("noise"), hidden.shape) if train else hidden
+
+
+STOCHASTIC = [HardCoded, WithTrain, WithTraining, WithDeterministic]
+
+
+@pytest.mark.parametrize("module", STOCHASTIC)
+def test_linen_dropout_draws_from_the_key_and_is_the_identity_without_one(module):
+    model, inputs = from_linen(module(), rngs=("dropout",)), jnp.ones((3, 4))
+    assert model.stochastic
+    params = model.init(jax.random.key(0), inputs)
+    chex.assert_trees_all_equal(params, HardCoded().init(jax.random.key(0), inputs)["params"])
+    identity = nn.Dense(64).apply({"params": params["Dense_0"]}, inputs)
+    chex.assert_trees_all_equal(model.apply(params, inputs), identity)
+    chex.assert_trees_all_equal(model.call(params, inputs), identity)
+    draws = [model.call(params, inputs, jax.random.key(seed)) for seed in (0, 0, 1)]
+    chex.assert_trees_all_equal(draws[0], draws[1])
+    assert jnp.any(draws[0] != draws[2])
+    for draw in draws:
+        assert jnp.all((draw == 0) | (jnp.abs(draw - 2 * identity) < 1e-5))
+        assert 0.3 < jnp.mean(draw == 0) < 0.7  # 192 draws: standard error 0.036
+
+
+def test_every_stream_has_its_own_key():
+    class Two(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train):
+            return [jax.random.normal(self.make_rng(name)) if train else 0.0 for name in ("a", "b")]
+
+    model = from_linen(Two(), rngs=("a", "b"))
+    first, second = model.apply(model.init(jax.random.key(0), None), None, key=jax.random.key(1))
+    assert first != second
+
+
+@pytest.mark.parametrize("module", [*STOCHASTIC[:2], WithDeterministic, Latent])
+def test_dropout_without_rngs_is_refused(module):
+    with pytest.raises(
+        ValueError, match=r'draws from .*rngs=\(\) does not name.*from_linen\(module, rngs=\("dropout",\)'
+    ):
+        from_linen(module()).init(jax.random.key(0), jnp.ones((3, 4)))
+
+
+@pytest.mark.parametrize("rngs", [("dropout",), ("noise",)])
+def test_a_stream_must_be_named_and_only_drawn_from_with_a_key(rngs):
+    class Always(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return inputs + jax.random.normal(self.make_rng("noise"))
+
+    with pytest.raises(ValueError, match=r'needs PRNG for "noise".*needs an argument `train`'):
+        from_linen(Always(), rngs=rngs).init(jax.random.key(0), jnp.ones((3, 4)))
+
+
+def test_dropout_that_never_drops_needs_no_rngs():
+    module = nn.Sequential([nn.Dense(2), nn.Dropout(0.5, deterministic=True), nn.Dropout(0.0, deterministic=False)])
+    model, inputs = from_linen(module), jnp.ones((3, 4))
+    params = model.init(jax.random.key(0), inputs)
+    assert not model.stochastic
+    chex.assert_trees_all_equal(model.apply(params, inputs), inputs @ params["layers_0"]["kernel"])
+
+
+def test_a_string_is_no_sequence_of_names():
+    with pytest.raises(ValueError, match=r'got \'dropout\'; write rngs=\("dropout",\)'):
+        from_linen(HardCoded(), rngs="dropout")
+
+
 def test_a_function_of_rngs_draws_fresh_parameters():
     model = from_nnx(TwoLayers)
-    first, again, other = (model.init(jax.random.key(seed), None) for seed in (0, 0, 1))
+    inputs = jax.random.normal(jax.random.key(2), (5, 4))
+    first, again, other = (model.init(jax.random.key(seed), inputs) for seed in (0, 0, 1))
     chex.assert_trees_all_equal(first, again)
     assert jnp.any(first.first.kernel[...] != other.first.kernel[...])
-    inputs = jax.random.normal(jax.random.key(2), (5, 4))
     chex.assert_trees_all_equal(model.apply(first, inputs), TwoLayers(nnx.Rngs(jax.random.key(0)))(inputs))
 
 
 def test_a_module_gives_its_present_parameters():
-    module = TwoLayers(nnx.Rngs(3))
+    module = TwoLayers(rngs=nnx.Rngs(3))
     model = from_nnx(module)
     inputs = jax.random.normal(jax.random.key(2), (5, 4))
+    donated = model.init(jax.random.key(0), inputs)
+    jax.jit(lambda params: jax.tree.map(lambda x: 2 * x, params), donate_argnums=0)(donated)
     params = model.init(jax.random.key(0), inputs)
     chex.assert_trees_all_equal(model.apply(params, inputs), module(inputs))
     doubled = jax.tree.map(lambda x: 2 * x, params)
@@ -84,8 +210,162 @@ def test_nnx_models_meta_learn_and_leave_their_module_alone(source):
     chex.assert_trees_all_equal(run(), run())
 
 
-@pytest.mark.parametrize("layer", [lambda rngs: nnx.BatchNorm(3, rngs=rngs), lambda rngs: nnx.Dropout(0.5, rngs=rngs)])
+class BatchNormalised(nnx.Module):
+    def __init__(self, rngs, use_running_average=False):
+        self.linear = nnx.Linear(4, 3, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, use_running_average=use_running_average, rngs=rngs)
+        self.dropouts = nnx.List([nnx.Dropout(0.5, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, inputs):
+        return [dropout(self.norm(self.linear(inputs))) for dropout in self.dropouts]
+
+
 @pytest.mark.parametrize("built", [False, True])
-def test_nnx_modules_with_other_variables_are_refused(layer, built):
-    with pytest.raises(ValueError, match=r"(BatchNorm|Dropout) keeps .*(BatchStat|RngCount).*Leave out running"):
-        from_nnx(layer(nnx.Rngs(0)) if built else layer)
+def test_nnx_variables_that_change_are_refused(built):
+    model = from_nnx(BatchNormalised(rngs=nnx.Rngs(0)) if built else BatchNormalised)
+    with pytest.raises(ValueError, match=r"BatchNormalised changes .* kind \['BatchStat'\].*use_running_average=True"):
+        model.init(jax.random.key(0), jnp.ones((2, 4)))
+
+
+def test_nnx_arrays_that_change_are_refused():
+    class Counting(nnx.Module):
+        def __init__(self, rngs):
+            del rngs
+            self.calls = jnp.zeros(())
+
+        def __call__(self, inputs):
+            self.calls = self.calls + 1
+            return inputs * self.calls
+
+    with pytest.raises(ValueError, match=r"Counting changes .* kind \['array'\]"):
+        from_nnx(Counting).init(jax.random.key(0), jnp.ones(2))
+
+
+def test_nnx_variables_that_do_not_change_are_constants():
+    model = from_nnx(functools.partial(BatchNormalised, use_running_average=True))
+    inputs = jax.random.normal(jax.random.key(1), (2, 4))
+    params = model.init(jax.random.key(0), inputs)
+    assert set(params) == {"linear", "norm"}
+    assert set(params.norm) == {"bias", "scale"}
+    # Means are zero and variances one at the start, and no mode turns to the statistics of the batch.
+    expected = inputs @ params.linear.kernel[...] / jnp.sqrt(1 + 1e-5)
+    for outputs in model.apply(params, inputs):
+        chex.assert_trees_all_close(outputs, expected, rtol=1e-5)
+    for outputs in model.apply(params, inputs, key=jax.random.key(2)):
+        assert jnp.all((outputs == 0) | (jnp.abs(outputs - 2 * expected) < 1e-5))
+
+
+class WithConstants(nnx.Module):
+    def __init__(self, width, *, rngs):
+        self.linear = nnx.Linear(4, width, rngs=rngs)
+        self.array = jnp.full((1, width), 2.0)
+        self.variable = nnx.Variable(jnp.full((1, width), 3.0))
+
+    def __call__(self, inputs):
+        return self.linear(inputs) * self.array * self.variable[...]
+
+
+def test_arrays_of_a_constructor_are_constants():
+    model, inputs = from_nnx(functools.partial(WithConstants, 3)), jnp.ones((2, 4))
+    params = jax.jit(model.init)(jax.random.key(0), inputs)
+    assert not model.stochastic
+    assert set(params) == {"linear"}
+    expected = 6 * inputs @ params.linear.kernel[...]
+    chex.assert_trees_all_close(jax.jit(model.apply)(params, inputs), expected, rtol=1e-6)
+
+
+class Recurrent(nnx.Module):
+    def __init__(self, rngs):
+        self.rnn = nnx.RNN(nnx.LSTMCell(2, 3, rngs=rngs))
+
+    def __call__(self, inputs):
+        return self.rnn(inputs)
+
+
+def test_recurrent_cells_have_meta_gradients():
+    model, inputs = from_nnx(Recurrent), jax.random.normal(jax.random.key(1), (4, 5, 2))
+    targets = jax.random.normal(jax.random.key(2), (4, 5, 3))
+
+    @jax.jit
+    def run(key):
+        params = model.init(key, inputs)
+
+        def loss(params, inputs, targets):
+            return jnp.mean(jnp.square(model.apply(params, inputs) - targets))
+
+        def meta_loss(params, inputs, targets):
+            adapted = jax.tree.map(lambda x, dx: x - 0.1 * dx, params, jax.grad(loss)(params, inputs, targets))
+            return loss(adapted, inputs, targets)
+
+        # Two tasks of two sequences each.
+        tasks = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (inputs, targets))
+        gradient = jax.vmap(jax.grad(meta_loss), (None, 0, 0))(params, *tasks)
+        return params, model.apply(params, inputs), gradient
+
+    params, outputs, gradient = run(jax.random.key(0))
+    _, cell, _ = nnx.split(Recurrent(rngs=nnx.Rngs(jax.random.key(0))), nnx.Param, ...)
+    chex.assert_trees_all_close(params, cell)
+    expected = Recurrent(rngs=nnx.Rngs(jax.random.key(0)))(inputs)
+    chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-6)
+    assert all(jnp.all(jnp.any(leaf.reshape(2, -1) != 0, axis=1)) for leaf in jax.tree.leaves(gradient))
+
+
+class Noisy(nnx.Module):
+    """Two dropouts, and noise from a stream of its own."""
+
+    def __init__(self, rngs):
+        self.dropouts = nnx.List([nnx.Dropout(0.5, rngs=rngs) for _ in range(2)])
+        self.noise = rngs.noise.fork()
+        self.deterministic = True
+
+    def __call__(self, inputs):
+        noise = 0.0 if self.deterministic else jax.random.normal(self.noise(), inputs.shape)
+        return [dropout(inputs) for dropout in self.dropouts], noise
+
+
+@pytest.mark.parametrize("built", [False, True])
+def test_nnx_dropout_draws_from_the_key_and_is_the_identity_without_one(built):
+    model, inputs = from_nnx(Noisy(rngs=nnx.Rngs(0)) if built else Noisy), jnp.ones((8, 16))
+    assert model.stochastic
+    params = model.init(jax.random.key(0), inputs)
+    dropped, noise = model.call(params, inputs)
+    chex.assert_trees_all_equal(dropped, [inputs, inputs])
+    assert noise == 0.0
+    apply = jax.jit(lambda key: model.call(params, inputs, key))
+    first, again, other = (apply(jax.random.key(seed)) for seed in (0, 0, 1))
+    chex.assert_trees_all_equal(first, again)
+    (one, two), noise = first
+    # 128 draws each: none of these arrays is the same as another.
+    assert jnp.any(one != two)
+    assert jnp.any(one != other[0][0])
+    assert jnp.any(noise != other[1])
+    for mask in (one, two):
+        assert set(jnp.unique(mask).tolist()) == {0.0, 2.0}
+
+
+class Streams(nnx.Module):
+    """Noise from two streams, in every mode."""
+
+    def __init__(self, rngs):
+        self.first, self.second, self.variable = rngs.a.fork(), rngs.b.fork(), nnx.Variable(jnp.ones(()))
+
+    def __call__(self, inputs):
+        del inputs
+        return jnp.stack([jax.random.normal(self.first()), jax.random.normal(self.second()), self.variable[...]])
+
+
+def test_nnx_streams_of_different_names_have_different_keys():
+    model = from_nnx(Streams(rngs=nnx.Rngs(a=0, b=1)))
+    first, second, _ = model.apply(model.init(jax.random.key(0), None), None, key=jax.random.key(1))
+    assert first != second
+
+
+def test_nnx_models_are_pure():
+    module = Streams(rngs=nnx.Rngs(0))
+    model = from_nnx(module)
+    params = model.init(jax.random.key(0), None)
+    before = model.apply(params, None)
+    chex.assert_trees_all_equal(model.apply(params, None), before)
+    module.variable[...] = jnp.full((), 2.0)
+    chex.assert_trees_all_equal(model.apply(params, None), before)
+    assert module.first.count[...] == 0

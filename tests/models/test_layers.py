@@ -4,10 +4,8 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.test_util import check_grads
 
-from maml_jax.models import BatchStatNorm
-from maml_jax.models.layers import Conv, conv_lax, conv_matmul, max_pool, standardise
+from maml_jax.models.layers import Conv, conv_lax, conv_matmul, max_pool
 
 
 def normal(seed, *shape):
@@ -65,63 +63,6 @@ def test_the_layer_adds_a_bias_to_its_convolution(conv_fn):
     outputs = layer.apply({"params": {"kernel": params["kernel"], "bias": bias}}, inputs)
     expected = conv_lax(inputs, params["kernel"], (2, 2)) + jnp.broadcast_to(bias, (2, 3, 3, 4))
     chex.assert_trees_all_close(outputs, expected, rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("shape", [(6, 3), (4, 5, 5, 3)])
-@pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("offset", [False, True])
-def test_batch_stat_norm_against_its_formula(x64, shape, scale, offset):
-    inputs = 3.0 + 2.0 * normal(0, *shape)
-    layer = BatchStatNorm(scale=scale, offset=offset, epsilon=0.1)
-    initial = layer.init(jax.random.key(1), inputs).get("params", {})
-    assert set(initial) == {name for name, present in (("scale", scale), ("offset", offset)) if present}
-    given = {"scale": jnp.array([1.0, 2.0, -1.0]), "offset": jnp.array([0.5, 0.0, 3.0])}
-
-    flat = inputs.reshape(-1, 3)
-    centred = flat - flat.mean(0, keepdims=True)
-    expected = centred / jnp.sqrt((centred**2).mean(0, keepdims=True) + 0.1)
-
-    chex.assert_trees_all_close(layer.apply({"params": initial}, inputs).reshape(-1, 3), expected, rtol=1e-12)
-    if scale:
-        expected = expected * given["scale"][None]
-    if offset:
-        expected = expected + given["offset"][None]
-    outputs = layer.apply({"params": {name: given[name] for name in initial}}, inputs)
-    chex.assert_trees_all_close(outputs.reshape(-1, 3), expected, rtol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(6, 3), (4, 5, 5, 3)])
-def test_the_derivatives_of_standardise_are_those_of_its_steps(x64, shape):
-    epsilon = 0.1
-    inputs, direction, other = (3.0 + 2.0 * normal(seed, *shape) for seed in range(3))
-
-    def by_steps(x):
-        axes = tuple(range(x.ndim - 1))
-        multiplier = (x.var(axes, keepdims=True) + epsilon) ** -0.5
-        return (x - x.mean(axes, keepdims=True)) * multiplier, multiplier
-
-    def derivatives(fun):
-        def scalar(x):
-            outputs, multiplier = fun(x)
-            return jnp.sum(jnp.sin(outputs)) + jnp.sum(jnp.cos(multiplier))
-
-        gradient = jax.grad(scalar)
-        product = partial(jax.jvp, gradient, (inputs,), (direction,))()[1]
-        third = jax.grad(lambda x: jnp.vdot(jax.grad(lambda y: jnp.vdot(gradient(y), direction))(x), other))(inputs)
-        return jax.jvp(fun, (inputs,), (direction,)), gradient(inputs), product, third
-
-    chex.assert_trees_all_close(
-        derivatives(lambda x: standardise(x, epsilon)), derivatives(by_steps), rtol=1e-10, atol=1e-12
-    )
-    check_grads(lambda x: standardise(x, epsilon), (inputs,), order=2, atol=1e-5, rtol=1e-5)
-
-
-def test_batch_stat_norm_of_a_constant_batch_is_its_offset_with_finite_derivatives():
-    layer = BatchStatNorm()
-    params = {"offset": jnp.array([1.0, -2.0])}
-    inputs = jnp.full((4, 2), 7.0)
-    chex.assert_trees_all_equal(layer.apply({"params": params}, inputs), jnp.tile(params["offset"], (4, 1)))
-    chex.assert_tree_all_finite(jax.grad(lambda x: layer.apply({"params": params}, x).sum())(inputs))
 
 
 def test_max_pool_takes_the_largest_and_drops_the_remainder():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import lax
+from networks import batch_normalisation, convolution, dense, num_parameters, random_params
 
 from maml_jax import models
 
@@ -16,39 +16,24 @@ def inputs():
     return np.random.default_rng(0).normal(size=(3, 17, 16, 2))
 
 
-def random_params(model, inputs):
-    """Parameters of which none is zero or one, so that each takes part."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
-    leaves, treedef = jax.tree.flatten(shapes)
-    rng = np.random.default_rng(1)
-    return treedef.unflatten([jnp.asarray(rng.normal(size=leaf.shape)) for leaf in leaves])
-
-
-def reference(params, inputs):
+def written_out(params, inputs):
     """The network as the papers draw it, with XLA's convolution and pooling."""
 
-    def conv(hidden, name):
-        layer = params[name]
-        return lax.conv_general_dilated(
-            hidden, layer["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        ) + jnp.expand_dims(layer["bias"], (0, 1, 2))
-
-    def norm(hidden, name):
-        layer = jax.tree.map(lambda x: jnp.expand_dims(x, (0, 1, 2)), params[name])
-        mean, variance = (f(hidden, (0, 1, 2), keepdims=True) for f in (jnp.mean, jnp.var))
-        return layer["scale"] * (hidden - mean) / jnp.sqrt(variance + 1e-3) + layer["offset"]
+    def conv_norm(hidden, suffix, prefix=""):
+        convolved = convolution(params[f"{prefix or 'conv'}_{suffix}"], hidden)
+        return batch_normalisation(params[f"{prefix + '_' if prefix else ''}norm_{suffix}"], convolved)
 
     def leaky(hidden):
         return jnp.where(hidden > 0, hidden, 0.1 * hidden)
 
     hidden = inputs
     for b in range(4):
-        first = leaky(norm(conv(hidden, f"conv_{b}_0"), f"norm_{b}_0"))
-        second = leaky(norm(conv(first, f"conv_{b}_1"), f"norm_{b}_1"))
-        third = norm(conv(second, f"conv_{b}_2"), f"norm_{b}_2")
-        summed = leaky(third + norm(conv(hidden, f"shortcut_{b}"), f"shortcut_norm_{b}"))
+        first = leaky(conv_norm(hidden, f"{b}_0"))
+        second = leaky(conv_norm(first, f"{b}_1"))
+        third = conv_norm(second, f"{b}_2")
+        summed = leaky(third + conv_norm(hidden, b, prefix="shortcut"))
         hidden = nn.max_pool(summed, (2, 2), (2, 2))
-    return jnp.mean(hidden, (1, 2)) @ params["head"]["kernel"] + params["head"]["bias"][None]
+    return dense(params["head"], jnp.mean(hidden, (1, 2)))
 
 
 @pytest.mark.usefixtures("x64")
@@ -57,18 +42,16 @@ def test_is_the_network_of_the_papers(inputs):
     params = random_params(model, inputs)
     outputs = jax.jit(model.apply)(params, inputs)
     assert outputs.shape == (3, 6)
-    chex.assert_trees_all_close(outputs, jax.jit(reference)(params, inputs), rtol=1e-10)
+    chex.assert_trees_all_close(outputs, jax.jit(written_out)(params, inputs), rtol=1e-10)
 
 
 def test_default_size():
-    params = jax.eval_shape(models.resnet12(way=5).init, jax.random.key(0), jnp.zeros((1, 84, 84, 3)))
-
     def block(channels, width):
         convolutions = 9 * channels * width + 2 * 9 * width * width + channels * width
         return convolutions + 4 * width + 4 * 2 * width  # and four biases, scales and offsets
 
     expected = block(3, 64) + block(64, 128) + block(128, 256) + block(256, 512) + 512 * 5 + 5
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == expected
+    assert num_parameters(models.resnet12(way=5), 1, 84, 84, 3) == expected
 
 
 def test_initial_kernels_have_the_variance_of_he(inputs):
@@ -80,12 +63,25 @@ def test_initial_kernels_have_the_variance_of_he(inputs):
     np.testing.assert_array_equal(params["norm_0_0"]["offset"], 0.0)
 
 
+def test_without_a_head_the_outputs_are_the_inputs_of_the_head(inputs):
+    @jax.jit
+    def outputs(key):
+        with_head, without = (models.resnet12(way=way, widths=(2, 3)) for way in (6, None))
+        params = with_head.init(key, inputs)
+        body = {name: values for name, values in params.items() if name != "head"}
+        embedding = without.apply(body, inputs)
+        chex.assert_shape(embedding, (3, 3))
+        return dense(params["head"], embedding), with_head.apply(params, inputs)
+
+    chex.assert_trees_all_close(*outputs(jax.random.key(0)), rtol=1e-5, atol=1e-5)
+
+
 def test_rejects_what_it_cannot_be_built_of():
-    with pytest.raises(ValueError, match="way=0"):
+    with pytest.raises(ValueError, match="way must be an integer of at least 1, got 0"):
         models.resnet12(way=0)
-    with pytest.raises(ValueError, match=r"widths=\(\)"):
+    with pytest.raises(ValueError, match="widths must have at least one block"):
         models.resnet12(way=5, widths=())
-    with pytest.raises(ValueError, match=r"widths=\(4, 0\)"):
+    with pytest.raises(ValueError, match="a width of widths must be an integer of at least 1, got 0"):
         models.resnet12(way=5, widths=(4, 0))
     with pytest.raises(ValueError, match="at least 16 pixels"):
         models.resnet12(way=5, widths=WIDTHS).init(jax.random.key(0), jnp.zeros((2, 28, 15, 1)))

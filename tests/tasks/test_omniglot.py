@@ -17,9 +17,9 @@ from maml_jax.tasks import omniglot
 DATA_DIR = os.environ.get("TFDS_DATA_DIR")
 needs_data = pytest.mark.skipif(
     not DATA_DIR or not omniglot.prepared_dir(DATA_DIR).is_dir(),
-    reason="needs Omniglot: run `python -m experiments.prepare_omniglot --data-dir D` and set TFDS_DATA_DIR=D",
+    reason="needs Omniglot: run `python -m maml_jax.tasks.omniglot_builder --data-dir D` and set TFDS_DATA_DIR=D",
 )
-REMEDY = re.escape("`python -m experiments.prepare_omniglot --")
+REMEDY = re.escape("`python -m maml_jax.tasks.omniglot_builder --")
 
 
 # Splits
@@ -44,11 +44,11 @@ def test_splits_stay_as_they_are():
 
 
 @pytest.mark.parametrize("paper", [1, 255])
-def test_shrink_is_what_pillow_makes_of_a_one_bit_image(paper):
+def test_downscaling_is_what_pillow_makes_of_a_one_bit_image(paper):
     ink = np.random.default_rng(0).random((105, 105)) < 0.3
     image = PIL.Image.fromarray(np.where(ink, 0, 255).astype(np.uint8)).convert("1")
     expected = 255 - np.asarray(image.resize((28, 28)).convert("L"))
-    shrunk = omniglot.shrink(np.where(ink, 0, paper).astype(np.uint8))
+    shrunk = omniglot.downscale_to_28(np.where(ink, 0, paper).astype(np.uint8))
     np.testing.assert_array_equal(shrunk, expected)
     assert shrunk.dtype == np.uint8
 
@@ -64,32 +64,34 @@ def drawings(monkeypatch):
     monkeypatch.setattr(omniglot, "NUM_CHARACTERS", 3)
     rng = np.random.default_rng(1)
     made = [(name, (rng.random((105, 105)) > 0.1).astype(np.uint8)) for (name,) in names.values() for _ in range(20)]
-    by_name = {name: sorted(omniglot.shrink(pixels).tobytes() for n, pixels in made if n == name) for name, _ in made}
+    by_name = {
+        name: sorted(omniglot.downscale_to_28(pixels).tobytes() for n, pixels in made if n == name) for name, _ in made
+    }
     content = b"".join(drawing for name in ("Greek_0", "Greek_1", "Latin_0") for drawing in by_name[name])
     monkeypatch.setattr(omniglot, "SHA256", hashlib.sha256(content).hexdigest())
     return made
 
 
-def test_canonical_does_not_depend_on_the_order_of_the_drawings(drawings):
-    images = omniglot.canonical(drawings)
+def test_the_canonical_array_does_not_depend_on_the_order_of_the_drawings(drawings):
+    images = omniglot.canonical_array(drawings)
     assert images.shape == (3, 20, 28, 28, 1)
     assert images.dtype == np.uint8
-    np.testing.assert_array_equal(omniglot.canonical(reversed(drawings)), images)
+    np.testing.assert_array_equal(omniglot.canonical_array(reversed(drawings)), images)
 
 
-def test_canonical_refuses_anything_else(drawings):
+def test_the_canonical_array_refuses_anything_else(drawings):
     with pytest.raises(ValueError, match="1 of the 3 characters do not have 20 drawings, Greek_1 has 19"):
-        omniglot.canonical(drawings[1:])
+        omniglot.canonical_array(drawings[1:])
     with pytest.raises(ValueError, match="'Greek_9' is no character"):
-        omniglot.canonical([*drawings[1:], ("Greek_9", drawings[0][1])])
+        omniglot.canonical_array([*drawings[1:], ("Greek_9", drawings[0][1])])
     other = drawings[0][1].copy()
     other[50, 50] ^= 1  # nearest neighbour reads pixel 13.5 * 3.75
     with pytest.raises(ValueError, match="the images have checksum"):
-        omniglot.canonical([("Greek_1", other), *drawings[1:]])
+        omniglot.canonical_array([("Greek_1", other), *drawings[1:]])
 
 
 def test_load_picks_the_characters_of_the_split(drawings, tmp_path):
-    images = omniglot.canonical(drawings)
+    images = omniglot.canonical_array(drawings)
     omniglot.save_npz(images, tmp_path / "omniglot.npz")
     for split, row in (("train", 1), ("val", 2), ("test", 0)):
         np.testing.assert_array_equal(omniglot.load(split, tmp_path / "omniglot.npz"), images[row : row + 1])
@@ -107,7 +109,7 @@ def test_missing_data_are_told_with_the_directory_and_the_command(tmp_path, monk
             omniglot.load("train", data_dir)
     with pytest.raises(FileNotFoundError, match=f"no file {tmp_path}/a.npz.*{REMEDY}npz {tmp_path}/a.npz`"):
         omniglot.load("train", tmp_path / "a.npz")
-    assert importlib.util.find_spec("experiments.prepare_omniglot"), "the command does not exist"
+    assert importlib.util.find_spec("maml_jax.tasks.omniglot_builder"), "the command does not exist"
 
 
 def test_the_default_directory_is_that_of_tensorflow_datasets(tmp_path, monkeypatch):
@@ -118,10 +120,35 @@ def test_the_default_directory_is_that_of_tensorflow_datasets(tmp_path, monkeypa
     assert omniglot.default_data_dir() == tmp_path / "here"
 
 
+def test_a_home_directory_is_expanded_in_the_name_of_an_npz(drawings, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    omniglot.save_npz(omniglot.canonical_array(drawings), "~/made/omniglot.npz")
+    assert (tmp_path / "made" / "omniglot.npz").is_file()
+    assert omniglot.load_npz("~/made/omniglot.npz").shape == (3, 20, 28, 28, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda images: images.reshape(60, 28, 28), r"uint8\[60, 28, 28\]"),
+        (lambda images: images.reshape(3, 20, 784), r"uint8\[3, 20, 784\]"),
+        (lambda images: images.view(np.int8), r"int8\[3, 20, 28, 28, 1\]"),
+        (lambda images: images.view(np.bool_), r"bool\[3, 20, 28, 28, 1\]"),
+    ],
+)
+def test_the_right_bytes_in_another_shape_or_dtype_are_refused(drawings, tmp_path, change, found):
+    file = tmp_path / "omniglot.npz"
+    omniglot.save_npz(change(omniglot.canonical_array(drawings)), file)
+    with pytest.raises(
+        ValueError, match=rf"{file} .*the images are {found}, and must be uint8\[3, 20, 28, 28, 1\].*{REMEDY}npz"
+    ):
+        omniglot.load_npz(file)
+
+
 @pytest.mark.parametrize("damage", ["cut short", "other images", "other content", "empty"])
 def test_a_damaged_npz_is_told_with_its_name_and_the_remedy(drawings, tmp_path, damage):
     file = tmp_path / "omniglot.npz"
-    images = omniglot.canonical(drawings)
+    images = omniglot.canonical_array(drawings)
     omniglot.save_npz(255 - images if damage == "other images" else images, file)
     if damage == "cut short":
         file.write_bytes(file.read_bytes()[:-100])
@@ -135,7 +162,7 @@ def test_a_damaged_npz_is_told_with_its_name_and_the_remedy(drawings, tmp_path, 
 
 def test_save_npz_replaces_whole_or_not_at_all(drawings, tmp_path, monkeypatch):
     file = tmp_path / "new" / "omniglot.npz"
-    images = omniglot.canonical(drawings)
+    images = omniglot.canonical_array(drawings)
     omniglot.save_npz(images, file)
 
     def full_disk(name, **arrays):
@@ -161,7 +188,7 @@ def prepared(drawings, tmp_path, monkeypatch):
 
     def read_tfds(data_dir):
         readings.append(data_dir)
-        return omniglot.canonical(drawings)
+        return omniglot.canonical_array(drawings)
 
     monkeypatch.setattr(omniglot, "read_tfds", read_tfds)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -187,7 +214,7 @@ def test_a_cache_that_was_tampered_with_is_not_used(prepared, tmp_path):
     (cache,) = (tmp_path / "cache" / "maml_jax").iterdir()
     images[0, 0, 0, 0, 0] ^= 255
     np.savez_compressed(cache, images=images)
-    with pytest.raises(ValueError, match=f"^{cache} is damaged .*A cache is made again by itself"):
+    with pytest.raises(ValueError, match=f"^{cache} is damaged .*A file in the cache is written again by the next run"):
         omniglot.load_all(tmp_path / "data")
     cache.unlink()
     omniglot.load_all(tmp_path / "data")

@@ -2,8 +2,10 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from key_use import assert_every_key_has_one_purpose
 
 from maml_jax.tasks import sinusoid
 
@@ -77,7 +79,40 @@ def test_it_is_a_pure_function_of_the_key():
     assert not np.array_equal(jax.random.key_data(sample_episode(key).key), jax.random.key_data(key))
 
 
-@pytest.mark.parametrize(("shot", "query_shot"), [(0, 1), (1, 0), (-1, 5)])
-def test_an_episode_needs_points(shot, query_shot):
-    with pytest.raises(ValueError, match=f"got shot={shot}, query_shot={query_shot}"):
-        sinusoid.make_sampler(shot=shot, query_shot=query_shot)
+def test_no_key_has_two_purposes():
+    assert_every_key_has_one_purpose(sinusoid.make_sampler(shot=2, query_shot=1), jax.random.key(0))
+
+
+def test_draws_of_earlier_versions_are_repeated():
+    key = jax.random.key(11)
+    episode = sinusoid.make_sampler(shot=2, query_shot=3)(key)
+    amplitude_key, phase_key, input_key, episode_key = jax.random.split(key, 4)
+    amplitude = jax.random.uniform(amplitude_key, minval=0.1, maxval=5.0)
+    phase = jax.random.uniform(phase_key, minval=0.0, maxval=jnp.pi)
+    x = jax.random.uniform(input_key, (5, 1), minval=-5.0, maxval=5.0)
+    y = amplitude * jnp.sin(x - phase)
+    chex.assert_trees_all_equal([*episode.support, *episode.query], [x[:2], y[:2], x[2:], y[2:]])
+    np.testing.assert_array_equal(jax.random.key_data(episode.key), jax.random.key_data(episode_key))
+
+
+def test_equal_samplers_share_a_program():
+    draw = jax.jit(lambda sample_episode, key: sample_episode(key))
+    for settings in ({"shot": 2, "query_shot": 1}, {"shot": np.int64(2), "query_shot": 1, "oracle": False}):
+        draw(sinusoid.make_sampler(**settings), jax.random.key(0))
+    assert draw._cache_size() == 1
+    draw(sinusoid.make_sampler(shot=2, query_shot=1, oracle=True), jax.random.key(0))
+    assert draw._cache_size() == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"shot": 0}, "shot must be an integer of at least 1, got 0"),
+        ({"query_shot": -1}, "query_shot must be an integer of at least 1, got -1"),
+        ({"shot": 1.5}, "shot must be an integer of at least 1, got 1.5"),
+        ({"query_shot": True}, "query_shot must be an integer of at least 1, got True"),
+    ],
+)
+def test_an_episode_needs_points(changes, message):
+    with pytest.raises(ValueError, match=message):
+        sinusoid.make_sampler(**({"shot": 1, "query_shot": 1} | changes))

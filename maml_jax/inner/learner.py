@@ -1,0 +1,83 @@
+"""The learner that gradient-based algorithms share: adapt by gradient steps, score on the query set."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml_jax.inner.gradients import mixed_mode
+from maml_jax.inner.loop import inner_loop
+from maml_jax.types import ArrayTree, InitFn, InnerGradFn, LossFn, MetaLearner, Model, PRNGKey, check_integer
+
+
+def gradient_based(
+    model: Model,
+    loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
+    *,
+    rule: Callable[[ArrayTree], optax.GradientTransformation],
+    num_inner_steps: int,
+    init: InitFn | None = None,
+    start: Callable[[ArrayTree], ArrayTree] = lambda meta_params: meta_params,
+    inner_grad: InnerGradFn = mixed_mode,
+    num_microbatches: int = 1,
+) -> MetaLearner:
+    """Builds a learner that takes K steps of a rule from a start, both of which may be meta-learned.
+
+    The objective is L_Q(φ_K) with φ_0 = start(θ) and φ_{k+1} = φ_k + rule(θ)(∇L_S(φ_k)).
+
+    If the model is stochastic and there is a key, inner step k draws with `fold_in(key, k)` and the query pass of
+    the objective with `fold_in(key, K)`. Without a key, and in `predict`, the model is deterministic.
+
+    Args:
+      model: the network.
+      loss_fn: `(outputs, targets) -> scalar`, the mean loss of a support set.
+      query_loss_fn: the mean loss of a query set; by default `loss_fn`.
+      rule: `(meta_params) -> optax transformation`, the inner optimiser.
+      num_inner_steps: K ≥ 0.
+      init: `(key, inputs) -> meta_params`; by default those of the model.
+      start: `(meta_params) -> params`, where the inner loop starts.
+      inner_grad: how the inner gradient is differentiated.
+      num_microbatches: parts of the support set whose gradients are computed one after another; see `inner_loop`.
+
+    Returns:
+      A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
+
+    Raises:
+      ValueError: if `num_inner_steps` is not an integer of at least 0, or `model` is no `Model`.
+    """
+    num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model must be a maml_jax.Model, got {type(model).__name__}; wrap a flax module with models.from_linen "
+            "or models.from_nnx"
+        )
+
+    def support_loss(params, batch, key=None):
+        return loss_fn(model.call(params, batch.inputs, key), batch.targets)
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        return inner_loop(
+            support_loss,
+            rule(meta_params),
+            start(meta_params),
+            support,
+            num_steps=num_inner_steps,
+            per_step=_step_keys(key, num_inner_steps) if model.stochastic else None,
+            num_microbatches=num_microbatches,
+            inner_grad=inner_grad,
+            observe_fn=observe_fn,
+        )
+
+    def objective(meta_params, episode):
+        task_params, info = adapt(meta_params, episode.support, key=episode.key)
+        query_key = None if episode.key is None else jax.random.fold_in(episode.key, num_inner_steps)
+        outputs = model.call(task_params, episode.query.inputs, query_key)
+        return (query_loss_fn or loss_fn)(outputs, episode.query.targets), info
+
+    return MetaLearner(init or model.init, adapt, model.apply, objective)
+
+
+def _step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
+    return None if key is None else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_steps))

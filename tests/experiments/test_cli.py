@@ -1,0 +1,56 @@
+"""The command line: one subcommand for each method, with its own flags."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from experiments import cli, omniglot, sinusoid
+from maml_jax import CATALOGUE
+
+
+@pytest.mark.parametrize("module", [omniglot, sinusoid])
+def test_every_algorithm_that_fits_an_experiment_appears_in_it(module):
+    experiment = module.__name__.split(".")[-1]
+    fitting = {name for name, entry in CATALOGUE.items() if experiment in entry.settings}
+    assert fitting <= set(module.METHODS)
+    for name in fitting:
+        assert module.METHODS[name].hyperparameters == CATALOGUE[name].settings[experiment]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["reptile", "--inner-lr", "0.5", "--way", "20"],
+        ["--algorithm", "reptile", "--inner-lr", "0.5", "--way", "20"],
+        ["--way", "20", "--algorithm=reptile", "--inner-lr", "0.5"],
+        ["--way", "20", "--inner-lr", "0.5", "--algorithm", "reptile"],
+    ],
+)
+def test_the_method_is_a_subcommand_or_a_flag(arguments):
+    config = cli.parse(omniglot.METHODS, "", arguments)
+    assert (config.algorithm, config.way, config.hyperparameters.inner_lr) == ("reptile", 20, 0.5)
+
+
+def test_without_a_method_it_is_maml():
+    assert cli.parse(omniglot.METHODS, "", ["--way", "20"]).algorithm == "maml"
+    assert cli.parse(sinusoid.METHODS, "", []) == sinusoid.METHODS["maml"]
+
+
+@pytest.mark.parametrize("arguments", [["--algorithm", "nope"], ["nope"], ["--algorithm"]])
+def test_an_unknown_method_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"there is no method .* here; choose one of maml, fomaml, reptile"):
+        cli.parse(omniglot.METHODS, "", arguments)
+
+
+@pytest.mark.parametrize("experiment", ["omniglot", "sinusoid"])
+def test_help_lists_the_methods_with_their_published_numbers(experiment):
+    command = [sys.executable, "-m", f"experiments.{experiment}"]
+    listed = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    words = re.sub(r"[\s│]+", " ", listed)
+    assert ("98.7 ± 0.4" if experiment == "omniglot" else "0.67 / 0.38 / 0.35") in words
+    assert "--inner-lr" not in words
+    of_method = subprocess.run([*command, "fomaml", "--help"], capture_output=True, text=True, check=True).stdout
+    assert "--inner-lr" in of_method
+    assert "--algorithm" not in of_method
