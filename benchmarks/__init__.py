@@ -1,1 +1,1 @@
-"""The benchmarks: speed, memory, devices and peers, run as `python -m benchmarks.NAME --help`."""
+"""Benchmarks of speed, memory, devices and peers. `python -m benchmarks.NAME --help` explains each."""

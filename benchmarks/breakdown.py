@@ -1,4 +1,4 @@
-"""Where the time of exact meta-steps goes on a CPU: profiles of compiled programs, one thread on one core."""
+"""Where an exact meta-step spends its time: profiles of compiled programs on one core of a CPU, in one thread."""
 
 import collections
 import dataclasses
@@ -17,12 +17,12 @@ from experiments.runs import RunError
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """What is profiled: the library's default on one device, for Omniglot's shapes and for sinusoids."""
+    """The profiled programs: the library's default on one device, for the shapes of Omniglot and for sinusoids."""
 
     max_repetitions: int = 5
-    """Meta-steps of the profile; a time is a mean over them."""
+    """Profiled calls of each program. A time in the profile is a mean over them."""
     meta_batch_size: int = 32
-    """Tasks of a meta-step of Omniglot; sinusoids have 25."""
+    """Tasks of a meta-step on Omniglot. Sinusoids have 25."""
     sinusoid_steps: int = 200
     """Meta-steps in one compiled call of the sinusoids."""
     inner_steps: int = 1
@@ -30,7 +30,7 @@ class Config(common.Settings):
     filters: int = 64
     """Filters of each convolution."""
     matmul_size: int = 2048
-    """Side of the square float32 matrices whose product gives the peak of the core."""
+    """Size of the square float32 matrices whose product measures the peak of the core."""
 
 
 SHORT = Config(short=True, max_repetitions=2, max_seconds=3.0, meta_batch_size=8)
@@ -45,18 +45,18 @@ KINDS = {
     "copy": "copies into another layout",
     "other": "elementwise: normalisation, ReLU, updates, random numbers",
 }
-"""By the first of these operations that a fusion holds."""
+"""Titles of the kinds of operation. The kind of a fusion is the first of these that it contains."""
 
 _COMPUTATION = re.compile(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", re.MULTILINE | re.DOTALL)
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%([\w.\-]+) = (.*)$", re.MULTILINE)
 
 
 def kinds_of(program: str) -> dict[str, str]:
-    """The kind of every instruction of an optimised HLO text, by name; see `KINDS`."""
+    """The kind of every instruction of an optimised HLO text, by the name of the instruction; see `KINDS`."""
     bodies = dict(_COMPUTATION.findall(program))
     kinds = {}
     for name, definition in _INSTRUCTION.findall(program):
-        if re.search(r" (while|call|conditional)\(", definition):  # their time is that of what they run
+        if re.search(r" (while|call|conditional)\(", definition):  # the operations inside are counted themselves
             continue
         called = re.search(r"calls=%([\w.\-]+)", definition)
         text = bodies.get(called[1], "") if called else f" {definition}"
@@ -67,10 +67,18 @@ def kinds_of(program: str) -> dict[str, str]:
 
 
 def profile(call: Any, kinds: dict[str, str], repetitions: int) -> dict[str, float]:
-    """Seconds of one call by kind of operation, from `jax.profiler`.
+    """Measures the seconds of one call by kind of operation, with `jax.profiler`.
+
+    Args:
+      call: takes no argument and returns the arrays to wait for.
+      kinds: from `kinds_of`.
+      repetitions: calls that are profiled.
+
+    Returns:
+      The mean seconds per call, by kind.
 
     Raises:
-      RunError: if the trace holds no operation of the program.
+      RunError: if the trace contains no operation of the program.
     """
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -99,7 +107,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def profile_omniglot(config: Config) -> dict[str, Any]:
-    """The meta-step of `benchmarks.meta_step`: seconds by kind of operation, without the profiler, and its floor."""
+    """Profiles the meta-step of `benchmarks.meta_step`, and times it without the profiler."""
     case = meta_step.Case(
         filters=config.filters, meta_batch_size=config.meta_batch_size, inner_steps=config.inner_steps, on_mesh=False
     )
@@ -116,7 +124,7 @@ def profile_omniglot(config: Config) -> dict[str, Any]:
 
 
 def profile_sinusoid(config: Config) -> dict[str, Any]:
-    """The training loop of `benchmarks.sinusoid`, sampling included; all numbers are those of one meta-step."""
+    """Profiles the training loop of `benchmarks.sinusoid`, sampling included. All numbers are per meta-step."""
     settings = sinusoid.Config(
         max_repetitions=config.max_repetitions, max_seconds=config.max_seconds, steps_per_call=config.sinusoid_steps
     )
@@ -133,14 +141,14 @@ def profile_sinusoid(config: Config) -> dict[str, Any]:
 
 
 def matmul_peak(config: Config) -> float:
-    """Operations a second of a large matrix product."""
+    """Operations per second of a large matrix product."""
     matrix = jnp.ones((config.matmul_size, config.matmul_size))
     product, _ = common.compile_of(jnp.matmul, matrix, matrix)
     return 2 * config.matmul_size**3 / common.measure(lambda: product(matrix, matrix), config).median
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """For each program, milliseconds by kind of operation, and the floor."""
+    """One table per program: milliseconds by kind of operation, and the time at the peak of the core."""
     found = []
     for name, program in content["programs"].items():
         total = sum(program["by_kind"].values())
@@ -161,7 +169,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 
 def draw(config: Config, content: dict[str, Any]) -> None:
-    """A bar for each kind of operation, a panel for each program."""
+    """Draws a bar for each kind of operation, and a panel for each program."""
     programs = content["programs"]
     with common.figure("breakdown", config, columns=len(programs), width=7) as drawn:
         for axes, (name, program) in zip(drawn, programs.items(), strict=True):

@@ -1,7 +1,7 @@
 """What the benchmarks share: timing, result files, tables and figures.
 
-A time here is that of a program already compiled and warm, with its results waited for. It is reported as
-the median and the quartiles of its repetitions, and the seconds of compilation beside it.
+A time is measured after compilation and one warm-up call, and includes waiting for the results. It is reported as
+the median and the quartiles of its repetitions. Compilation is timed separately.
 """
 
 import contextlib
@@ -34,16 +34,16 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every benchmark can be told."""
+    """The settings of every benchmark."""
 
     short: bool = False
-    """Change the defaults of the other flags to a small sweep that takes a minute or two."""
+    """Replace the defaults of the other flags by a small sweep that takes a minute or two."""
     max_repetitions: int = 30
-    """Repetitions of each timed program, after one call to warm up."""
+    """Repetitions of each timed program, after one warm-up call."""
     max_seconds: float = 20.0
-    """Seconds after which a timed program is not repeated again; it is timed once at least."""
+    """Seconds after which a timed program is not repeated any more. It is timed at least once."""
     results_dir: Path = Path("benchmarks/results")
-    """Where NAME.json and NAME.png are written; a run with --short writes to its folder "short"."""
+    """The directory of NAME.json and NAME.png. With --short they are written to its subdirectory "short"."""
 
 
 class Timing(NamedTuple):
@@ -61,13 +61,13 @@ class Timing(NamedTuple):
 
 
 class Table(NamedTuple):
-    """A table of a benchmark, as it is printed and as it stands in README.md.
+    """A table of a benchmark, as it is printed and as it appears in README.md.
 
     Attributes:
       title: what was measured.
-      columns: their headings.
-      rows: cells; what is no string is turned into one.
-      note: what follows from the table, a sentence each line.
+      columns: the headings of the columns.
+      rows: cells, converted by `str`.
+      note: text below the table, one paragraph per line.
     """
 
     title: str
@@ -86,7 +86,7 @@ def summarise(values: Sequence[float]) -> Timing:
 
 
 def seconds_of(call: Callable[[], Any]) -> float:
-    """Seconds of one call whose results are waited for."""
+    """Seconds from the start of one call until its results are ready."""
     start = time.perf_counter()
     jax.block_until_ready(call())
     return time.perf_counter() - start
@@ -97,7 +97,7 @@ def measure(call: Callable[[], Any], settings: Settings) -> Timing:
 
     Args:
       call: takes no argument and returns the arrays to wait for. It is called once before the clock starts.
-      settings: how often, and for how long at most.
+      settings: the limits on repetitions and on seconds.
     """
     jax.block_until_ready(call())
     seconds = [seconds_of(call)]
@@ -107,14 +107,16 @@ def measure(call: Callable[[], Any], settings: Settings) -> Timing:
 
 
 def measure_alternately(calls: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, list[float]]:
-    """Times several calls in rounds, each once a round, so that a disturbance meets all of them.
+    """Times several calls in rounds. Each runs once per round, so a disturbance of the machine affects all of them.
 
     Args:
-      calls: as for `measure`, by name. One that takes more than a quarter of `max_seconds` is in the first round alone.
-      settings: rounds at most, and the seconds, those of such slow calls apart, after which no further round begins.
+      calls: as for `measure`, by name. A call that takes more than a quarter of `max_seconds` only runs in the first
+        round.
+      settings: the limit on rounds, and the number of seconds after which no further round begins. Slow calls do not
+        count towards the seconds.
 
     Returns:
-      Seconds of each call, one a round.
+      Seconds of each call, one number per round.
     """
     slow = {name for name, call in calls.items() if seconds_of(call) > settings.max_seconds / 4}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
@@ -128,7 +130,7 @@ def measure_alternately(calls: dict[str, Callable[[], Any]], settings: Settings)
 
 
 def compile_of(function: Callable, *args: Any) -> tuple[Any, float]:
-    """Compiles a jitted function (or one to be jitted) for `args`; returns the program and the seconds it took."""
+    """Compiles a function, jitted or not, for `args`. Returns the program and the seconds of compilation."""
     start = time.perf_counter()
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     compiled = jitted.lower(*args).compile()
@@ -136,7 +138,10 @@ def compile_of(function: Callable, *args: Any) -> tuple[Any, float]:
 
 
 def stepping(step: Callable, state: Any, *args: Any) -> Callable[[], Any]:
-    """A call that runs `state, info = step(state, *args)` and carries the state, whose buffers are donated."""
+    """A call that runs `state, info = step(state, *args)`, each time on the state of the call before.
+
+    It starts from a copy of `state`, because `step` may donate its buffers.
+    """
     state = jax.tree.map(jnp.copy, state)
 
     def call():
@@ -150,7 +155,7 @@ def stepping(step: Callable, state: Any, *args: Any) -> Callable[[], Any]:
 def random_episodes(
     *, num_tasks: int, way: int, shot: int, query_shot: int, shape: Sequence[int] = (28, 28, 1), seed: int = 0
 ) -> Episode:
-    """Classification episodes [T, ...] of binary noise, a tenth of it ink; speed does not depend on what is drawn."""
+    """Classification episodes [T, ...] whose images are binary noise with a tenth of the pixels set."""
 
     def batch(key, per_class):
         inputs = jax.random.bernoulli(key, 0.1, (num_tasks, way * per_class, *shape)).astype(jnp.float32)
@@ -161,7 +166,7 @@ def random_episodes(
 
 
 def place(state: MetaState, episodes: Episode, mesh: jax.sharding.Mesh | None) -> tuple[MetaState, Episode]:
-    """Puts the state on every device of a mesh and divides the episodes over them, as a training run finds them."""
+    """Copies the state to every device of a mesh and divides the episodes over the devices, as in a training run."""
     if mesh is None:
         return state, episodes
     everywhere, divided = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P(parallel.AXIS)))
@@ -169,16 +174,16 @@ def place(state: MetaState, episodes: Episode, mesh: jax.sharding.Mesh | None) -
 
 
 def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description: str, short: ConfigT) -> None:
-    """Parses the command line, sets up JAX and runs.
+    """Parses the command line, sets up JAX and runs a benchmark.
 
-    There is no compilation cache, so that seconds of compilation are what they say, and on a CPU there is one
-    virtual device per core, as in the experiments.
+    There is no compilation cache, so every compilation is timed in full. A CPU has one virtual device per core, as in
+    the experiments.
 
     Args:
-      config_type: a frozen dataclass extending `Settings`.
+      config_type: a frozen dataclass that extends `Settings`.
       run: the benchmark.
-      description: for --help.
-      short: the defaults that --short stands for.
+      description: the text of --help.
+      short: the defaults with --short.
     """
     default = short if "--short" in sys.argv[1:] else config_type()
     prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
@@ -193,15 +198,15 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
 
 
 def write_results(name: str, settings: Settings, content: dict[str, Any]) -> Path:
-    """Writes NAME.json: the content, and what it was measured with and on.
+    """Writes NAME.json: the content, the configuration, versions of packages, and the device.
 
     Args:
-      name: of the benchmark.
-      settings: its configuration, stored whole but for `results_dir`.
-      content: anything that JSON can hold; a `Timing` is stored with its field names.
+      name: the name of the benchmark.
+      settings: its configuration, stored without `results_dir`.
+      content: values that JSON can represent. A `Timing` is stored with its field names.
 
     Returns:
-      The file.
+      The path of the file.
     """
     config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "results_dir"}
     flags = shlex.join(sys.argv[1:]) if Path(sys.argv[0]).stem == name else ""
@@ -220,7 +225,7 @@ def write_results(name: str, settings: Settings, content: dict[str, Any]) -> Pat
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of packages; those not installed are left out."""
+    """Versions of Python and of the packages that are installed."""
     found = {"python": platform.python_version()}
     for package in packages:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -246,7 +251,7 @@ def _as_json(content: Any) -> Any:
 
 @contextlib.contextmanager
 def figure(name: str, settings: Settings, *, columns: int = 1, width: float = 4.5) -> Iterator[Any]:
-    """Yields `columns` axes side by side (a list), each `width` inches, and writes NAME.png; no display is needed."""
+    """Yields a list of `columns` axes, each `width` inches wide, then writes NAME.png. No display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -259,7 +264,7 @@ def figure(name: str, settings: Settings, *, columns: int = 1, width: float = 4.
 
 
 def draw_bars(axes: Any, values: dict[str, float], label: str) -> None:
-    """A horizontal bar for each name, the first on top, with its value behind it and room for that."""
+    """Draws a horizontal bar with its value for each name, the first on top."""
     bars = axes.barh(list(values)[::-1], list(values.values())[::-1])
     axes.bar_label(bars, [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values.values()][::-1])
     axes.set(xlabel=label)
@@ -267,21 +272,21 @@ def draw_bars(axes: Any, values: dict[str, float], label: str) -> None:
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """What `write_results` wrote, with every `Timing` one again."""
+    """Reads a file of `write_results`, and converts what was a `Timing` back to one."""
     return json.loads(
         file.read_text(), object_hook=lambda found: Timing(**found) if found.keys() == set(Timing._fields) else found
     )
 
 
 def show(tables: Sequence[Table]) -> None:
-    """Prints tables and their notes."""
+    """Prints tables with their notes."""
     for table in tables:
         print_table(table.title, table.columns, table.rows)
         console.print(f"{table.note}\n", highlight=False)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Prints a table, the first column to the left and the others to the right."""
+    """Prints a table. The first column is aligned to the left, the others to the right."""
     table = rich.table.Table(title=title, title_justify="left")
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left")

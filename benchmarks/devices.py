@@ -1,7 +1,7 @@
-"""Meta-steps a second on 1, 2, 4, 8 devices, and the all-reduce between them.
+"""Meta-steps per second on 1, 2, 4 and 8 devices, and the time of the all-reduce between them.
 
-On a CPU the devices are virtual and share its cores: what is seen there is not a speed-up beyond the
-number of cores, but what dividing the tasks costs. SCALING.md holds the model that this checks.
+On a CPU the devices are virtual and share its cores. Beyond the number of cores the benchmark shows the cost of
+dividing the tasks, and no speed-up. It checks the model of SCALING.md.
 """
 
 import dataclasses
@@ -15,34 +15,23 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from maml_jax import (
-    Batch,
-    Episode,
-    MetaLearner,
-    init_meta_state,
-    losses,
-    make_meta_step,
-    make_train_loop,
-    maml,
-    models,
-    parallel,
-)
+from maml_jax import MetaLearner, init_meta_state, losses, make_meta_step, make_train_loop, maml, models, parallel
 from maml_jax.cost import count_flops
 from maml_jax.tasks import few_shot, sinusoid
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """What is measured."""
+    """The workloads, and the numbers of devices."""
 
     devices: tuple[int, ...] = (1, 2, 4, 8)
-    """Numbers of devices, divisors of 32; those that the machine does not have are left out, but a CPU has any."""
+    """Numbers of devices, divisors of 32. Numbers that exceed the devices of an accelerator are left out."""
     workload: tuple[Literal["sinusoid", "omniglot"], ...] = ("sinusoid", "omniglot")
-    """The sinusoid network and 32 tasks of 10 points; conv4 and 32 tasks of 5 ways and 1 shot, 15 queries a class."""
+    """sinusoid: a small MLP and 32 tasks of 10 points. omniglot: conv4 and 32 tasks, 5-way 1-shot with 15 queries."""
     filters: int = 64
     """Filters of conv4."""
     sinusoid_steps: int = 200
-    """Meta-steps in one compiled call of the sinusoid; one of Omniglot."""
+    """Meta-steps in one compiled call of the sinusoid. A call of Omniglot is one meta-step."""
     all_reduces: int = 100
     """All-reduces in one compiled call."""
 
@@ -52,7 +41,7 @@ NUM_TASKS = 32
 
 
 def workload(name: str, config: Config) -> tuple[MetaLearner, Callable, int]:
-    """A learner, its task distribution and the meta-steps of one call."""
+    """Returns a learner, its task distribution, and the number of meta-steps in one call."""
     if name == "sinusoid":
         model = models.mlp(features=(40, 40, 1))
         learner = maml(model, losses.mean_squared_error, inner_optimizer=optax.sgd(1e-3), num_inner_steps=1)
@@ -64,12 +53,12 @@ def workload(name: str, config: Config) -> tuple[MetaLearner, Callable, int]:
 
 
 def mesh_of(num_devices: int) -> jax.sharding.Mesh | None:
-    """A mesh of the first devices; None for one, as in the experiments."""
+    """A mesh of the first devices, or None for a single device, as in the experiments."""
     return parallel.task_mesh(jax.devices()[:num_devices]) if num_devices > 1 else None
 
 
 def run_workload(name: str, config: Config) -> dict[str, Any]:
-    """Times the training loop on every number of devices, in turns; returns the rows and what they have in common."""
+    """Times the training loop on every number of devices, in turns. Returns a row for each, and common numbers."""
     learner, sample, num_steps = workload(name, config)
     optimizer = optax.adam(1e-3)
     keys = jax.random.split(jax.random.key(1), NUM_TASKS)
@@ -85,19 +74,21 @@ def run_workload(name: str, config: Config) -> dict[str, Any]:
             sample,
             meta_batch_size=NUM_TASKS,
             num_steps=num_steps,
-            # Tasks of an MLP are too small to be taken one by one.
+            # Tasks of an MLP are too small to be computed one by one.
             chunk_size=NUM_TASKS // count if name == "sinusoid" else None,
             mesh=mesh,
         )
-        placed = jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P())) if mesh else state
-        compiled, compile_seconds[count] = common.compile_of(loop, placed, jax.random.key(2))
-        calls[count] = common.stepping(compiled, placed, jax.random.key(2))
+        args = (state, jax.random.key(2), *loop.data)
+        if mesh:
+            args = jax.device_put(args, jax.sharding.NamedSharding(mesh, jax.P()))
+        compiled, compile_seconds[count] = common.compile_of(loop.jitted, *args)
+        calls[count] = common.stepping(compiled, *args)
     seconds = common.measure_alternately(calls, config)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "tasks": NUM_TASKS,
         "parameters": parameters,
-        "flops": count_flops(make_meta_step(learner, optimizer), state, _arrays(episodes)),
+        "flops": count_flops(make_meta_step(learner, optimizer).jitted, state, episodes),
         "rows": [
             {
                 "devices": count,
@@ -114,26 +105,22 @@ def run_workload(name: str, config: Config) -> dict[str, Any]:
     }
 
 
-def _arrays(episodes: Episode) -> Episode:
-    return Episode(*(Batch(*jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), part)) for part in episodes[:2]))
-
-
 def all_reduce(size: int, num_devices: int, config: Config) -> common.Timing | None:
-    """Seconds of the mean over devices of a float32 vector, the gradient and the loss; None on one device."""
+    """Seconds of the mean over devices of a float32 vector of `size` numbers. None on a single device."""
     if num_devices == 1:
         return None
     mesh = mesh_of(num_devices)
 
-    def local(vector: jax.Array) -> jax.Array:
+    def local(_, vector: jax.Array) -> jax.Array:
         def once(vector, _):
-            return jax.lax.pcast(jax.lax.pmean(vector, parallel.AXIS), parallel.AXIS, to="varying") + 1.0, None
+            return parallel.pmean(vector) + 1.0, None
 
         return jax.lax.scan(once, vector, length=config.all_reduces)[0]
 
-    spec = jax.P(parallel.AXIS)
-    vectors = jax.device_put(jnp.zeros((num_devices * size,)), jax.sharding.NamedSharding(mesh, spec))
-    compiled, _ = common.compile_of(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec), vectors)
-    timing = common.measure(lambda: compiled(vectors), dataclasses.replace(config, max_seconds=2.0))
+    sharding = jax.sharding.NamedSharding(mesh, jax.P(parallel.AXIS))
+    args = ((), jax.device_put(jnp.zeros((num_devices * size,)), sharding))
+    compiled, _ = common.compile_of(parallel.each_task(local, mesh, gather=False), *args)
+    timing = common.measure(lambda: compiled(*args), dataclasses.replace(config, max_seconds=2.0))
     return common.Timing(*(second / config.all_reduces for second in timing[:3]), timing.repetitions)
 
 
@@ -153,7 +140,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """A table for every workload; the model is that of SCALING.md, from the time on one device and the all-reduce."""
+    """One table per workload. The model is that of SCALING.md, given the time on one device and of the all-reduce."""
     return [
         common.Table(
             f"{name}, {found['tasks']} tasks of {found['flops'] / found['tasks'] / 1e6:.2f} MFLOP, "
@@ -176,14 +163,14 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 
 def model_seconds(row: dict[str, Any], first: dict[str, Any], processors: int) -> float:
-    """t(n) of SCALING.md: the computation of one device divided over the processors there are, and an all-reduce."""
+    """t(n) of SCALING.md: the time on one device, divided by the processors in use, plus the all-reduce."""
     shared = min(row["devices"], processors) / min(first["devices"], processors)
     all_reduce_seconds = row["all_reduce_seconds"].median if row["all_reduce_seconds"] else 0.0
     return first["seconds"].median / shared + all_reduce_seconds
 
 
 def draw(config: Config, content: dict[str, Any]) -> None:
-    """Meta-steps a second against devices, a panel for every workload."""
+    """Plots meta-steps per second against devices, with a panel for every workload."""
     with common.figure("devices", config, columns=len(content["workloads"])) as panels:
         for axes, (name, found) in zip(panels, content["workloads"].items(), strict=True):
             counts = [row["devices"] for row in found["rows"]]

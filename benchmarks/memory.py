@@ -1,8 +1,8 @@
-"""Temporary memory of one task's meta-gradient against inner steps and depth, for every way of differentiating.
+"""Temporary memory of one task's meta-gradient against inner steps and depth, for every way to differentiate.
 
-Memory is read off the compiled program, which is not run: the numbers are exact and have no spread. For one number
-of inner steps the meta-gradients are timed too, all ways in turns.
-With --short there is the convolutional network alone.
+The compiled program states its memory and is not run for it, so the numbers are exact and have no spread. For one
+number of inner steps the meta-gradients are also timed, in turns. With --short only the convolutional network is
+measured.
 """
 
 import dataclasses
@@ -14,14 +14,8 @@ import jax
 import optax
 
 from benchmarks import common
-from maml_jax import Episode, Model, first_order, losses, maml, mixed_mode, models
+from maml_jax import Episode, Model, checkpointed, first_order, losses, maml, mixed_mode, models
 from maml_jax.cost import cost_of
-
-
-def checkpointed(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
-    """`jax.value_and_grad` that keeps its arguments alone and is computed again, then differentiated in reverse."""
-    return jax.checkpoint(jax.value_and_grad(fun, argnums, has_aux=has_aux))
-
 
 DERIVATIVES = {
     "reverse_over_reverse": jax.value_and_grad,
@@ -33,13 +27,13 @@ DERIVATIVES = {
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """How a network is made with some depth, and on what images.
+    """A network of variable depth, and the size of its images.
 
     Attributes:
       make: `(depth) -> Model`.
       depth: layers or blocks in the sweep over inner steps.
-      depths: those in the sweep over depth; empty if the depth is fixed.
-      size: pixels a side.
+      depths: layers or blocks in the sweep over depth; empty if the depth is fixed.
+      size: height and width of the images, in pixels.
     """
 
     make: Callable[[int], Model]
@@ -57,14 +51,14 @@ NETWORKS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """The sweep. Networks are small enough to compile in seconds; ratios, not bytes, carry over to larger ones."""
+    """The sweep. The networks are small and compile in seconds. Ratios hold for larger networks; bytes do not."""
 
     networks: tuple[Literal["mlp", "conv4", "resnet12"], ...] = ("mlp", "conv4", "resnet12")
     """The MLP has 64 units a layer, conv4 the 64 filters of Omniglot, ResNet-12 an eighth of its usual widths."""
     inner_steps: tuple[int, ...] = (1, 2, 5, 10, 20)
     """Inner steps."""
     depth_inner_steps: int = 5
-    """Inner steps in the sweep over depth, and of the meta-gradients that are timed."""
+    """Inner steps in the sweep over depth and in the timed meta-gradients."""
     shot: int = 5
     """Support and query examples for each of five classes."""
 
@@ -73,7 +67,7 @@ SHORT = Config(short=True, networks=("conv4",), inner_steps=(1, 5, 20))
 
 
 def meta_gradient_of(name: str, depth: int, inner_steps: int, derivative: str) -> tuple[Model, Callable]:
-    """A network, and `(params, episode) -> (gradient, info)` for one task."""
+    """Returns a network, and `(params, episode) -> (gradient, info)` for one task."""
     model = NETWORKS[name].make(depth)
     learner = maml(
         model,
@@ -86,14 +80,14 @@ def meta_gradient_of(name: str, depth: int, inner_steps: int, derivative: str) -
 
 
 def episode_for(name: str, shot: int) -> Episode:
-    """One task of five classes in the network's size of image."""
+    """One task of five classes, with images of the size for this network."""
     shape = (NETWORKS[name].size, NETWORKS[name].size, 1)
     episodes = common.random_episodes(num_tasks=1, way=5, shot=shot, query_shot=shot, shape=shape)
     return jax.tree.map(lambda x: x[0], episodes)
 
 
 def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int) -> dict[str, Any]:
-    """Compiles the meta-gradient of one task; returns its row of the result file."""
+    """Compiles the meta-gradient of one task and returns its row of the result file."""
     model, gradient = meta_gradient_of(name, depth, inner_steps, derivative)
     episode = jax.eval_shape(lambda: episode_for(name, shot))
     params = jax.eval_shape(model.init, jax.random.key(0), episode.support.inputs)
@@ -108,7 +102,7 @@ def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int
 
 
 def time_derivatives(name: str, config: Config) -> dict[str, Any]:
-    """Times the meta-gradient of one task, every way of differentiating in turns; returns a row."""
+    """Times the meta-gradient of one task, all ways to differentiate in turns, and returns a row."""
     calls, episode = {}, episode_for(name, config.shot)
     for derivative in DERIVATIVES:
         model, gradient = meta_gradient_of(name, NETWORKS[name].depth, config.depth_inner_steps, derivative)
@@ -143,7 +137,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """Memory and operations, for each way of differentiating."""
+    """Memory, operations and times for each way to differentiate."""
     rows = content["rows"]
     cases = dict.fromkeys((row["network"], row["depth"], row["inner_steps"]) for row in rows)
     by_case = {(*(row[key] for key in ("network", "depth", "inner_steps")), row["derivative"]): row for row in rows}
@@ -172,14 +166,14 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
-    """Memory against inner steps for each network, and against depth for those that have one to choose."""
+    """Plots memory against inner steps for each network, and against depth where it varies."""
     deep = [name for name in config.networks if NETWORKS[name].depths]
 
     def curves(axes, name, x, **fixed):
         chosen = [row for row in rows if row["network"] == name and all(row[k] == v for k, v in fixed.items())]
         for derivative in DERIVATIVES:
             points = sorted((row[x], row["temporary_bytes"] / 1e6) for row in chosen if row["derivative"] == derivative)
-            # Checkpointed and mixed mode lie on one another: the former is dashed, with the larger marks.
+            # The curves of checkpointed and mixed mode coincide, so the former is dashed and has larger marks.
             style = (
                 {"linestyle": "--", "marker": "s", "markersize": 9} if derivative == "checkpointed" else {"marker": "o"}
             )

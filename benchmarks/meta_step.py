@@ -1,7 +1,7 @@
 """Time, operations and memory of one meta-step, on the shapes of Omniglot.
 
-Each setting of the sweep is varied alone; with --cross there is every combination of them, with --short the comparison
-with one vmap over lax.conv and a few rows.
+The sweep varies one setting at a time. With --cross it runs every combination of the settings. With --short it
+compares the library's default with one vmap over lax.conv, and has only a few rows.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ class Case:
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """The sweep. Each setting is varied alone, from the first value of the others."""
+    """The sweep. It varies one setting at a time and keeps the first value of the others."""
 
     way: int = 5
     """Classes of an episode."""
@@ -58,7 +58,7 @@ class Config(common.Settings):
         "reverse_over_reverse",
         "first_order",
     )
-    """How the inner gradient is differentiated; crossed with --inner-steps in any case."""
+    """How the inner gradient is differentiated. Every value is combined with every value of --inner-steps."""
     inner_steps: tuple[int, ...] = (1, 5, 20)
     """Inner steps."""
     meta_batch_size: tuple[int, ...] = (32, 8)
@@ -68,13 +68,13 @@ class Config(common.Settings):
     convolution: tuple[Literal["conv_matmul", "conv_lax"], ...] = ("conv_matmul", "conv_lax")
     """How convolutions are computed."""
     chunk_size: tuple[int, ...] = (1, 2, 4, 8, 16)
-    """Tasks that are vmapped together; those that do not divide the tasks of a device are left out."""
+    """Tasks that are vmapped together. Sizes that exceed the tasks of a device are left out."""
     precision: tuple[Literal["float32", "tensorfloat32", "bfloat16"], ...] = ("float32", "tensorfloat32", "bfloat16")
-    """Of matrix products, compared for the library's default alone; the first is what the others are compared with."""
+    """Precisions of matrix products, for the library's default only. The others are compared with the first."""
     cross: bool = False
     """Run every combination of the settings."""
     matmul_size: int = 2048
-    """Side of the square float32 matrices whose product gives the peak of the machine."""
+    """Size of the square float32 matrices whose product measures the peak of the machine."""
 
 
 SHORT = Config(
@@ -91,7 +91,7 @@ SHORT = Config(
 
 
 def cases(config: Config, num_devices: int) -> Iterator[Case]:
-    """The cases of a sweep over that many devices, without repetition."""
+    """Yields the cases of a sweep on `num_devices` devices, each once."""
     fixed = {"way": config.way, "query_shot": config.query_shot, "filters": config.filters}
     swept = {
         name: getattr(config, name)
@@ -104,19 +104,25 @@ def cases(config: Config, num_devices: int) -> Iterator[Case]:
         pairs = itertools.product(config.derivative, config.inner_steps)
         combinations = [base | {"derivative": derivative, "inner_steps": steps} for derivative, steps in pairs]
         combinations += [base | {name: value} for name, values in swept.items() for value in values[1:]]
-        # A convolution differs most where tasks are vmapped together.
+        # The convolutions differ most when tasks are vmapped together.
         combinations += [base | {"convolution": name, "chunk_size": 4} for name in config.convolution[1:]]
     seen = set()
     for combination in combinations:
         case = Case(**fixed, **combination)
         tasks_of_a_device = case.meta_batch_size // math.gcd(case.meta_batch_size, num_devices)
-        if tasks_of_a_device % case.chunk_size == 0 and case not in seen:
+        if case.chunk_size <= tasks_of_a_device and case not in seen:
             seen.add(case)
             yield case
 
 
 class Prepared(NamedTuple):
-    """A case that is compiled: a call that takes a step, its row of the result file but for the times, and its HLO."""
+    """A compiled case.
+
+    Attributes:
+      call: takes one meta-step.
+      row: its row of the result file, without the times.
+      program: the optimised HLO.
+    """
 
     call: Callable[[], Any]
     row: dict[str, Any]
@@ -142,8 +148,8 @@ def prepare(case: Case) -> Prepared:
     state, episodes = common.place(state, episodes, mesh)
     step = make_meta_step(learner, optimizer, chunk_size=case.chunk_size, mesh=mesh)
     with jax.default_matmul_precision(matmul_algorithm(case.precision)):
-        flops = count_flops(step, state, episodes)
-        compiled, compile_seconds = common.compile_of(step, state, episodes)
+        flops = count_flops(step.jitted, state, episodes)
+        compiled, compile_seconds = common.compile_of(step.jitted, state, episodes)
     row = dataclasses.asdict(case) | {
         "devices": mesh.size if mesh else 1,
         "compile_seconds": compile_seconds,
@@ -154,12 +160,15 @@ def prepare(case: Case) -> Prepared:
 
 
 def run_cases(named: dict[str, Case], reference: str, config: Config) -> dict[str, dict[str, Any]]:
-    """Times some cases in turns, and each time the machine's peak with them; returns a row for each.
+    """Times cases in turns, together with the matrix product that measures the peak of the machine.
 
     Args:
       named: the cases by name.
-      reference: the name of the one whose time the others are compared with; if it is none of them, none is.
-      config: how often, for how long, and the size of the matrix product that gives the peak.
+      reference: the name of the case whose time the others are compared with. Any other string: no comparison.
+      config: the limits on repetitions and seconds, and the size of the matrix product.
+
+    Returns:
+      A row for each case, by name.
     """
     prepared = {name: prepare(case) for name, case in named.items()}
     matrix = jnp.ones((config.matmul_size, config.matmul_size))
@@ -181,7 +190,7 @@ def run_cases(named: dict[str, Case], reference: str, config: Config) -> dict[st
 
 
 def headline(config: Config) -> dict[str, dict[str, Any]]:
-    """The exact meta-step as the library does it, and the same objective as one vmap over `lax.conv`."""
+    """Times the exact meta-step with the library's defaults, and the same objective as one vmap over `lax.conv`."""
     base = Case(
         way=config.way, query_shot=config.query_shot, filters=config.filters, meta_batch_size=config.meta_batch_size[0]
     )
@@ -191,7 +200,7 @@ def headline(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def sweep(config: Config) -> list[dict[str, Any]]:
-    """The rows of the sweep; cases that differ in the derivative alone take turns."""
+    """Returns the rows of the sweep. Cases that only differ in the derivative are timed in turns."""
     groups: dict[Case, list[Case]] = {}
     for case in cases(config, jax.device_count()):
         groups.setdefault(dataclasses.replace(case, derivative="first_order"), []).append(case)
@@ -202,7 +211,7 @@ def sweep(config: Config) -> list[dict[str, Any]]:
 
 
 def precisions(config: Config) -> list[dict[str, Any]]:
-    """The exact meta-step in each precision, and how far its meta-gradient is from that of the first."""
+    """Times the exact meta-step in each precision, and compares its meta-gradient with that of the first."""
     base = Case(
         way=config.way, query_shot=config.query_shot, filters=config.filters, meta_batch_size=config.meta_batch_size[0]
     )
@@ -216,7 +225,7 @@ def precisions(config: Config) -> list[dict[str, Any]]:
 
 
 def first_gradient(case: Case) -> ArrayTree:
-    """The meta-gradient of the first step: (1 - b1) of it is Adam's first moment after that step."""
+    """The meta-gradient of the first step times (1 - b1), which is Adam's first moment after that step."""
     return optax.tree.get(prepare(case).call()[0].opt_state, "mu")
 
 
@@ -238,7 +247,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """The comparison, the precisions and the sweep."""
+    """The comparison with one vmap, the precisions and the sweep."""
 
     def costs(row):
         return [
@@ -289,7 +298,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
-    """Time against inner steps for each derivative, and against chunk size for each convolution."""
+    """Plots time against inner steps for each derivative, and against chunk size for each convolution."""
     base = {name: getattr(config, name)[0] for name in ("meta_batch_size", "shot", "convolution", "chunk_size")}
 
     def curve(axes, x, label, **fixed):

@@ -1,7 +1,8 @@
 """The same meta-step in this library, in JAX as it is usually written, and in PyTorch's meta-learning libraries.
 
-All start from the same parameters and episodes. It is checked first, in float64, that all compute the same
-meta-gradient; then they take turns in float32, so that their ratios hold even where the machine's speed drifts.
+All implementations start from the same parameters and episodes. The benchmark first checks in float64 that all
+compute the same meta-gradient. It then times them in turns in float32, so a drift in the speed of the machine does
+not change their ratios.
 
 It needs PyTorch, higher and TorchOpt: pip install -e '.[experiments,peers]'
 """
@@ -27,10 +28,10 @@ OURS = "maml_jax"
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """One exact meta-step of MAML with Adam: conv4 at stride 2, offsets of the normalisation not adapted."""
+    """One exact meta-step of MAML with Adam: conv4 at stride 2, without adapting the offsets of the normalisation."""
 
     max_seconds: float = 60.0
-    """Seconds of rounds for each number of inner steps; what takes more than a quarter of it is in the first alone."""
+    """Seconds of rounds for each number of inner steps. A call longer than a quarter of it only runs in the first."""
     meta_batch_size: int = 32
     """Tasks of a meta-step."""
     way: int = 5
@@ -42,15 +43,15 @@ class Config(common.Settings):
     filters: int = 64
     """Filters of each convolution."""
     inner_lr: float = 0.4
-    """Rate of the inner gradient descent on the mean cross-entropy."""
+    """Learning rate of the inner gradient descent on the mean cross-entropy."""
     outer_lr: float = 1e-3
-    """Rate of Adam."""
+    """Learning rate of Adam."""
     inner_steps: tuple[int, ...] = (1, 5)
-    """Inner steps. One vmap over lax.conv, which is far slower, is measured with the first alone."""
+    """Inner steps. One vmap over lax.conv is far slower and only measured with the first number."""
     checked_tasks: int = 4
-    """Tasks of the comparison of meta-gradients in float64."""
+    """Tasks in the comparison of meta-gradients in float64."""
     tolerance: float = 1e-4
-    """Largest distance between two meta-gradients in float64, relative to their norm."""
+    """Largest distance of a meta-gradient from ours in float64, relative to the norm of ours."""
 
 
 SHORT = Config(short=True, max_repetitions=5, max_seconds=10.0, inner_steps=(1,))
@@ -58,7 +59,7 @@ SHORT = Config(short=True, max_repetitions=5, max_seconds=10.0, inner_steps=(1,)
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A way to run the meta-step in JAX."""
+    """One implementation of the meta-step in JAX."""
 
     inner_grad: Callable = mixed_mode
     conv_fn: Callable = conv_matmul
@@ -74,13 +75,18 @@ VARIANTS = {
 
 
 def by_path(tree: ArrayTree) -> dict[str, np.ndarray]:
-    """The leaves of a pytree as NumPy arrays, by names such as "conv_0/kernel"."""
+    """Returns the leaves of a pytree as NumPy arrays, by paths such as "conv_0/kernel"."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
 
 
 def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config) -> tuple[Callable, Callable, float]:
-    """A meta-step, the meta-gradient of its first call, and the seconds of its compilation; in the episodes' dtype."""
+    """Compiles a meta-step in JAX, in the dtype of the episodes.
+
+    Returns:
+      A call that takes a meta-step; a call that takes the first one and returns its meta-gradient by path; and the
+      seconds of compilation.
+    """
     learner = maml(
         models.conv4(way=config.way, features=config.filters, conv_fn=variant.conv_fn),
         losses.cross_entropy,
@@ -96,13 +102,12 @@ def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config
     mesh = mesh_for(num_tasks) if variant.on_mesh else None
     state, episodes = common.place(state, episodes, mesh)
     chunk_size = num_tasks if variant.one_vmap else None
-    compiled, seconds = common.compile_of(
-        make_meta_step(learner, optimizer, chunk_size=chunk_size, mesh=mesh), state, episodes
-    )
+    step = make_meta_step(learner, optimizer, chunk_size=chunk_size, mesh=mesh)
+    compiled, seconds = common.compile_of(step.jitted, state, episodes)
     call = common.stepping(compiled, state, episodes)
 
     def first_gradient():
-        # After its first step Adam's first moment is (1 - momentum) times the gradient.
+        # After the first step, Adam's first moment is (1 - momentum) times the gradient.
         moment = optax.tree.get(call()[0].opt_state, "mu")
         return {name: leaf / (1 - momentum) for name, leaf in by_path(moment).items()}
 
@@ -110,7 +115,7 @@ def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config
 
 
 def initial_params(init: Callable, episodes: Episode) -> ArrayTree:
-    """The parameters that all start from: drawn in float32, then in the dtype of the episodes."""
+    """Draws the common initial parameters in float32 and converts them to the dtype of the episodes."""
     inputs = episodes.support.inputs
     with jax.enable_x64(False):
         params = init(jax.random.key(0), jnp.zeros(inputs.shape[1:]))
@@ -118,7 +123,14 @@ def initial_params(init: Callable, episodes: Episode) -> ArrayTree:
 
 
 def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, tuple[Callable, Callable]]:
-    """For each peer a meta-step, and the meta-gradient of its first call."""
+    """Builds the meta-step of every peer.
+
+    Returns:
+      By name: a call that takes a meta-step, and one that takes the first and returns its meta-gradient by path.
+
+    Raises:
+      RunError: if a peer is not installed.
+    """
     try:
         from benchmarks import torch_peers
     except ImportError as error:
@@ -146,7 +158,7 @@ def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, t
 
 
 def distance(gradient: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> float:
-    """‖gradient - reference‖ / ‖reference‖ over all leaves."""
+    """Returns ‖gradient - reference‖ / ‖reference‖ over all leaves."""
     flat, flat_reference = (
         np.concatenate([np.ravel(leaves[name]) for name in sorted(reference)]) for leaves in (gradient, reference)
     )
@@ -154,18 +166,18 @@ def distance(gradient: dict[str, np.ndarray], reference: dict[str, np.ndarray]) 
 
 
 def check(distances: dict[str, float], tolerance: float) -> None:
-    """Raises RunError naming the implementations whose meta-gradients are further from ours than `tolerance`."""
+    """Raises RunError that names the implementations whose meta-gradients differ from ours by over `tolerance`."""
     if wrong := {name: value for name, value in distances.items() if not value <= tolerance}:
         raise RunError(f"these meta-gradients are further than {tolerance} from that of {OURS}: {wrong}")
 
 
 class Prepared(NamedTuple):
-    """All implementations with some number of inner steps, by name; our own first.
+    """All implementations for one number of inner steps, by name, ours first.
 
     Attributes:
-      steps: takes a meta-step.
-      gradients: the meta-gradient of the first step, by path.
-      compile_seconds: of those that are compiled.
+      steps: calls that take a meta-step.
+      gradients: the meta-gradients of the first step, by path.
+      compile_seconds: seconds of compilation, of the implementations in JAX.
     """
 
     steps: dict[str, Callable]
@@ -173,12 +185,12 @@ class Prepared(NamedTuple):
     compile_seconds: dict[str, float]
 
     def distances(self) -> dict[str, float]:
-        """Of every meta-gradient from ours, relative to its norm."""
+        """The distance of every meta-gradient from ours, relative to the norm of ours."""
         return {name: distance(gradient, self.gradients[OURS]) for name, gradient in self.gradients.items()}
 
 
 def prepare(inner_steps: int, num_tasks: int, dtype: Any, config: Config) -> Prepared:
-    """Takes the first step of every implementation, in float32 or (with x64 enabled) in float64."""
+    """Takes the first step of every implementation, in float32, or in float64 if x64 is enabled."""
     episodes = common.random_episodes(
         num_tasks=num_tasks, way=config.way, shot=config.shot, query_shot=config.query_shot
     )
@@ -196,10 +208,13 @@ def prepare(inner_steps: int, num_tasks: int, dtype: Any, config: Config) -> Pre
 
 
 def compare(inner_steps: int, config: Config) -> list[dict[str, Any]]:
-    """Checks and times all implementations with some number of inner steps; one row each, ours first.
+    """Checks and times all implementations for one number of inner steps.
+
+    Returns:
+      A row for each, ours first.
 
     Raises:
-      RunError: if two meta-gradients differ by more than the tolerance.
+      RunError: if a meta-gradient differs from ours by more than the tolerance.
     """
     with jax.enable_x64(True):
         in_float64 = prepare(inner_steps, config.checked_tasks, jnp.float64, config).distances()
@@ -232,7 +247,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """A table for each number of inner steps."""
+    """One table for each number of inner steps."""
     config, rows = content["config"], content["rows"]
     return [
         common.Table(
@@ -266,7 +281,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
-    """A bar for each implementation, as a multiple of ours."""
+    """Draws a bar for each implementation: its time as a multiple of ours."""
     with common.figure("peers", config, columns=len(config.inner_steps), width=5.5) as drawn:
         for axes, steps in zip(drawn, config.inner_steps, strict=True):
             ratios = {row["implementation"]: row["times_ours"].median for row in rows if row["inner_steps"] == steps}

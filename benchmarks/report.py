@@ -1,4 +1,4 @@
-"""Fills in the tables of benchmarks/README.md and README.md from the result files; no number is typed by hand.
+"""Generates the tables of benchmarks/README.md and README.md from the result files.
 
 python -m benchmarks.report
 """
@@ -23,7 +23,7 @@ TABLES = {
 
 
 def section(content: dict[str, Any]) -> str:
-    """The tables of one benchmark in Markdown, and what they were measured with and on."""
+    """The tables of one benchmark in Markdown, after the command, the device and the versions."""
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
     parts = [f"`{content['command']}` on {content['device']}; {versions}.", f"![](results/{content['benchmark']}.png)"]
     for table in TABLES[content["benchmark"]](content):
@@ -33,7 +33,7 @@ def section(content: dict[str, Any]) -> str:
 
 
 def speed(content: dict[str, Any]) -> str:
-    """The peers' times in short, for the README of the project."""
+    """The times of the peers, for the README of the project."""
     steps = sorted({row["inner_steps"] for row in content["rows"]})
     by = {(row["implementation"], row["inner_steps"]): row for row in content["rows"]}
 
@@ -49,22 +49,24 @@ def speed(content: dict[str, Any]) -> str:
 
 
 def fill(readme: Path, sections: dict[str, str]) -> None:
-    """Replaces what stands between `<!-- NAME -->` and `<!-- end -->` for each NAME.
+    """Replaces the text between `<!-- NAME -->` and `<!-- end -->` for each NAME.
 
     Raises:
-      ValueError: if the text has no place for a name, or several.
+      ValueError: if the file does not have exactly one such place for a name. The file is then unchanged.
     """
     text = readme.read_text()
     for name, content in sections.items():
         filled = f"<!-- {name} -->\n\n{content}\n\n<!-- end -->"
         text, places = re.subn(rf"<!-- {name} -->.*?<!-- end -->", lambda _, new=filled: new, text, flags=re.DOTALL)
         if places != 1:
-            raise ValueError(f"{readme} has {places} places for {name}, lines <!-- {name} --> and <!-- end -->")
+            raise ValueError(
+                f"{readme} has {places} places for {name} and must have one: <!-- {name} --> ... <!-- end -->"
+            )
     readme.write_text(text)
 
 
 def write(readme: Path, project_readme: Path | None, results_dir: Path) -> None:
-    """Fills in the tables of every benchmark that has a result file, and those of the project's README."""
+    """Generates the tables of every benchmark that has a result file, and the table in the project's README."""
     found = {file.stem: common.read_results(file) for name in TABLES if (file := results_dir / f"{name}.json").exists()}
     fill(readme, {name: section(content) for name, content in found.items()})
     if project_readme is not None and "peers" in found:
@@ -73,5 +75,5 @@ def write(readme: Path, project_readme: Path | None, results_dir: Path) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:]:
-        sys.exit(f"{__doc__}\nIt takes no arguments.")
+        sys.exit(f"{__doc__}\nThis command takes no arguments.")
     write(HERE / "README.md", HERE.parent / "README.md", HERE / "results")

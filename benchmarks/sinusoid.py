@@ -1,7 +1,7 @@
-"""Meta-steps a second on sinusoids, with the settings of the MAML paper, and what bounds them.
+"""Meta-steps per second on sinusoids, with the settings of the MAML paper, and what bounds them.
 
-The library's training loop, sampling included, against loops that Python drives: one jitted meta-step at a time on
-tasks sampled on the host, and plain PyTorch over tasks where it is installed.
+The library's training loop, sampling included, is compared with two loops in Python: one jitted meta-step at a time
+on tasks sampled on the host, and plain PyTorch in a loop over tasks, if it is installed.
 """
 
 import dataclasses
@@ -41,21 +41,21 @@ class Config(common.Settings):
     meta_batch_size: int = 25
     """Tasks of a meta-step."""
     shot: int = 10
-    """Support points, and as many query points."""
+    """Support points of a task. The number of query points is the same."""
     features: tuple[int, ...] = (40, 40, 1)
     """Widths of the network's layers."""
     inner_steps: int = 1
     """Inner steps."""
     inner_lr: float = 0.001
-    """Rate of the inner gradient descent."""
+    """Learning rate of the inner gradient descent."""
     outer_lr: float = 1e-3
-    """Rate of Adam."""
+    """Learning rate of Adam."""
     steps_per_call: int = 2000
-    """Meta-steps of one timed call of the compiled loop."""
+    """Meta-steps in one timed call of the compiled loop."""
     python_steps: int = 50
-    """Meta-steps of one timed call of the loops in Python."""
+    """Meta-steps in one timed call of the loops in Python."""
     chunk_size: tuple[int, ...] = (1, 5, 25)
-    """Tasks that are vmapped together, besides the library's choice."""
+    """Tasks that are vmapped together, in addition to the library's default."""
 
 
 SHORT = Config(short=True, max_repetitions=5, max_seconds=5.0, chunk_size=())
@@ -72,7 +72,14 @@ def make_learner(config: Config) -> MetaLearner:
 
 
 class Loop(NamedTuple):
-    """A compiled training loop: a call that runs it, its HLO, operations of a meta-step, seconds of compilation."""
+    """A compiled training loop.
+
+    Attributes:
+      call: runs it.
+      program: the optimised HLO.
+      flops: floating-point operations of one meta-step.
+      compile_seconds: seconds of compilation.
+    """
 
     call: Callable[[], Any]
     program: str
@@ -94,13 +101,14 @@ def prepare_loop(config: Config, chunk_size: int | None) -> Loop:
         num_steps=config.steps_per_call,
         chunk_size=chunk_size,
     )
-    flops = count_flops(loop, state, key) / config.steps_per_call
-    compiled, compile_seconds = common.compile_of(loop, state, key)
-    return Loop(common.stepping(compiled, state, key), compiled.as_text(), flops, compile_seconds)
+    args = (state, key, *loop.data)
+    flops = count_flops(loop.jitted, *args) / config.steps_per_call
+    compiled, compile_seconds = common.compile_of(loop.jitted, *args)
+    return Loop(common.stepping(compiled, *args), compiled.as_text(), flops, compile_seconds)
 
 
 def compiled_loop(config: Config, chunk_size: int | None) -> dict[str, Any]:
-    """Times a training loop; the row also says how many operations XLA left in a meta-step."""
+    """Times a training loop. The row includes the number of operations in a meta-step of the compiled program."""
     loop = prepare_loop(config, chunk_size)
     return timed(loop.call, config.steps_per_call, config) | {
         "compile_seconds": loop.compile_seconds,
@@ -110,7 +118,7 @@ def compiled_loop(config: Config, chunk_size: int | None) -> dict[str, Any]:
 
 
 def sampling_alone(config: Config) -> dict[str, Any]:
-    """Times a compiled loop that draws the tasks of every meta-step as the training loop does, and only that."""
+    """Times a compiled loop that only draws the tasks of every meta-step, in the same way as the training loop."""
     sample_episode = sinusoid.make_sampler(shot=config.shot, query_shot=config.shot)
 
     @jax.jit
@@ -130,7 +138,7 @@ def sampling_alone(config: Config) -> dict[str, Any]:
 
 
 def timed(call: Callable[[], Any], num_steps: int, config: Config) -> dict[str, Any]:
-    """Seconds of a meta-step, and meta-steps a second, of a call that makes `num_steps` of them."""
+    """Times a call that takes `num_steps` meta-steps. Returns seconds per meta-step and meta-steps per second."""
     timing = common.measure(call, config)
     per_step = common.Timing(*(value / num_steps for value in timing[:3]), timing.repetitions)
     return {"seconds_per_step": per_step, "steps_per_second": 1 / per_step.median, "compile_seconds": 0.0}
@@ -142,13 +150,13 @@ _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*?[\])}] ([\w\-]+)\((.*)
 
 
 def count_ops(program: str) -> int:
-    """Operations that a compiled program starts, those in loops once an iteration.
+    """Counts the operations that a compiled program starts. Those in a loop count once per iteration.
 
     Args:
-      program: optimised HLO. A fusion is one operation; what only names or regroups buffers is none.
+      program: optimised HLO. A fusion is one operation. Instructions that only name or regroup buffers are free.
 
     Raises:
-      ValueError: if the text holds a loop of unknown length.
+      ValueError: if the program contains a loop of unknown length.
     """
     bodies = dict(_COMPUTATION.findall(program))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", program, re.MULTILINE)[1]
@@ -159,7 +167,9 @@ def count_ops(program: str) -> int:
             if opcode == "while":
                 length = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', rest)
                 if length is None:
-                    raise ValueError("the program holds a loop of unknown length")
+                    raise ValueError(
+                        "the program contains a loop of unknown length; use a scan, or a fori_loop with constant bounds"
+                    )
                 total += int(length[1]) * count(re.search(r"body=%?([\w.\-]+)", rest)[1])
             elif opcode == "call":
                 total += count(re.search(r"to_apply=%?([\w.\-]+)", rest)[1])
@@ -171,7 +181,7 @@ def count_ops(program: str) -> int:
 
 
 def sample_on_host(rng: np.random.Generator, config: Config) -> Episode:
-    """A meta-batch drawn with NumPy, as a data loader would."""
+    """Draws a meta-batch with NumPy, as a data loader does."""
     shape = (config.meta_batch_size, 1, 1)
     amplitude, phase = rng.uniform(*sinusoid.AMPLITUDES, shape), rng.uniform(*map(float, sinusoid.PHASES), shape)
     inputs = rng.uniform(*sinusoid.INPUTS, (config.meta_batch_size, 2 * config.shot, 1))
@@ -182,13 +192,13 @@ def sample_on_host(rng: np.random.Generator, config: Config) -> Episode:
 
 
 def jitted_steps(config: Config) -> dict[str, Any]:
-    """Times one jitted meta-step at a time, on tasks sampled on the host, all of them vmapped together."""
+    """Times one jitted meta-step at a time, on tasks sampled on the host and vmapped together."""
     learner, optimizer = make_learner(config), optax.adam(config.outer_lr)
     rng = np.random.default_rng(0)
     episodes = sample_on_host(rng, config)
     state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
     step = make_meta_step(learner, optimizer, chunk_size=config.meta_batch_size)
-    compiled, compile_seconds = common.compile_of(step, state, episodes)
+    compiled, compile_seconds = common.compile_of(step.jitted, state, episodes)
 
     def call():
         nonlocal state
@@ -200,7 +210,7 @@ def jitted_steps(config: Config) -> dict[str, Any]:
 
 
 def torch_loop(config: Config) -> dict[str, Any] | None:
-    """Times plain PyTorch, one task after the other; None if it is not installed."""
+    """Times plain PyTorch, one task after the other. Returns None if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -249,7 +259,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def draw(config: Config, rows: dict[str, Any]) -> None:
-    """A bar for each loop."""
+    """Draws a bar for each loop."""
     with common.figure("sinusoid", config, width=7) as (axes,):
         values = {name: row["steps_per_second"] for name, row in rows.items() if name != SAMPLING}
         common.draw_bars(axes, values, "meta-steps a second")
@@ -257,7 +267,7 @@ def draw(config: Config, rows: dict[str, Any]) -> None:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """The speeds, and what bounds the compiled loop."""
+    """The speeds, and the operations of the compiled loops."""
     rows = content["rows"]
     fastest = rows[OURS]["steps_per_second"]
     bounds = [

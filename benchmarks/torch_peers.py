@@ -1,6 +1,6 @@
 """The meta-step of `benchmarks.peers` written with PyTorch: plain loops, torch.func, higher and TorchOpt.
 
-Each is written the way its own documentation writes MAML. They share the network and the outer step.
+Each follows the example of MAML in its own documentation. All share the network and the outer step.
 """
 
 import os
@@ -18,15 +18,15 @@ Weights = dict[str, Tensor]
 
 
 class Problem(NamedTuple):
-    """One meta-batch and the parameters to start from, as NumPy arrays in JAX's layouts.
+    """One meta-batch and the initial parameters, as NumPy arrays in the layouts of JAX.
 
     Attributes:
-      params: of `models.conv4`, by path; "norm_i/offset" are not adapted.
+      params: parameters of `models.conv4`, by path. "norm_i/offset" are not adapted.
       support: images [T, S, 28, 28, 1] and labels [T, S].
       query: images [T, M, 28, 28, 1] and labels [T, M].
-      inner_lr: rate of the inner gradient descent.
+      inner_lr: learning rate of the inner gradient descent.
       inner_steps: K.
-      outer_lr: rate of Adam.
+      outer_lr: learning rate of Adam.
     """
 
     params: dict[str, np.ndarray]
@@ -38,14 +38,19 @@ class Problem(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """A meta-step, and the meta-gradient [by path, JAX's layouts] of the step that was taken last."""
+    """One implementation.
+
+    Attributes:
+      step: takes a meta-step and returns the mean loss.
+      gradient: returns the meta-gradient of the last step, by path, in the layouts of JAX.
+    """
 
     step: Callable[[], Tensor]
     gradient: Callable[[], dict[str, np.ndarray]]
 
 
 def use_all_cores() -> None:
-    """As many threads as this process has cores."""
+    """Gives PyTorch one thread per core of this process."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
@@ -60,7 +65,7 @@ def network(weights: Weights, inputs: Tensor) -> Tensor:
     """`models.conv4` at stride 2: [S, 1, 28, 28] -> [S, N]."""
     hidden = inputs
     for index in range(4):
-        # "SAME" pads behind alone where the size is even.
+        # If the size is even, "SAME" only pads at the end.
         padding = (1, 1, 1, 1) if hidden.shape[-1] % 2 else (0, 1, 0, 1)
         hidden = F.conv2d(F.pad(hidden, padding), weights[f"conv_{index}/kernel"], weights[f"conv_{index}/bias"], 2)
         hidden = F.batch_norm(hidden, None, None, bias=weights[f"norm_{index}/offset"], training=True, eps=1e-3)
@@ -69,12 +74,12 @@ def network(weights: Weights, inputs: Tensor) -> Tensor:
 
 
 def loss(weights: Weights, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """Mean cross-entropy of one batch."""
+    """The mean cross-entropy of one batch."""
     return F.cross_entropy(network(weights, batch[0]), batch[1])
 
 
 class Setting:
-    """A `Problem` as tensors, with its parameters as leaves and Adam over them."""
+    """A `Problem` as tensors. Its parameters are leaves, and Adam updates them."""
 
     def __init__(self, problem: Problem):
         self.problem = problem
@@ -86,11 +91,11 @@ class Setting:
         self.outer = torch.optim.Adam(self.weights.values(), lr=problem.outer_lr)
 
     def tasks(self) -> Iterator[tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]]:
-        """Support and query set of one task after the other."""
+        """Yields the support and query set of one task after the other."""
         yield from zip(zip(*self.support, strict=True), zip(*self.query, strict=True), strict=True)
 
     def peer(self, backward: Callable[[], Tensor]) -> Peer:
-        """Makes a meta-step of a function that fills in the gradients of `weights` and returns the mean loss."""
+        """Makes a `Peer` of a function that sets the gradients of `weights` and returns the mean loss."""
 
         def step() -> Tensor:
             self.outer.zero_grad()
@@ -106,7 +111,7 @@ class Setting:
 
 
 class AdaptedModule(nn.Module):
-    """What higher and TorchOpt want: a module that holds the parameters that adapt, and no others."""
+    """A module that only contains the parameters that adapt, as higher and TorchOpt require."""
 
     def __init__(self, setting: Setting):
         super().__init__()
@@ -186,7 +191,7 @@ def with_higher(problem: Problem) -> Peer:
 
 
 def with_torchopt(problem: Problem) -> Peer:
-    """`torchopt.MetaSGD` on the module, whose state is put back after each task."""
+    """`torchopt.MetaSGD` on the module. The state of both is restored after each task."""
     setting = Setting(problem)
     module = AdaptedModule(setting)
     inner = torchopt.MetaSGD(module, lr=problem.inner_lr)

@@ -1,7 +1,7 @@
-"""What a step costs, counted before it is run: floating-point operations and temporary memory.
+"""The cost of a function without running it: floating-point operations and temporary memory.
 
-Both counts are exact and free of noise. Operations are read off the traced program, where the body of a
-loop is met once and its length is written beside it; memory is read off the compiled one.
+Both are deterministic. Operations are counted on the jaxpr, with the body of a scan multiplied by its length. Memory
+is the buffer assignment of XLA.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.outer import meta_gradient
 from maml_jax.types import ArrayTree, Episode, MetaLearner
 
-# Primitives by what they cost; those named nowhere are free.
+# Primitives by their cost. All others are free.
 _ARITHMETIC, _REDUCTIONS, _WINDOW_REDUCTIONS, _CUMULATIONS, _UNKNOWN = map(
     str.split,
     (
@@ -38,7 +38,7 @@ class Cost(NamedTuple):
 
     Attributes:
       flops: floating-point operations; see `count_flops`.
-      temporary_bytes: see `temporary_bytes`.
+      temporary_bytes: bytes; see `temporary_bytes`.
     """
 
     flops: int
@@ -46,9 +46,9 @@ class Cost(NamedTuple):
 
 
 def cost_of(function: Callable, *args: Any) -> Cost:
-    """Operations and temporary memory of `function(*args)`, which is compiled and not run.
+    """Returns the operations and the temporary memory of `function(*args)`. The function is compiled and not run.
 
-    For example, what an exact meta-gradient costs beside one of first order:
+    For example, an exact meta-gradient compared with one of first order:
 
     >>> from functools import partial
     >>> import jax, jax.numpy as jnp, optax
@@ -67,50 +67,51 @@ def cost_of(function: Callable, *args: Any) -> Cost:
 
     Args:
       function: traceable, jitted or not.
-      args: its positional arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+      args: its positional arguments: arrays, or `jax.ShapeDtypeStruct`s in place of them.
 
     Returns:
       A `Cost`.
 
     Raises:
-      ValueError: as `count_flops`.
+      ValueError: if the operations cannot be counted; see `count_flops`.
     """
     return Cost(count_flops(function, *args), temporary_bytes(function, *args))
 
 
 def temporary_bytes(function: Callable, *args: Any) -> int:
-    """Bytes that the compiled `function(*args)` needs beside its arguments and results.
+    """Returns the bytes that the compiled `function(*args)` needs in addition to its arguments and results.
 
-    XLA lays out this buffer when it compiles, so the number is the peak and no estimate. It is that of one
-    device.
+    XLA assigns all temporary buffers at compile time, so the number is the exact peak. With several devices it is the
+    peak of one of them.
 
     Args:
       function: traceable, jitted or not.
-      args: its positional arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+      args: its positional arguments: arrays, or `jax.ShapeDtypeStruct`s in place of them.
     """
-    # Memory is laid out before machine code is made, which the CPU's compiler spends most of its time on.
+    # Buffers are assigned before machine code is generated. On a CPU the latter takes most of the time to compile.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(function).lower(*args).compile(options).memory_analysis().temp_size_in_bytes
 
 
 def count_flops(function: Callable, *args: Any) -> int:
-    """Floating-point operations of `function(*args)`, which is traced and not run.
+    """Counts the floating-point operations of `function(*args)`. The function is traced and not run.
 
-    A multiplication, an addition and any other function of one floating element count 1; matrix products and
-    convolutions count a multiplication and an addition a term, terms on padding left out; a reduction of n
-    elements counts n − 1. Comparison, selection, conversion, movement of data, integers and random bits are
-    free. A scan counts its length times its body, a `cond` its dearest branch, `shard_map` all devices.
-    What no result depends on is left out, as XLA would.
+    - An elementwise operation, such as an addition, a multiplication or an exponential, counts 1 per element.
+    - A matrix product or a convolution counts 2 per term, a multiplication and an addition. Terms on padding are free.
+    - A reduction of n elements to one counts n − 1.
+    - Comparison, selection, conversion, data movement, integer arithmetic and random bits are free.
+    - A scan counts its length times its body, a `cond` its most expensive branch, and `shard_map` all devices.
+    - Operations that no result depends on are not counted, as XLA removes them.
 
-    `compiled.cost_analysis()` agrees where there is no scan; it counts the body of a scan once.
+    `compiled.cost_analysis()` agrees for functions without a scan. It counts the body of a scan only once.
 
     Args:
       function: traceable, jitted or not.
-      args: its positional arguments; `jax.ShapeDtypeStruct`s will do for arrays.
+      args: its positional arguments: arrays, or `jax.ShapeDtypeStruct`s in place of them.
 
     Raises:
-      ValueError: if the function holds a `while_loop`, whose length is known when it runs, or a primitive
-        that calls functions in a way that is not known here.
+      ValueError: if the function contains a `while_loop`, whose length is only known when it runs, or a primitive
+        whose operations are not known to this counter.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return _count(jaxpr, [True] * len(jaxpr.outvars))[0]
@@ -119,7 +120,7 @@ def count_flops(function: Callable, *args: Any) -> int:
 def inner_grad_costs(
     build: Callable[..., MetaLearner], params: ArrayTree, episodes: Episode, *, chunk_size: int | None = None
 ) -> dict[str, Cost]:
-    """Costs of one meta-gradient with each way of differentiating the inner gradient, and of a forward pass.
+    """Compares the costs of one meta-gradient for three ways to differentiate the inner gradient.
 
     Args:
       build: `build(inner_grad=...) -> MetaLearner`, such as `partial(maml, model, loss_fn, inner_optimizer=...,
@@ -129,8 +130,8 @@ def inner_grad_costs(
       chunk_size: as in `outer.meta_gradient`.
 
     Returns:
-      Costs named "first_order", "mixed_mode" and "reverse_over_reverse", and "forward" for θ applied once to
-      the support set and once to the query set of every task. Ratios of these are what a step really costs.
+      Costs by name: "first_order", "mixed_mode" and "reverse_over_reverse" of the meta-gradient, and "forward" of one
+      application of θ to the support set and one to the query set of every task.
     """
 
     def gradient(inner_grad):
@@ -152,8 +153,8 @@ def inner_grad_costs(
 
 
 def _count(jaxpr: Any, is_needed: list[bool]) -> tuple[int, list[bool]]:
-    """Operations that the needed results of a jaxpr take, and which of its arguments they depend on."""
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # a ClosedJaxpr holds one
+    """Returns the operations for the needed results of a jaxpr, and which of its arguments these depend on."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)  # that of a ClosedJaxpr
     needed = {var for var, needs in zip(jaxpr.outvars, is_needed, strict=True) if needs and not _is_literal(var)}
     total = 0
     for eqn in reversed(jaxpr.eqns):
@@ -179,7 +180,7 @@ def _count_equation(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
         return max(flops for flops, _ in counts), [True, *depends]
     if name == "while":
         raise ValueError(
-            "the operations of a while_loop cannot be counted before it has run; count its body, or use a scan or a "
+            "the operations of a while_loop cannot be counted before it runs; count its body, or use a scan or a "
             "fori_loop with constant bounds"
         )
     called = [value for value in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(value)]
@@ -196,20 +197,15 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _count_scan(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
-    body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
-
-    def num_unstacked(outside, inside):  # constants and carries are the same inside; what is scanned loses an axis
-        return sum(a.aval.ndim == b.aval.ndim for a, b in zip(outside, inside, strict=True))
-
-    num_carry = num_unstacked(eqn.outvars, body.outvars)
-    num_consts = num_unstacked(eqn.invars, body.invars) - num_carry
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
     carry, stacked = outputs[:num_carry], outputs[num_carry:]
-    while True:  # what one iteration needs of the carry, the iteration before it has to make
-        flops, inputs = _count(body, carry + stacked)
-        wider = [a or b for a, b in zip(carry, inputs[num_consts:], strict=False)]
-        if wider == carry:
+    while True:  # An iteration must also compute what the next one needs of the carry.
+        flops, inputs = _count(eqn.params["jaxpr"], carry + stacked)
+        of_next = inputs[num_consts : num_consts + num_carry]
+        needed = [a or b for a, b in zip(carry, of_next, strict=True)]
+        if needed == carry:
             return eqn.params["length"] * flops, inputs
-        carry = wider
+        carry = needed
 
 
 def _primitive_flops(eqn: Any) -> int:
@@ -246,7 +242,7 @@ def _conv_flops(params: dict[str, Any], inputs: Any, kernel: Any, output: Any) -
         spread, reach = params["lhs_dilation"][axis], params["rhs_dilation"][axis]
         starts = stride * np.arange(output.shape[numbers.out_spec[2 + axis]]) - low
         positions = starts[:, None] + reach * np.arange(kernel.shape[numbers.rhs_spec[2 + axis]])
-        # Neither padding nor the zeros that `lhs_dilation` spreads between the inputs takes an operation.
+        # Padding, and the zeros that `lhs_dilation` inserts between the inputs, take no operation.
         terms *= int(np.sum((positions >= 0) & (positions < spread * size) & (positions % spread == 0)))
     features, channels = (kernel.shape[axis] for axis in numbers.rhs_spec[:2])
     return 2 * output.shape[numbers.out_spec[0]] * features * channels * terms

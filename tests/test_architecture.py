@@ -1,7 +1,9 @@
 """Which module may import which, and what importing the library must not do."""
 
 import ast
+import configparser
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +114,14 @@ def test_every_public_name_is_listed_and_exists():
     assert sorted(maml_jax.__all__) == sorted(set(maml_jax.__all__))
     missing = [name for name in maml_jax.__all__ if not hasattr(maml_jax, name)]
     assert not missing
+
+
+def test_the_library_is_typed_and_requires_what_it_imports():
+    assert (ROOT / "py.typed").exists()
+    setup = configparser.ConfigParser()
+    setup.read(ROOT.parent / "setup.cfg")
+    required = {re.split(r"[><=\[]", line)[0] for line in setup["options"]["install_requires"].split()}
+    required |= {"maml_jax", "orbax"} if "orbax-checkpoint" in required else {"maml_jax"}
+    for module in MODULES:
+        names = {name.split(".")[0] for name in imported(module, inside_functions=False)}
+        assert names - sys.stdlib_module_names <= required, module

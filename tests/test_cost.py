@@ -39,7 +39,7 @@ def xla_flops(function, *args):
         (jnp.cumsum, (jnp.ones(9),), 9),
         (lambda a: a.at[jnp.array([0, 2])].add(a[:2]), (A,), 2 * 5),
         (lambda a: lax.reduce_window(a, 0.0, lax.add, (1, 2), (1, 2), "VALID"), (SQUARE,), 8),
-        # What moves, compares, converts or counts is free.
+        # Data movement, comparison, conversion and integers are free.
         (lambda a: jnp.where(a > 0, a.T, 1.0)[::-1].reshape(-1).astype(jnp.bfloat16), (SQUARE,), 0),
         (lambda n: n * n + n, (jnp.arange(4),), 0),
     ],
@@ -49,8 +49,8 @@ def test_counts_by_hand(function, args, flops):
 
 
 def test_reverse_mode_of_a_matmul_is_two_more():
-    # d/dA Σ (AB)² = 2 (AB) Bᵀ: the product itself, squares and their sum (free where only the gradient is asked
-    # for), 2(AB), one product for A, one for B.
+    # d/dA Σ (AB)² = 2 (AB) Bᵀ: the product itself, 2(AB), one product for A, one for B. The squares and their sum are
+    # not needed for the gradient.
     def sum_of_squares(a, b):
         return jnp.sum(jnp.square(a @ b))
 
@@ -63,8 +63,8 @@ def test_reverse_mode_of_a_matmul_is_two_more():
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_leaves_out_padding(stride):
-    # 3x3 "SAME" on 6x6, terms of one axis. Stride 1: 3 at each of six positions but 2 at both borders. Stride 2 pads
-    # below alone: 3, 3, 2.
+    # 3x3 "SAME" on 6x6, terms of one axis. Stride 1: 3 at each of six positions, but 2 at both borders. Stride 2 only
+    # pads at the end: 3, 3, 2.
     terms = {1: 16, 2: 8}[stride]
     inputs, kernel = jnp.ones((2, 6, 6, 3)), jnp.ones((3, 3, 3, 5))
     convolution = partial(conv_lax, strides=(stride, stride))
@@ -92,7 +92,7 @@ def test_nested_scans_multiply():
 
 
 def test_xla_counts_a_scan_once_and_agrees_on_the_unrolled_loop():
-    # The reason for counting ourselves.
+    # This is why the library has its own counter.
     def unrolled(a):
         for _ in range(10):
             a = a @ SQUARE
@@ -103,14 +103,14 @@ def test_xla_counts_a_scan_once_and_agrees_on_the_unrolled_loop():
     assert xla_flops(unrolled, SQUARE)[0] == count_flops(unrolled, SQUARE) == count_flops(looped, SQUARE)
 
 
-def test_cond_counts_its_dearest_branch():
+def test_cond_counts_its_most_expensive_branch():
     def either(a):
         return lax.cond(a[0, 0] > 0, lambda a: a @ a @ a, lambda a: a + 1, a)
 
     assert count_flops(either, SQUARE) == 2 * SQUARED
 
 
-def test_calls_are_looked_into():
+def test_called_functions_are_counted():
     @jax.custom_vjp
     def product(a):
         return a @ a
@@ -118,7 +118,7 @@ def test_calls_are_looked_into():
     product.defvjp(lambda a: (a @ a, a), lambda a, bar: (bar @ a.T + a.T @ bar,))
     assert count_flops(jax.jit(product), SQUARE) == SQUARED
     assert count_flops(jax.checkpoint(lambda a: a @ a), SQUARE) == SQUARED
-    # Of the gradient of the sum only the two products of the backward rule and their sum are left.
+    # The gradient of the sum only needs the two products of the backward rule and their sum.
     assert count_flops(jax.grad(lambda a: jnp.sum(product(a))), SQUARE) == 2 * SQUARED + 16
 
 
@@ -127,9 +127,9 @@ def test_unneeded_work_is_not_counted():
         return jax.jit(lambda a: (a @ a, a @ a @ a))(a)[0]
 
     def carried_for_nothing(a):
-        def body(carry, _):
+        def body(carry, _):  # `a` is a constant of the scan
             used, unused = carry
-            return (used + 1.0, unused @ unused), unused @ a
+            return (used + a, unused @ unused), unused @ a
 
         return lax.scan(body, (a, a), length=5)[0][0]
 
@@ -185,7 +185,7 @@ def test_agrees_with_xla_on_a_network():
     model = models.mlp(features=(40, 40, 1))
     inputs = jnp.ones((10, 1))
     params = model.init(jax.random.key(0), inputs)
-    by_hand = 10 * (2 * 40 + 2 * 40 * 40 + 2 * 40) + 10 * (2 * 40 + 2 * 40 + 1)  # products; biases and rectifiers
+    by_hand = 10 * (2 * 40 + 2 * 40 * 40 + 2 * 40) + 10 * (2 * 40 + 2 * 40 + 1)  # products; biases and ReLUs
     assert count_flops(model.apply, params, inputs) == by_hand == xla_flops(model.apply, params, inputs)[1]
 
 
@@ -211,7 +211,7 @@ def test_agrees_with_xla_on_a_meta_gradient_of_one_step(inner_grad):
     episodes = sinusoid_episodes(4)
     params = learner.init(jax.random.key(0), episodes.support.inputs[0])
     gradient = partial(meta_gradient, learner, chunk_size=4)
-    # XLA also counts the comparisons and selections of the rectifiers: 2 to 4 % here.
+    # XLA also counts the comparisons and selections of the ReLUs, 2 to 4 % here.
     np.testing.assert_allclose(
         count_flops(gradient, params, episodes), xla_flops(gradient, params, episodes)[1], rtol=0.03
     )
@@ -227,7 +227,7 @@ def test_flops_of_a_meta_step_do_not_depend_on_the_chunks_and_grow_linearly_with
     def flops(steps, chunk_size):
         return count_flops(partial(meta_gradient, build(steps), chunk_size=chunk_size), params, episodes)
 
-    # Gradients of chunks are summed: one addition a parameter for each chunk of four, three for the sum of a vmap.
+    # Both sum the gradients of four tasks. Four chunks take four additions per parameter, a vmap takes three.
     assert flops(5, 1) == pytest.approx(flops(5, 4), rel=0.005)
     assert flops(20, 4) - flops(10, 4) == 10 * (flops(2, 4) - flops(1, 4))
 
@@ -239,11 +239,11 @@ def test_inner_grad_costs():
     model_flops = count_flops(build(0).predict, params, jnp.ones((10, 1)))
     assert few["forward"].flops == many["forward"].flops == 4 * 2 * model_flops
     assert few["first_order"].flops < few["reverse_over_reverse"].flops < few["mixed_mode"].flops
-    # Eighteen more steps: the mixed mode keeps the parameters of each task before each, 1,761 numbers, and the loss.
+    # For each of 18 more steps and each of 4 tasks, mixed mode keeps the 1,761 parameters before it, and the loss.
     growth = {name: many[name].temporary_bytes - few[name].temporary_bytes for name in many}
     copies = 18 * 4 * (1761 + 1) * 4
     assert growth["mixed_mode"] <= 1.1 * copies
-    # Ten points make activations of half the size of the parameters, kept forwards and backwards; images make more.
+    # With ten points, the activations of one pass have half the size of the parameters. Both passes are kept.
     assert growth["reverse_over_reverse"] > 1.5 * growth["mixed_mode"]
     assert growth["forward"] == 0
 

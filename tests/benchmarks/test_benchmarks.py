@@ -11,6 +11,7 @@ import pytest
 
 import benchmarks
 from benchmarks import breakdown, common, devices, memory, meta_step, peers, report, sinusoid
+from maml_jax.cost import count_flops
 
 # What the benchmarks do
 
@@ -68,7 +69,7 @@ def test_stepping_leaves_the_state_it_was_given():
 
 
 def test_operations_of_a_compiled_program():
-    # A product and a fusion after it, seven times.
+    # Seven times a product and a fusion after it.
     def loop(a):
         return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ a) * 2, None), a, length=7)[0]
 
@@ -77,7 +78,7 @@ def test_operations_of_a_compiled_program():
 
     once = ops(lambda a: jnp.tanh(a @ a) * 2)
     assert once == 2
-    assert 7 * once <= ops(loop) <= 7 * (once + 2)  # an iteration also counts itself, and entering copies the arguments
+    assert 7 * once <= ops(loop) <= 7 * (once + 2)  # the loop also counts its iterations and copies its arguments
     with pytest.raises(ValueError, match="unknown length"):
         ops(lambda a: jax.lax.while_loop(lambda c: c[0, 0] < 9, lambda c: c + a, a))
 
@@ -89,9 +90,10 @@ def test_sweep_varies_each_setting_alone():
     names = ("derivative", "inner_steps", "meta_batch_size", "shot", "convolution", "chunk_size")
     for name in names:
         assert {getattr(case, name) for case in cases} == set(getattr(config, name))
-    crossed = list(meta_step.cases(dataclasses.replace(config, cross=True), 2))
-    # Two devices have 16 tasks each of the larger meta-batch, and 4 of the smaller, which 8 and 16 do not divide.
+    # A device has 16 of 32 tasks, or 4 of 8. Chunks need not divide them, and larger chunks are the same program.
+    crossed = list(meta_step.cases(dataclasses.replace(config, cross=True, chunk_size=(1, 2, 3, 8, 16)), 2))
     assert len(crossed) == 3 * 3 * (5 + 3) * 2 * 2
+    assert {case.chunk_size for case in crossed if case.meta_batch_size == 8} == {1, 2, 3}
 
 
 def test_gradient_distance():
@@ -119,7 +121,7 @@ def test_unequal_gradients_end_the_comparison():
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    """Settings of one repetition, and machine code that is made fast and not made to be fast."""
+    """Settings of one repetition. Programs are compiled without optimisation of the machine code."""
 
     def compile_of(function, *args):
         jitted = function if hasattr(function, "lower") else jax.jit(function)
@@ -187,7 +189,7 @@ def test_kinds_of_operations():
 
 
 def test_breakdown_runs(quick, tmp_path):
-    # Which operations the profile names needs a flag of XLA that is set before it starts.
+    # The profile names operations only with a flag of XLA that is set before it starts.
     command = [sys.executable, "-m", "benchmarks.breakdown", "--max-repetitions", "1", "--max-seconds", "1"]
     command += ["--meta-batch-size", "2", "--filters", "4", "--matmul-size", "64", "--sinusoid-steps", "4"]
     command += ["--results-dir", str(tmp_path)]
@@ -196,6 +198,29 @@ def test_breakdown_runs(quick, tmp_path):
     assert len(found["programs"]) == 2
     for program in found["programs"].values():
         assert 0 < program["by_kind"]["dot"] < sum(program["by_kind"].values())
+
+
+def test_devices_run(quick, tmp_path):
+    # `run` asks for as many devices as the tests have.
+    devices.run(devices.Config(**quick, devices=(1, 8), workload=("sinusoid",), sinusoid_steps=2, all_reduces=2))
+    one, eight = result_of("devices", tmp_path)["workloads"]["sinusoid"]["rows"]
+    assert (one["devices"], eight["devices"]) == (1, 8)
+    assert one["all_reduce_seconds"] is None
+    assert eight["all_reduce_seconds"].median > 0
+    assert eight["times_first"].median == pytest.approx(one["seconds"].median / eight["seconds"].median)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigaflops", "num_parameters"), [("sinusoid", 0.00045, 1_761), ("omniglot", 1.50, 112_005)]
+)
+def test_tasks_of_the_devices_are_those_of_the_model(name, gigaflops, num_parameters):
+    # F and P of the table in SCALING.md. F also includes the share of a task in the outer update.
+    learner, sample, _ = devices.workload(name, devices.Config())
+    episode = jax.eval_shape(sample, jax.random.key(0))
+    params = jax.eval_shape(learner.init, jax.random.key(0), episode.support.inputs)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == num_parameters
+    flops = count_flops(jax.grad(learner.objective, has_aux=True), params, episode)
+    assert flops == pytest.approx(1e9 * gigaflops, rel=0.01)
 
 
 def test_sinusoid_runs(quick, tmp_path):

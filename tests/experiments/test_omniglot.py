@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import chex
 import numpy as np
@@ -28,12 +29,21 @@ def config_of(algorithm="maml", *, num_inner_steps=None, **settings):
     )
 
 
-@pytest.fixture
-def drawings(monkeypatch):
+@pytest.fixture(scope="module")
+def drawings():
     """Random characters in place of the data set, fewer of them."""
     images = np.random.default_rng(0).integers(0, 2, (30, 20, 28, 28, 1)).astype(np.uint8) * 255
     parts = {"train": images[:15], "val": images[15:22], "test": images[22:]}
-    monkeypatch.setattr(omniglot.omniglot, "load", lambda split, data_dir: parts[split])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(omniglot.omniglot, "load", lambda split, data_dir: parts[split])
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(drawings, tmp_path_factory):
+    """The configuration and the results of a finished run."""
+    config = config_of(run_dir=tmp_path_factory.mktemp("finished"), **TINY)
+    return config, omniglot.run(config)
 
 
 @pytest.mark.parametrize("algorithm", omniglot.METHODS)
@@ -47,12 +57,11 @@ def test_every_algorithm_runs(algorithm, drawings, tmp_path):
         assert (tmp_path / name).exists()
 
 
-def test_a_finished_run_is_shown_and_not_overwritten(drawings, tmp_path):
-    config = config_of(run_dir=tmp_path, **TINY)
-    first = omniglot.run(config)
-    written = (tmp_path / "results.json").stat().st_mtime_ns
-    assert omniglot.run(config) == first
-    assert (tmp_path / "results.json").stat().st_mtime_ns == written
+def test_a_finished_run_is_shown_and_not_overwritten(finished):
+    config, results = finished
+    written = (config.run_dir / "results.json").stat().st_mtime_ns
+    assert omniglot.run(config) == results
+    assert (config.run_dir / "results.json").stat().st_mtime_ns == written
 
 
 def test_defaults_are_those_of_the_paper():
@@ -97,31 +106,30 @@ def test_real_characters(tmp_path):
     assert 0.0 <= results["metrics"]["accuracy"]["mean"][-1] <= 1.0
 
 
-def test_the_trained_network_comes_out_of_a_run(drawings, tmp_path):
-    config = config_of(run_dir=tmp_path, **TINY)
-    results = omniglot.run(config)
-    learner, params = omniglot.load(tmp_path)
+def test_the_trained_network_comes_out_of_a_run(finished):
+    config, results = finished
+    learner, params = omniglot.load(config.run_dir)
     sampler = omniglot.make_samplers(omniglot.with_paper_defaults(config))["test"]
     again = evaluate(
         learner, params, sampler, runs.streams(0).test, metric_fn=losses.accuracy, num_episodes=TINY["eval_episodes"]
     )
     chex.assert_trees_all_close(again.mean, np.float32(results["metrics"]["accuracy"]["mean"]), atol=1e-6)
     with pytest.raises(runs.RunError, match=r"is no run directory: it holds no config\.json"):
-        omniglot.load(tmp_path / "figures")
+        omniglot.load(config.run_dir / "figures")
 
 
-def test_an_inductive_test_is_another_and_says_so(drawings, tmp_path):
-    transductive, inductive = (
-        omniglot.run(config_of(run_dir=tmp_path / str(alone), inductive=alone, **TINY)) for alone in (False, True)
-    )
+def test_a_longer_run_keeps_the_results_of_the_shorter_one(finished, tmp_path):
+    config, short = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    longer = omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "run", num_meta_steps=6))
+    assert longer["meta_steps"] == 6
+    assert json.loads((tmp_path / "run" / "results_4_4.json").read_text()) == short
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == longer
+
+
+def test_an_inductive_test_is_another_and_says_so(finished, tmp_path):
+    config, transductive = finished
+    inductive = omniglot.run(dataclasses.replace(config, run_dir=tmp_path, inductive=True))
     assert transductive["protocol"]["normalisation"] == "transductive"
     assert inductive["protocol"]["normalisation"] == "each query with the support set"
     assert transductive["metrics"] != inductive["metrics"]
-
-
-def test_a_longer_run_keeps_the_results_of_the_shorter_one(drawings, tmp_path):
-    short = omniglot.run(config_of(run_dir=tmp_path, **TINY))
-    longer = omniglot.run(config_of(run_dir=tmp_path, **{**TINY, "num_meta_steps": 6}))
-    assert longer["meta_steps"] == 6
-    assert json.loads((tmp_path / "results_4_4.json").read_text()) == short
-    assert json.loads((tmp_path / "results.json").read_text()) == longer

@@ -1,13 +1,19 @@
 """The report is what the committed results say, and the README's examples run."""
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
+import chex
+import jax
+import optax
 import pytest
 
-from experiments import cli, report, runs
+import maml_jax
+from experiments import cli, common, report, runs, sinusoid
+from maml_jax import models, tasks
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
@@ -21,14 +27,47 @@ def test_report_and_readme_are_those_of_the_committed_results(tmp_path):
     assert readme.read_text() == (ROOT / "README.md").read_text()
 
 
-def test_examples_of_the_readme_run():
+def test_examples_of_the_readme_run(tmp_path, monkeypatch):
+    # The examples write to the working directory, and one reads a run of `make demo` from it.
+    monkeypatch.chdir(tmp_path)
+    settings = {"num_meta_steps": 1, "val_every": 1, "log_every": 1, "meta_batch_size": 1}
+    config = dataclasses.replace(sinusoid.METHODS["maml"], run_dir=Path("runs/demo/maml"), **settings)
+    config = sinusoid.with_paper_defaults(config)
+    with runs.open_run(config.run_dir, config):
+        learner = sinusoid.make_learner(config, inner_lr=0.001, num_inner_steps=1)
+        trained = common.train(config.run_dir, config, learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
+
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 3
-    namespace = {}
+    assert len(blocks) == 11
+    found, of_block = {}, []
     for block in blocks:
-        exec(block, namespace)
-    assert namespace["info"].loss.shape == (200,)
-    assert float(namespace["info"].loss[-50:].mean()) < float(namespace["info"].loss[:50].mean())
+        exec(block, found)
+        of_block.append(dict(found))
+
+    first, adapted, evaluated, lines, algorithm = (of_block[index] for index in (0, 1, 2, 6, 8))
+    for training, num_steps in ((first, 5000), (lines, 200)):
+        loss = training["info"].loss
+        assert loss.shape == (num_steps,)
+        assert float(loss[-50:].mean()) < 0.8 * float(loss[:50].mean())
+    assert adapted["predictions"].shape == (3, 1)
+    assert float(adapted["info"].support_loss[-1]) < float(adapted["info"].support_loss[0])
+    assert evaluated["result"].mean.shape == (6,)
+    assert evaluated["result"].mean[-1] < evaluated["result"].mean[0]
+    assert lines["model"].stochastic
+    assert found["episode"].support.inputs.shape == (2, 28, 28, 1)
+    chex.assert_trees_all_equal(found["params"], trained.params)
+
+    # Meta-SGD with equal rates is MAML.
+    episode = lines["sample_line"](jax.random.key(0))
+    maml = maml_jax.maml(
+        models.mlp(features=(40, 40, 1)), found["huber"], inner_optimizer=optax.sgd(0.01), num_inner_steps=5
+    )
+    meta_params = algorithm["learner"].init(jax.random.key(1), episode.support.inputs)
+    losses = [
+        learner.objective(params, episode)[0]
+        for learner, params in ((algorithm["learner"], meta_params), (maml, meta_params["params"]))
+    ]
+    chex.assert_trees_all_close(*losses, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
