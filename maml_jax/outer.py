@@ -206,9 +206,9 @@ def meta_gradient(
     def chunk_loss(params, chunk):
         if chunk_size == 1:  # a vmap over one task would turn plain products into batched ones
             loss, info = learner.objective(params, chunk)
-            return loss, as_floating(info)
+            return _check_scalar(loss, 0), as_floating(info)
         losses, info = jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk)
-        return jnp.sum(losses), jax.tree.map(lambda x: jnp.sum(x, 0), as_floating(info))
+        return jnp.sum(_check_scalar(losses, 1)), jax.tree.map(lambda x: jnp.sum(x, 0), as_floating(info))
 
     chunk_gradient = jax.value_and_grad(chunk_loss, has_aux=True)
     num_chunks, rest = divmod(num_tasks, chunk_size)
@@ -229,6 +229,15 @@ def meta_gradient(
             last = jax.tree.map(lambda x: x[num_tasks - rest :], episodes)
             total = jax.tree.map(jnp.add, total, chunk_gradient(params, last))
     return jax.tree.map(lambda x: x / num_tasks, total)
+
+
+def _check_scalar(loss: jax.Array, num_axes: int) -> jax.Array:
+    """Returns `loss`, the objective of one task or of several along `num_axes` = 1 axis."""
+    if jnp.ndim(loss) != num_axes:
+        raise ValueError(
+            f"the objective must be a scalar, got shape {jnp.shape(loss)[num_axes:]}; take the mean over the query set"
+        )
+    return loss
 
 
 def _gradient_fn(learner, step, chunk_size, mesh) -> GradientFn:

@@ -298,3 +298,19 @@ def test_two_hundred_evaluations_with_fresh_learners_and_samplers_do_not_grow():
 
     before = count(range(20))
     assert count(range(20, 100)) <= before
+
+
+def test_the_arrays_and_keywords_of_a_sampler_are_arguments_of_one_program():
+    chex.clear_trace_counter()
+
+    @chex.assert_max_traces(n=1)
+    def sample(shift, key, *, scale):
+        return jax.tree.map(lambda x: scale * x + shift, make_episode(key))
+
+    def of_sampler(sampler):
+        return evaluate(LEARNER, THETA, sampler, KEY, metric_fn=half_mse, num_episodes=2, chunk_size=2).per_episode
+
+    for scale in (1.0, 2.0, 3.0):
+        found = of_sampler(jax.tree_util.Partial(sample, jnp.float32(0.5), scale=jnp.float32(scale)))
+    expected = of_sampler(lambda key: jax.tree.map(lambda x: 3.0 * x + 0.5, make_episode(key)))
+    chex.assert_trees_all_close(found, expected, rtol=1e-5)

@@ -25,6 +25,7 @@ from maml_jax import (
 )
 from maml_jax.outer import default_chunk_size, meta_gradient, task_keys
 from maml_jax.tasks import few_shot
+from maml_jax.types import draw_episode
 
 LEARNER = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
@@ -473,3 +474,77 @@ def test_a_training_loop_may_be_vmapped_over_seeds():
     for i in range(2):
         alone = run(keys[i])
         chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], (states, infos)), alone, rtol=1e-5, atol=1e-6)
+
+
+def steps_of(learner, optimizer, **kwargs):
+    """One meta-step on one device, over a mesh, and by pmap."""
+    mesh = parallel.task_mesh(jax.devices()[:2])
+    return {
+        "one device": make_meta_step(learner, optimizer, **kwargs).jitted,
+        "mesh": make_meta_step(learner, optimizer, mesh=mesh, **kwargs).jitted,
+        "pmap": pmap_meta_step(learner, optimizer, devices=jax.devices()[:2], **kwargs),
+    }
+
+
+@pytest.mark.parametrize("where", ["one device", "mesh", "pmap"])
+def test_a_meta_step_vmaps_as_many_tasks_as_asked_for(episodes, where):
+    def batched_products(chunk_size):
+        step = steps_of(LEARNER, optax.sgd(0.1), chunk_size=chunk_size)[where]
+        program = str(jax.make_jaxpr(step)(state_of(optax.sgd(0.1)), episodes))
+        return sum("0" in axes for axes in re.findall(r"dimension_numbers=\(\(.*?\), \((.*?)\)\)", program))
+
+    assert batched_products(1) == 0
+    assert batched_products(3) > 0
+
+
+@pytest.mark.parametrize("where", ["one device", "mesh", "pmap"])
+def test_the_learner_of_the_meta_step_is_used_everywhere(where):
+    # The objective of step i is θ · query / (i + 1): from step 4 the gradient is a fifth of the mean query.
+    def annealed(step):
+        return PROBE._replace(objective=lambda params, episode: (params * episode.query.inputs / (step + 1), ()))
+
+    episodes = jax.vmap(numbers)(jax.random.split(jax.random.key(0), 4))
+    state = init_meta_state(annealed, optax.sgd(0.1), jax.random.key(0), None)._replace(step=jnp.int32(4))
+    state, _ = steps_of(annealed, optax.sgd(0.1))[where](state, episodes)
+    chex.assert_trees_all_close(
+        jax.device_get(state.params), jax.device_get(2.0 - 0.1 * jnp.mean(episodes.query.inputs) / 5), rtol=1e-6
+    )
+
+
+def test_a_schedule_starts_at_step_zero():
+    def at(step):
+        return PROBE._replace(init=lambda key, inputs: jnp.float32(step))
+
+    assert init_meta_state(at, optax.sgd(0.1), jax.random.key(0), None).params == 0.0
+
+
+def test_a_gradient_that_is_not_finite_is_found_though_the_optimiser_leaves_it_out(episodes):
+    learner = PROBE._replace(objective=lambda params, episode: (jnp.sqrt(params - params), ()))
+    optimizer = optax.apply_if_finite(optax.sgd(0.1), 5)
+    state, info = make_meta_step(learner, optimizer)(
+        init_meta_state(learner, optimizer, jax.random.key(0), None), episodes
+    )
+    assert jnp.isfinite(state.params)
+    assert jnp.isfinite(info.loss[()])
+    assert not info.finite
+
+
+def test_an_argument_with_a_default_is_not_the_parameters():
+    episode = draw_episode(lambda key, dim=3: make_episode(key, dim=dim), jax.random.key(0), THETA)
+    chex.assert_shape(episode.support.inputs, (6, 3))
+
+
+def test_pmap_refuses_a_chunk_size_when_the_step_is_built():
+    with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1, got 0"):
+        pmap_meta_step(LEARNER, optax.sgd(0.1), chunk_size=0)
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2, 6])
+def test_an_objective_that_is_no_scalar_is_refused_in_chunks_of_any_size(episodes, chunk_size):
+    # A vmap over its values would add them up over the query set.
+    learner = maml(
+        linear_model, half_mse, lambda y, t: jnp.square(y - t), inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1
+    )
+    step = make_meta_step(learner, optax.sgd(0.1), chunk_size=chunk_size)
+    with pytest.raises(ValueError, match=r"the objective must be a scalar, got shape \(5,\); take the mean"):
+        step(state_of(optax.sgd(0.1)), episodes)

@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from experiments import common, runs
-from maml_jax import checkpoint, losses, maml, models
+from maml_jax import MetaInfo, checkpoint, losses, maml, models
 from maml_jax.tasks import sinusoid
 
 
@@ -194,3 +194,32 @@ def test_a_mesh_is_the_largest_that_divides():
     assert common.mesh_for(12).size == 6
     assert common.mesh_for(25).size == 5
     assert common.mesh_for(11) is None
+
+
+@pytest.mark.parametrize(("name", "expected"), [("sgd", -1.0), ("adam", -0.5)])
+def test_the_outer_optimiser_is_the_one_asked_for_at_its_rate(name, expected):
+    # From a gradient of 2, Adam first steps by its rate, and gradient descent by twice its rate.
+    optimizer = common.outer_optimizer(Config(outer_optimizer=name, outer_lr=0.5))
+    updates, _ = optimizer.update(jnp.float32(2.0), optimizer.init(jnp.float32(0.0)))
+    np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_a_bfloat16_product_is_one_on_every_device():
+    assert common.matmul_algorithm("bfloat16") == "BF16_BF16_F32"
+    assert common.matmul_algorithm("float32") == "float32"
+    assert jax.lax.DotAlgorithmPreset[common.matmul_algorithm("bfloat16")]
+
+
+def test_of_equal_scores_the_first_state_is_kept_and_the_time_of_training_survives(tmp_path):
+    scores = iter([0.5, 0.5, 0.5])
+    trained = train(tmp_path, validate=lambda params: next(scores))
+    assert trained.best_step == 4
+    again = train(tmp_path)  # finished: nothing is trained
+    assert trained.seconds["train"] > 0
+    assert again.seconds["train"] == pytest.approx(trained.seconds["train"])
+
+
+def test_the_step_that_is_not_finite_is_named(tmp_path):
+    info = MetaInfo(np.array([1.0, 2.0, np.nan]), np.array([1.0, np.inf, np.nan]), np.array([True, False, False]), None)
+    with pytest.raises(runs.RunError, match=r"the meta-gradient is not finite at meta-step 6 \(loss 2, .* inf\)"):
+        common.check_finite(info, 5, tmp_path)

@@ -6,11 +6,14 @@ import os
 import shutil
 
 import chex
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import omniglot, runs
-from maml_jax import evaluate, losses
+from maml_jax import Batch, evaluate, losses
+from maml_jax.tasks import few_shot
 
 TINY = {
     "num_meta_steps": 4,
@@ -133,3 +136,44 @@ def test_an_inductive_test_is_another_and_says_so(finished, tmp_path):
     assert transductive["protocol"]["normalisation"] == "transductive"
     assert inductive["protocol"]["normalisation"] == "each query with the support set"
     assert transductive["metrics"] != inductive["metrics"]
+
+
+@pytest.mark.parametrize("adapt_norm", [False, True])
+def test_the_offsets_of_the_normalisation_adapt_if_asked_to(adapt_norm):
+    learner = omniglot.make_learner(config_of(num_inner_steps=1, adapt_norm=adapt_norm, network="mlp"))
+    support = Batch(jax.random.normal(jax.random.key(0), (5, 28, 28, 1)), jnp.arange(5))
+    params = learner.init(jax.random.key(1), support.inputs)
+    adapted, _ = learner.adapt(params, support)
+    moved = {
+        jax.tree_util.keystr(path): bool(jnp.any(before != after))
+        for (path, before), after in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(adapted), strict=True
+        )
+    }
+    assert any("norm" in name for name in moved)
+    assert all(moves == (adapt_norm or "norm" not in name) for name, moves in moved.items()), moved
+
+
+def test_validation_and_test_have_classes_and_keys_of_their_own(drawings, tmp_path, monkeypatch):
+    seen = []
+
+    def record(learner, params, sample_episode, key, **kwargs):
+        seen.append((len(sample_episode.args[0].counts), key))
+        return evaluate(learner, params, sample_episode, key, **kwargs)
+
+    monkeypatch.setattr(omniglot, "evaluate", record)
+    omniglot.run(config_of(run_dir=tmp_path, **TINY))
+    keys = runs.streams(0)
+    assert seen == [(7, keys.val), (7, keys.val), (8, keys.test)]  # the numbers of classes of the splits
+
+
+@pytest.mark.parametrize("rotations", [False, True])
+def test_the_sampler_rotates_if_asked_to(drawings, monkeypatch, rotations):
+    given = []
+
+    def record(*args, **kwargs):
+        given.append(kwargs["rotations"])
+
+    monkeypatch.setattr(few_shot, "make_sampler", record)
+    omniglot.make_samplers(omniglot.with_paper_defaults(config_of(rotations=rotations)))
+    assert given == [rotations] * 3

@@ -94,3 +94,24 @@ def test_numbers_that_are_not_finite_are_stored_as_null(tmp_path):
     runs.write_json(tmp_path / "numbers.json", {"mean": [1.0, float("nan"), float("inf")]})
     assert json.loads((tmp_path / "numbers.json").read_text()) == {"mean": [1.0, None, None]}
     assert [file.name for file in tmp_path.iterdir()] == ["numbers.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithPlace:
+    seed: int = 0
+    run_dir: str | None = None
+    distributed: str = "auto"
+    data_dir: str | None = None
+    chunk_size: int | None = None
+    outer_lr: float = 1e-3
+
+
+def test_settings_are_stored_but_for_where_a_run_is_made(tmp_path):
+    def claim(**settings):
+        with runs.open_run(tmp_path, WithPlace(**settings)):
+            return json.loads((tmp_path / "config.json").read_text())
+
+    assert claim() == {"seed": 0, "data_dir": None, "chunk_size": None, "outer_lr": 1e-3}
+    assert claim(run_dir="here", distributed="off", data_dir="there", chunk_size=2)["chunk_size"] == 2
+    with pytest.raises(runs.RunError, match=r"outer_lr is 0\.001 there and 0\.1 here"):
+        claim(outer_lr=0.1)

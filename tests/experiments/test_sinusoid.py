@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import demo, sinusoid
+from experiments import demo, runs, sinusoid
 from maml_jax import models
 
 TINY = {
@@ -150,3 +150,18 @@ def test_tuning_compiles_once_for_all_rates(monkeypatch):
     config = sinusoid.with_paper_defaults(config_of("pretrained", **TINY, eval_shots=(5,)))
     params = models.mlp(features=(40, 40, 1)).init(jax.random.key(0), jnp.zeros((5, 1)))
     sinusoid.test(config, params, sinusoid.test_samplers(config)[5])
+
+
+def test_rates_are_tuned_on_other_tasks_than_the_test(monkeypatch):
+    evaluate, seen = sinusoid.evaluate, []
+
+    def record(learner, params, sample_episode, key, **kwargs):
+        seen.append(key)
+        return evaluate(learner, params, sample_episode, key, **kwargs)
+
+    monkeypatch.setattr(sinusoid, "evaluate", record)
+    config = sinusoid.with_paper_defaults(config_of("pretrained", **TINY, inner_lr_grid=(1e-3, 1e-2), eval_shots=(5,)))
+    params = models.mlp(features=(40, 40, 1)).init(jax.random.key(0), jnp.zeros((5, 1)))
+    sinusoid.test(config, params, sinusoid.test_samplers(config)[5])
+    keys = runs.streams(config.seed)
+    assert seen == [keys.tune, keys.tune, keys.test]

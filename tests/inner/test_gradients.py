@@ -328,6 +328,22 @@ def test_a_loss_with_rules_of_its_own_is_differentiated_by_these_rules(x64, rule
     check_inner_grad(loss, params, support)
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, jax.vmap, lambda f: lambda x: jax.lax.cond(True, f, f, x)])
+def test_a_rule_of_its_own_is_found_inside_other_programs(x64, wrap):
+    def loss(params, batch):
+        hidden = jnp.tanh(wrap(reverse_gradient)(batch.inputs @ params["first"]))
+        return jnp.mean(jnp.square(hidden @ params["second"] - batch.targets))
+
+    params, support, query = network()
+
+    def outer(transform):
+        return lambda params: loss(
+            inner_loop(loss, optax.sgd(0.1), params, support, num_steps=2, inner_grad=transform)[0], query
+        )
+
+    assert_derivatives_agree(outer, params)
+
+
 @jax.custom_jvp
 def made_up(x):
     return x
