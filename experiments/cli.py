@@ -101,16 +101,12 @@ def methods(experiment: str, config_type: type[ConfigT]) -> dict[str, ConfigT]:
 
 def with_defaults(config: ConfigT, defaults: Mapping[str, Any]) -> ConfigT:
     """Fills in settings and hyperparameters that are None."""
-    inner = config.hyperparameters
-    return dataclasses.replace(config, hyperparameters=_filled(inner, defaults), **_unset(config, defaults))
 
+    def filled(record: Any, **changes: Any) -> Any:
+        unset = {name: value for name, value in defaults.items() if getattr(record, name, value) is None}
+        return dataclasses.replace(record, **unset, **changes)
 
-def _unset(record: Any, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in defaults.items() if getattr(record, name, value) is None}
-
-
-def _filled(record: Any, defaults: Mapping[str, Any]) -> Any:
-    return dataclasses.replace(record, **_unset(record, defaults))
+    return filled(config, hyperparameters=filled(config.hyperparameters))
 
 
 def stored_config(configs: Mapping[str, ConfigT], run_dir: Path) -> ConfigT:

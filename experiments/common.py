@@ -44,13 +44,13 @@ def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
     Raises:
       RunError: if one of `counts` does not divide over the processes.
     """
-    shared, processes = math.gcd(*counts), range(jax.process_count())
-    if shared % len(processes):
+    shared, num_processes = math.gcd(*counts), jax.process_count()
+    if shared % num_processes:
         raise RunError(
-            f"{' and '.join(map(str, counts))} episodes do not divide over {len(processes)} processes; change "
+            f"{' and '.join(map(str, counts))} episodes do not divide over {num_processes} processes; change "
             "--meta-batch-size and --eval-episodes, or the number of processes"
         )
-    local = [jax.local_devices(process_index=process) for process in processes]
+    local = [jax.local_devices(process_index=process) for process in range(num_processes)]
     usable = max(n for n in range(1, min(map(len, local)) + 1) if shared % (n * len(local)) == 0)
     devices = [device for of_process in local for device in of_process[:usable]]
     return parallel.task_mesh(devices) if len(devices) > 1 else None
@@ -79,7 +79,7 @@ def train(
       run_dir: claimed by `open_run`.
       config: a `cli.RunConfig`.
       learner: the algorithm.
-      sample_episode: the task distribution.
+      sample_episode: the task distribution, `(key) -> Episode`.
       validate: `(params) -> score`, larger is better.
 
     Raises:
@@ -147,7 +147,7 @@ def train(
                 else:
                     with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
                         record["val"] = validate(state.params)
-                    if record["val"] > float(best["score"]):
+                    if np.float32(record["val"]) > best["score"]:  # which is stored as float32
                         best = best_of(state.params, record["val"], step)
                 save()
             log(record)

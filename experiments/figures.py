@@ -17,7 +17,7 @@ def title(algorithm: str) -> str:
     """The name of an algorithm in tables and figures."""
     if algorithm in CATALOGUE:
         return CATALOGUE[algorithm].title
-    return {"oracle": "oracle (told amplitude and phase)"}.get(algorithm, algorithm)
+    return {"oracle": "oracle (amplitude and phase as inputs)"}.get(algorithm, algorithm)
 
 
 def _save(figure: plt.Figure, file: Path) -> None:

@@ -76,7 +76,7 @@ def about() -> dict[str, str]:
     lines = {}
     for name, config in METHODS.items():
         entry = CATALOGUE.get(name)
-        title = f"{entry.title} ({entry.reference})." if entry else "Pretrained, and told amplitude and phase."
+        title = f"{entry.title} ({entry.reference})." if entry else "Pretrained, with amplitude and phase as inputs."
         errors = published.SINUSOID.get((name, config.hyperparameters.inner_lr))
         numbers = f" Published error after 1 / 5 / 10 steps: {' / '.join(map(str, errors))}." if errors else ""
         lines[name] = title + numbers

@@ -16,6 +16,7 @@ from maml_jax.types import (
     SampleEpisodeFn,
     as_floating,
     check_integer,
+    check_learner,
     draw_episode,
     function_and_data,
     with_data,
@@ -135,12 +136,13 @@ def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, ch
     chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
     if mesh is not None:
         parallel.check_divides(num_episodes, mesh.size, "num_episodes")
+    is_built = isinstance(learner, jax.tree_util.Partial)
     learner, learner_data = function_and_data(learner)
     sample_episode, sample_data = function_and_data(sample_episode)
     try:
-        program = _program(score, learner, sample_episode, chunk_size, mesh)
+        program = _program(score, learner, is_built, sample_episode, chunk_size, mesh)
     except TypeError:  # a part that cannot be hashed: the program is not kept, and every call compiles
-        program = _program.__wrapped__(score, learner, sample_episode, chunk_size, mesh)
+        program = _program.__wrapped__(score, learner, is_built, sample_episode, chunk_size, mesh)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_episodes))
     per_episode = as_floating(program((meta_params, learner_data, sample_data), keys))
     quantile = float(stdtrit(num_episodes - 1, 0.975))
@@ -152,7 +154,7 @@ def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, ch
 
 
 @functools.lru_cache(maxsize=16)
-def _program(score, learner, sample_episode, chunk_size, mesh) -> Callable:
+def _program(score, learner, is_built, sample_episode, chunk_size, mesh) -> Callable:
     """A jitted function of `((params, data of the learner, data of the sampler), keys)`.
 
     What it closes over is freed when it leaves the cache.
@@ -161,7 +163,8 @@ def _program(score, learner, sample_episode, chunk_size, mesh) -> Callable:
 
     def scores(arguments, keys):
         params, learner_data, sample_data = arguments
-        built = learner if isinstance(learner, MetaLearner) else with_data(learner, learner_data)()
+        built = with_data(learner, learner_data)() if is_built else learner
+        check_learner(built)
         sample = with_data(sample_episode, sample_data)
 
         def score_one(key):

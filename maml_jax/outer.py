@@ -20,6 +20,7 @@ from maml_jax.types import (
     as_floating,
     check_floating,
     check_integer,
+    check_learner,
     check_optimizer,
     draw_episode,
     function_and_data,
@@ -69,7 +70,9 @@ def gradient_step(optimizer: optax.GradientTransformation) -> OuterRule:
         )
         params = optax.apply_updates(params, updates)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, grads, params))])
-        return params, opt_state, MetaInfo(loss, optax.tree.norm(grads), jnp.all(finite), info)
+        # In at least float32: squares of float16 overflow above 256.
+        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
+        return params, opt_state, MetaInfo(loss, optax.tree.norm(wide), jnp.all(finite), info)
 
     return OuterRule(optimizer.init, update)
 
@@ -102,7 +105,9 @@ def init_meta_state(
 
 
 def _learner_at(learner: LearnerOrSchedule, step: jax.Array) -> MetaLearner:
-    return learner if isinstance(learner, MetaLearner) else learner(step)
+    built = learner(step) if callable(learner) else learner
+    check_learner(built)
+    return built
 
 
 CPU_CHUNK_BYTES = 256 * 1024
@@ -300,7 +305,8 @@ def make_meta_step(
       optimizer: the outer optax optimiser, or an `OuterRule`.
       chunk_size: see `meta_gradient`; it counts the tasks of one device.
       mesh: from `parallel.task_mesh`, to divide the tasks over devices; None for one device.
-      donate: whether the state passed in is donated: its buffers are reused, and it must not be used again.
+      donate: whether the state passed in is donated: its buffers are reused, and it must not be used again. False
+        under `jax.vmap`, which cannot reuse buffers. A state made by hand must not hold an array twice.
 
     Returns:
       `step(state, episodes) -> (state, info)`, jitted, for episodes [T, ...]. It raises ValueError if `episodes` is no
@@ -415,7 +421,7 @@ def make_train_loop(
       num_steps: meta-steps a call.
       chunk_size: see `meta_gradient`; it counts the tasks of one device.
       mesh: from `parallel.task_mesh`; every device draws its own tasks. None for one device.
-      donate: whether the state passed in is donated: its buffers are reused, and it must not be used again.
+      donate: see `make_meta_step`.
 
     Returns:
       `loop(state, key) -> (state, info)`, jitted, with `info` leaves [num_steps].

@@ -198,12 +198,13 @@ class Evaluation(NamedTuple):
 
 
 def check_floating(params: ArrayTree) -> None:
-    """Raises ValueError naming the first leaf of `params` that is not a floating or complex array."""
+    """Raises ValueError naming the first leaf of `params` that is not a real floating array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.inexact):
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
                 f"parameter {jax.tree_util.keystr(path) or '(the only leaf)'} has dtype {jnp.result_type(leaf)} and "
-                "cannot be adapted by gradients; use floating parameters, and keep integers in the model's closure"
+                "cannot be adapted by gradients; use floating parameters, keep integers in the model's closure, and "
+                "split complex numbers into two parts"
             )
 
 
@@ -211,6 +212,15 @@ def check_optimizer(name: str, optimizer: Any) -> None:
     """Raises ValueError unless `optimizer` has the `init` and `update` of an optax transformation."""
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(f"{name} must be an optax transformation such as optax.sgd(0.1), got {optimizer!r}")
+
+
+def check_learner(learner: Any) -> None:
+    """Raises ValueError unless `learner` is a `MetaLearner`."""
+    if not isinstance(learner, MetaLearner):
+        raise ValueError(
+            f"the learner must be a MetaLearner, got {type(learner).__name__}. Training also takes a function from the "
+            "meta-step to a MetaLearner; evaluation also takes a Partial that returns one, and a schedule at a step"
+        )
 
 
 def check_integer(name: str, value: Any, at_least: int) -> int:
@@ -262,7 +272,10 @@ def with_data(function: Callable, data: tuple) -> Callable:
 
 
 def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTree) -> Episode:
-    """Draws one episode; a distribution with a second required argument is given the parameters, stopped."""
+    """Draws one episode.
+
+    A distribution with a second required argument gets the parameters, as constants to the gradient.
+    """
     required = [
         parameter
         for parameter in inspect.signature(sample_episode).parameters.values()

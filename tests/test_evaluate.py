@@ -314,3 +314,8 @@ def test_the_arrays_and_keywords_of_a_sampler_are_arguments_of_one_program():
         found = of_sampler(jax.tree_util.Partial(sample, jnp.float32(0.5), scale=jnp.float32(scale)))
     expected = of_sampler(lambda key: jax.tree.map(lambda x: 3.0 * x + 0.5, make_episode(key)))
     chex.assert_trees_all_close(found, expected, rtol=1e-5)
+
+
+def test_a_schedule_is_no_learner():
+    with pytest.raises(ValueError, match="evaluation also takes a Partial that returns one, and a schedule at a step"):
+        run(learner=lambda step: LEARNER)

@@ -97,12 +97,10 @@ def default_chunk(learner, dim, num_tasks=24):
 @pytest.mark.parametrize(
     ("dim", "num_tasks", "expected"),
     # The largest results are the 11 inputs of a task, 44 bytes a dimension: 256 KiB hold 29 tasks of 200, 5 of 1,000.
-    [(200, 24, 24), (1_000, 24, 5), (1_000, 23, 5), (1_000, 31, 6), (60_000, 24, 1)],
+    # 24 and 23 tasks make five chunks, 31 make seven, and six make two.
+    [(200, 24, 24), (1_000, 24, 5), (1_000, 23, 5), (1_000, 31, 5), (1_000, 6, 3), (60_000, 24, 1)],
 )
 def test_the_default_chunk_fits_in_the_cache_of_a_core(dim, num_tasks, expected):
-    # 24 and 23 tasks make five chunks of at most five; 31 tasks would make seven, of at most five.
-    if num_tasks == 31:
-        expected = 5
     assert default_chunk(LEARNER, dim, num_tasks) == expected
 
 
@@ -464,7 +462,7 @@ def test_images_are_arguments_of_the_compiled_program():
 
 def test_a_training_loop_may_be_vmapped_over_seeds():
     optimizer = optax.adam(0.05)
-    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=2, num_steps=3)
+    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=2, num_steps=3, donate=False)
 
     def run(key):
         return loop(init_meta_state(LEARNER, optimizer, key, jnp.zeros((6, 4))), key)
@@ -548,3 +546,19 @@ def test_an_objective_that_is_no_scalar_is_refused_in_chunks_of_any_size(episode
     step = make_meta_step(learner, optax.sgd(0.1), chunk_size=chunk_size)
     with pytest.raises(ValueError, match=r"the objective must be a scalar, got shape \(5,\); take the mean"):
         step(state_of(optax.sgd(0.1)), episodes)
+
+
+def test_what_is_no_learner_is_refused(episodes):
+    optimizer = optax.sgd(0.1)
+    for learner in ("maml", lambda step: "maml"):
+        with pytest.raises(ValueError, match="the learner must be a MetaLearner, got str"):
+            make_meta_step(learner, optimizer)(state_of(optimizer), episodes)
+
+
+def test_the_norm_of_a_float16_gradient_does_not_overflow(episodes):
+    learner = PROBE._replace(objective=lambda params, episode: (1e3 * params, ()))
+    state = init_meta_state(learner, optax.sgd(1e-3), jax.random.key(0), None)
+    state = state._replace(params=state.params.astype(jnp.float16))
+    _, info = make_meta_step(learner, optax.sgd(1e-3))(state, episodes)
+    chex.assert_trees_all_close(info.grad_norm, jnp.float32(1e3), rtol=1e-3)
+    assert info.finite

@@ -49,7 +49,8 @@ def maml(
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if an argument is not what it should be.
+      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
+        range.
 
     References:
       Finn et al., 2017, Algorithm 2. https://arxiv.org/abs/1703.03400

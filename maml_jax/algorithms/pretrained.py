@@ -33,7 +33,8 @@ def pretrained(
       A `MetaLearner`; in training the `support_loss` of its `info` is empty, [0].
 
     Raises:
-      ValueError: if an argument is not what it should be.
+      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
+        range.
     """
     fine_tuned = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps)
     plain = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=0)

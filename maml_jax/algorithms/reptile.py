@@ -33,7 +33,8 @@ def reptile(
       A `MetaLearner`. The value of `objective` is a squared distance, not a loss.
 
     Raises:
-      ValueError: if an argument is not what it should be.
+      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
+        range.
 
     References:
       Nichol et al., 2018, Algorithm 2 and section 4. https://arxiv.org/abs/1803.02999

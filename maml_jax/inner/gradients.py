@@ -179,7 +179,7 @@ def check_inner_grad(
     contains a derivative rule that is not the derivative of a function.
 
     Args:
-      fun: `(*args) -> scalar`, the inner loss; its first argument are the parameters.
+      fun: `(*args) -> scalar`, the inner loss; its first argument holds the parameters.
       args: where to compare. Floating arrays are varied, other leaves are constants.
       inner_grad: the transform to check.
       num_products: how many products of the derivative with random vectors are compared.

@@ -28,7 +28,8 @@ def gradient_based(
     The objective is L_Q(φ_K) with φ_0 = start(θ) and φ_{k+1} = φ_k + rule(θ)(∇L_S(φ_k)).
 
     If the model is stochastic and there is a key, inner step k draws with `fold_in(key, k)` and the query pass of
-    the objective with `fold_in(key, K)`. Without a key, and in `predict`, the model is deterministic.
+    the objective with `fold_in(key, K)`. All microbatches of a step draw with the same key. Without a key, and in
+    `predict`, the model is deterministic.
 
     Args:
       model: the network.
@@ -45,9 +46,10 @@ def gradient_based(
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if `num_inner_steps` is not an integer of at least 0, or `model` is no `Model`.
+      ValueError: if a count is no integer in its range, or `model` is no `Model`.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
     if not isinstance(model, Model):
         raise ValueError(
             f"model must be a maml_jax.Model, got {type(model).__name__}; wrap a flax module with models.from_linen "

@@ -140,8 +140,10 @@ def adapt_only(rule: optax.GradientTransformation, where: Callable[[str], bool])
       where: `(name) -> bool`, whether a parameter adapts; the name is its path, such as "norm_0/offset".
 
     Returns:
-      An optax transformation with zero updates wherever `where` is false. Its `init` raises ValueError if
-      `where` is false for every parameter.
+      An optax transformation with zero updates wherever `where` is false.
+
+    Raises:
+      ValueError: from `init`, if `where` is false for every parameter.
     """
 
     def label(params):

@@ -211,7 +211,7 @@ def test_a_bfloat16_product_is_one_on_every_device():
 
 
 def test_of_equal_scores_the_first_state_is_kept_and_the_time_of_training_survives(tmp_path):
-    scores = iter([0.5, 0.5, 0.5])
+    scores = iter([0.9, 0.9, 0.9])  # no number of float32
     trained = train(tmp_path, validate=lambda params: next(scores))
     assert trained.best_step == 4
     again = train(tmp_path)  # finished: nothing is trained

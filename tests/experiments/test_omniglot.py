@@ -89,7 +89,7 @@ def test_defaults_are_those_of_the_paper():
         ({"num_inner_steps": -2}, r"num_inner_steps must be an integer of at least 0, got -2"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_trained(settings, message, drawings, tmp_path):
+def test_mistakes_are_reported_before_anything_is_trained(settings, message, drawings, tmp_path):
     with pytest.raises((runs.RunError, ValueError), match=message):
         omniglot.run(config_of(run_dir=tmp_path / "run", **{**TINY, **settings}))
     assert not (tmp_path / "run").exists()

@@ -74,6 +74,10 @@ def test_means_are_printed(arguments, expected):
     assert runs.format_mean(*arguments) == expected
 
 
+def test_means_are_scaled_with_their_interval():
+    assert runs.format_mean(0.5, 0.25, scale=100) == "50.00 ± 25.00"
+
+
 def test_a_directory_held_by_a_live_process_is_refused(tmp_path):
     holder = (
         "import fcntl, sys, time\n"

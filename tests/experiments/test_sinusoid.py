@@ -48,7 +48,7 @@ def test_every_algorithm_runs_and_reports_every_step(algorithm, tmp_path):
     assert figures == (drawn - {"predictions.png"} if algorithm == "oracle" else drawn)
 
 
-def test_the_rate_at_test_is_tuned_for_the_baselines_alone(tmp_path):
+def test_the_rate_at_test_is_only_tuned_for_the_baselines(tmp_path):
     # Almost untrained, the network gains nothing from a step: the grid's absurd rate must lose.
     config = config_of("pretrained", inner_lr_grid=(1e-3, 1e6), run_dir=tmp_path, **TINY)
     assert [e["inner_lr"] for e in sinusoid.run(config)["evaluations"]] == [1e-3, 1e-3]

@@ -344,6 +344,11 @@ def test_a_rule_of_its_own_is_found_inside_other_programs(x64, wrap):
     assert_derivatives_agree(outer, params)
 
 
+def test_a_function_with_rules_of_its_own_is_run_again_and_not_stored():
+    primitives = [eqn.primitive.name for eqn in jax.make_jaxpr(mixed_mode(lambda x: sine(x) ** 2))(1.0).eqns]
+    assert jax.make_jaxpr(jax.checkpoint(jnp.sin))(1.0).eqns[0].primitive.name in primitives
+
+
 @jax.custom_jvp
 def made_up(x):
     return x

@@ -294,3 +294,24 @@ def test_the_docstring_says_which_rules_are_safe(name):
     )
     finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
     assert finite == (name in SAFE)
+
+
+def test_the_loss_function_that_a_rule_gets_is_that_of_all_microbatches():
+    # The update is the gradient times the loss, evaluated through `value_fn`.
+    def update(grads, state, params, *, value_fn, **extra):
+        return jax.tree.map(lambda g: -0.1 * value_fn(params) * g, grads), state
+
+    rule = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    support = make_episode(jax.random.key(0)).support
+    whole, parts = (
+        inner_loop(
+            lambda params, batch: half_mse(batch.inputs @ params, batch.targets),
+            rule,
+            jnp.ones(4),
+            support,
+            num_steps=2,
+            num_microbatches=n,
+        )[0]
+        for n in (1, 3)
+    )
+    chex.assert_trees_all_close(parts, whole, rtol=1e-5)
