@@ -90,8 +90,8 @@ def train(
     optimizer = outer_optimizer(config)
     mesh = mesh_for(config.meta_batch_size)
     checkpoints = run_dir / "checkpoints"
+    inputs = jax.eval_shape(sample_episode, keys.train).support.inputs
     with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
-        inputs = jax.eval_shape(sample_episode, keys.train).support.inputs
         saved = load_state(checkpoints, initial_state(learner, optimizer, inputs, keys.init, mesh))
     state, best = saved["state"], saved["best"]
     step = int(state.step)

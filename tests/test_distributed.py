@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tyro
 import yaml
 
-from experiments import omniglot
+from experiments import cli, omniglot
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "experiments" / "launch"
@@ -294,7 +293,7 @@ def test_the_kubernetes_manifest_fits_together():
     assert mounted.keys() == {volume["name"] for volume in pod["volumes"]}
 
     assert container["command"] == ["python", "-m", "experiments.omniglot"]
-    config = tyro.cli(omniglot.Config, args=container["args"])
+    config = cli.parse(omniglot.METHODS, "", container["args"])
     host, port = config.distributed.split(":")
     assert host == f"{name}-0.{service['metadata']['name']}"
     assert 1024 < int(port) < 65536

@@ -32,6 +32,15 @@ def config_of(algorithm="maml", *, num_inner_steps=None, **settings):
     )
 
 
+LOAD = omniglot.omniglot.load
+
+
+@pytest.fixture
+def real(monkeypatch):
+    """The loader of the data set, which `drawings` replaces for the rest of the module."""
+    monkeypatch.setattr(omniglot.omniglot, "load", LOAD)
+
+
 @pytest.fixture(scope="module")
 def drawings():
     """Random characters in place of the data set, fewer of them."""
@@ -95,7 +104,7 @@ def test_mistakes_are_reported_before_anything_is_trained(settings, message, dra
     assert not (tmp_path / "run").exists()
 
 
-def test_a_missing_data_directory_is_named(tmp_path):
+def test_a_missing_data_directory_is_named(real, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no Omniglot at .*nowhere.*maml_jax.tasks.omniglot_builder"):
         omniglot.run(config_of(data_dir=tmp_path / "nowhere", run_dir=tmp_path / "run", **TINY))
 
@@ -104,7 +113,7 @@ def test_a_missing_data_directory_is_named(tmp_path):
     "TFDS_DATA_DIR" not in os.environ,
     reason="set TFDS_DATA_DIR to a directory made by `python -m maml_jax.tasks.omniglot_builder --data-dir DIR`",
 )
-def test_real_characters(tmp_path):
+def test_real_characters(real, tmp_path):
     results = omniglot.run(config_of(run_dir=tmp_path, **TINY))
     assert 0.0 <= results["metrics"]["accuracy"]["mean"][-1] <= 1.0
 
