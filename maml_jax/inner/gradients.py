@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero, custom_vjp_primal_tree_values
+from jax.custom_derivatives import zero_from_primal
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
+from maml_jax.inner.pullback import with_pullback
 from maml_jax.types import ArrayTree, InnerGradFn
 
 
@@ -49,8 +50,8 @@ def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool
 def checkpointed(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
     """`jax.value_and_grad` that keeps only its arguments and is run again when it is differentiated.
 
-    It is reverse over reverse with the memory of `mixed_mode`, at a higher cost. It works where `mixed_mode`
-    does not: under `jax.jvp` and `jax.linearize`, and with rules of `jax.custom_jvp` that are no true derivatives.
+    It is reverse over reverse with the memory of `mixed_mode`, at a higher cost. It is also exact where `mixed_mode`
+    is not: with rules of `jax.custom_jvp` that are no true derivatives.
 
     Args:
       fun: `(*args) -> scalar`, or `(scalar, aux)` with `has_aux`.
@@ -82,9 +83,8 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
     `jax.custom_vjp`, or a collective over a mapped axis, is therefore differentiated as by `checkpointed`. A
     made-up rule of `jax.custom_jvp` is not noticed; `check_inner_grad` compares a few products.
 
-    The result may be differentiated in reverse mode any number of times, and in forward mode after that
-    (`jax.hessian`, products with a Hessian). From the second outer derivative on, the memory is that of
-    `jax.value_and_grad`. `jax.jvp` of the result itself is refused by JAX; use `checkpointed` there.
+    The result may be differentiated any number of times, in both modes (`jax.grad`, `jax.jvp`, `jax.hessian`). From
+    the second outer derivative on, the memory is that of `jax.value_and_grad`.
 
     Args:
       fun: `(*args, **kwargs) -> scalar`, or `(scalar, aux)` with `has_aux`.
@@ -135,30 +135,23 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
         def plain(chosen, floating, fixed):
             return jax.value_and_grad(value_and_aux, has_aux=True)(chosen, floating, fixed)
 
-        def forward(*primals):
-            primals = custom_vjp_primal_tree_values(primals)
-            return plain(*primals), primals
-
         def backward(primals, cotangents):
+            """The pullback of `plain`; a cotangent that is zero is None."""
             chosen, floating, fixed = primals
             (value_bar, aux_bar), grads_bar = cotangents
 
             def complete_gradient(chosen):
                 return jax.grad(value_and_aux, (0, 1), has_aux=True)(chosen, floating, fixed)[0]
 
-            gradient, product = jax.jvp(complete_gradient, (chosen,), (_instantiate(grads_bar),))
-            if not isinstance(value_bar, SymbolicZero):
+            gradient, product = jax.jvp(complete_gradient, (chosen,), (_with_zeros(grads_bar, chosen),))
+            if value_bar is not None:
                 product = jax.tree.map(lambda p, g: p + value_bar * g, product, gradient)
-            if not all(isinstance(bar, SymbolicZero) for bar in jax.tree.leaves(aux_bar)):
-                _, pullback = jax.vjp(lambda *floats: value_and_aux(*floats, fixed)[1], chosen, floating)
-                product = jax.tree.map(jnp.add, product, pullback(_instantiate(aux_bar)))
-            return *product, None
+            if jax.tree.leaves(aux_bar):
+                aux, pullback = jax.vjp(lambda *floats: value_and_aux(*floats, fixed)[1], chosen, floating)
+                product = jax.tree.map(jnp.add, product, pullback(_with_zeros(aux_bar, aux)))
+            return product
 
-        if suits:
-            value_and_grads = jax.custom_vjp(plain)
-            value_and_grads.defvjp(forward, backward, symbolic_zeros=True)
-        else:
-            value_and_grads = jax.checkpoint(plain)
+        value_and_grads = with_pullback(plain, backward) if suits else jax.checkpoint(plain)
         (value, aux), grads = value_and_grads(chosen, floating, fixed)
         grads = tuple(grads) if isinstance(argnums, tuple | list) else grads[0]
         return ((value, _combine(aux, static_aux)) if has_aux else value), grads
@@ -259,7 +252,10 @@ def _combine(tree: Any, other: Any) -> Any:
     return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
 
 
-def _instantiate(cotangents: Any) -> Any:
-    return jax.tree.map(
-        lambda bar: jnp.zeros(bar.shape, bar.dtype) if isinstance(bar, SymbolicZero) else bar, cotangents
-    )
+def _with_zeros(cotangents: Any, primals: Any) -> Any:
+    """`cotangents` with zeros for None; those of integers are JAX's zeros without a size."""
+
+    def zero_for_none(primal, bar):
+        return zero_from_primal(primal) if bar is None else bar
+
+    return jax.tree.map(zero_for_none, primals, cotangents)

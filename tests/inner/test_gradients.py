@@ -274,12 +274,47 @@ def test_hessians_and_their_products(x64):
     chex.assert_trees_all_close(ours, exact, rtol=1e-9)
 
 
-def test_checkpointed_may_be_differentiated_forwards(x64):
-    ours, exact = (
-        jax.jvp(three_levels(t), (normal(0, 3), normal(1, 3)), (normal(2, 3), normal(3, 3)))
-        for t in (checkpointed, jax.value_and_grad)
-    )
+FORWARD = {
+    "jvp": lambda f, args, tangents: jax.jvp(f, args, tangents),
+    "jit": lambda f, args, tangents: jax.jit(lambda *args: jax.jvp(f, args, tangents))(*args),
+    "linearize": lambda f, args, tangents: jax.linearize(f, *args)[1](*tangents),
+    "vmap": lambda f, args, tangents: jax.vmap(lambda s: jax.jvp(f, args, tuple(s * t for t in tangents))[1])(
+        jnp.arange(3.0)
+    ),
+    "forward over forward": lambda f, args, tangents: jax.jvp(
+        lambda *args: jax.jvp(f, args, tangents)[1], args, tangents
+    ),
+    "reverse over forward": lambda f, args, tangents: jax.grad(lambda *args: jax.jvp(f, args, tangents)[1])(*args),
+    "some arguments": lambda f, args, tangents: jax.jvp(lambda start: f(start, args[1]), args[:1], tangents[:1]),
+}
+
+
+@pytest.mark.parametrize("transform", [mixed_mode, checkpointed])
+@pytest.mark.parametrize("mode", FORWARD)
+def test_forward_mode(x64, transform, mode):
+    args, tangents = (normal(0, 3), normal(1, 3)), (normal(2, 3), normal(3, 3))
+    ours, exact = (FORWARD[mode](three_levels(t), args, tangents) for t in (transform, jax.value_and_grad))
+    chex.assert_trees_all_close(ours, exact, rtol=1e-9)
+
+
+def test_forward_mode_with_integers_and_auxiliary_outputs(x64):
+    def loss(a, n):
+        return jnp.sum(jnp.sin(a) ** n), {"twice": 2 * n, "square": a**2, "name": "x"}
+
+    def outputs(transform):
+        return lambda a: transform(lambda a: loss(a, jnp.array([2, 3])), has_aux=True)(a)[0][1]["square"].sum()
+
+    ours, exact = (jax.jvp(outputs(t), (normal(0, 2),), (normal(1, 2),)) for t in (mixed_mode, jax.value_and_grad))
     chex.assert_trees_all_close(ours, exact, rtol=1e-12)
+
+
+def test_a_transposed_product_is_transposed_again(x64):
+    """The transpose of the linear map of a `jax.linearize`, transposed once more, is that map."""
+    args, tangents = (normal(0, 3), normal(1, 3)), (normal(2, 3), normal(3, 3))
+    _, linear = jax.linearize(lambda *args: mixed_mode(lambda x, y: jnp.sum(jnp.sin(x * y)))(*args)[1], *args)
+    back = jax.linear_transpose(linear, *tangents)
+    (again,) = jax.linear_transpose(back, tangents[0])(tuple(tangents))
+    chex.assert_trees_all_close(again, linear(*tangents), rtol=1e-12)
 
 
 @jax.custom_vjp
