@@ -16,7 +16,7 @@ import optax
 
 from benchmarks import common
 from experiments.common import matmul_algorithm, mesh_for
-from maml_jax import adapt_only, first_order, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
+from maml_jax import first_order, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import conv_lax, conv_matmul
 from maml_jax.types import ArrayTree
@@ -135,7 +135,8 @@ def prepare(case: Case) -> Prepared:
     learner = maml(
         model,
         losses.cross_entropy,
-        inner_optimizer=adapt_only(optax.sgd(0.4), lambda name: "norm" not in name),
+        inner_optimizer=optax.sgd(0.4),
+        where=lambda name: "norm" not in name,
         num_inner_steps=case.inner_steps,
         inner_grad=DERIVATIVES[case.derivative],
     )

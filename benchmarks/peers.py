@@ -19,7 +19,7 @@ import optax
 from benchmarks import common
 from experiments.common import mesh_for
 from experiments.runs import RunError
-from maml_jax import MetaState, adapt_only, losses, make_meta_step, maml, mixed_mode, models
+from maml_jax import MetaState, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.models.layers import conv_lax, conv_matmul
 from maml_jax.types import ArrayTree, Episode
 
@@ -90,7 +90,8 @@ def in_jax(variant: Variant, inner_steps: int, episodes: Episode, config: Config
     learner = maml(
         models.conv4(way=config.way, features=config.filters, conv_fn=variant.conv_fn),
         losses.cross_entropy,
-        inner_optimizer=adapt_only(optax.sgd(config.inner_lr), lambda name: "norm" not in name),
+        inner_optimizer=optax.sgd(config.inner_lr),
+        where=lambda name: "norm" not in name,
         num_inner_steps=inner_steps,
         inner_grad=variant.inner_grad,
     )

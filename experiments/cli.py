@@ -40,6 +40,11 @@ class RunConfig:
     """Optimiser of the meta-parameters."""
     outer_lr: float = 1e-3
     """Rate of the outer optimiser."""
+    outer_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the outer rate falls to --outer-lr-end over --num-meta-steps. Only a constant rate allows to continue a
+    finished run with more steps."""
+    outer_lr_end: float = 0.0
+    """The outer rate at the end of a linear or cosine schedule."""
     eval_episodes: int
     """Episodes in each validation and in the test."""
     val_every: int
@@ -78,6 +83,11 @@ class RunConfig:
             raise ValueError(f"--seed {self.seed} does not fit into 32 bits; choose a smaller one")
         if not (self.outer_lr > 0 and math.isfinite(self.outer_lr)):
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
+        if not 0 <= self.outer_lr_end <= self.outer_lr:
+            raise ValueError(
+                f"--outer-lr-end {self.outer_lr_end} must be between 0 and --outer-lr {self.outer_lr}; the schedules only "
+                "lower the rate"
+            )
         if self.val_every % self.log_every:
             raise ValueError(
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "

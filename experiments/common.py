@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, Trained, console, metrics_log, streams
-from maml_jax import checkpoint, parallel, processes
+from maml_jax import checkpoint, parallel, processes, replace_inner_state
 from maml_jax.outer import StateProgram, default_chunk_size, init_meta_state, make_train_loop
-from maml_jax.types import ArrayTree, MetaInfo, MetaLearner, MetaState, SampleEpisodeFn
+from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, learner_at
 
 
 def set_up_jax(precision: str) -> None:
@@ -57,22 +58,31 @@ def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
 
 
 def outer_optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimiser of the meta-parameters that `config.outer_optimizer` and `config.outer_lr` name."""
-    return {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](config.outer_lr)
+    """The optimiser of the meta-parameters, with the rate and the schedule of `config`."""
+    start, end, num_steps = config.outer_lr, config.outer_lr_end, max(1, config.num_meta_steps)
+    rates = {
+        "constant": start,
+        "linear": optax.linear_schedule(start, end, num_steps),
+        "cosine": optax.cosine_decay_schedule(start, num_steps, alpha=end / start),
+    }
+    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule])
+    carries_state = getattr(config.hyperparameters, "carry_state", False)
+    return replace_inner_state(optimizer) if carries_state else optimizer
 
 
 def train(
     run_dir: Path,
     config: Any,
-    learner: MetaLearner,
+    learner: LearnerOrSchedule,
     sample_episode: SampleEpisodeFn,
     *,
     validate: Callable[[ArrayTree], float] | None = None,
+    num_best: int = 1,
 ) -> Trained:
     """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoint in `run_dir`.
 
     Every `config.val_every` steps the state is validated and checkpointed. With `validate` the parameters
-    with the highest score are returned, else the last. The result does not depend on interruptions. On SIGTERM and
+    with the highest scores are returned, else the last. The result does not depend on interruptions. On SIGTERM and
     SIGINT the compiled call is finished and its state is checkpointed.
 
     Args:
@@ -81,6 +91,8 @@ def train(
       learner: the algorithm.
       sample_episode: the task distribution, `(key) -> Episode`.
       validate: `(params) -> score`, larger is better.
+      num_best: M, how many validated parameters are kept. Those that are returned have a leading axis [M] if M > 1, or
+        as many as there were validations.
 
     Raises:
       RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays.
@@ -92,7 +104,7 @@ def train(
     checkpoints = run_dir / "checkpoints"
     inputs = jax.eval_shape(sample_episode, keys.train).support.inputs
     with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
-        saved = load_state(checkpoints, initial_state(learner, optimizer, inputs, keys.init, mesh))
+        saved = load_state(checkpoints, initial_state(learner, optimizer, inputs, keys.init, mesh), num_best)
     state, best = saved["state"], saved["best"]
     step = int(state.step)
     if 0 < step < config.num_meta_steps:
@@ -142,13 +154,11 @@ def train(
                 "steps_per_second": num_steps / elapsed,
             }
             if step == boundary:
-                if validate is None:
-                    best = best_of(state.params, 0.0, step)
-                else:
+                score = 0.0
+                if validate is not None:
                     with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
-                        record["val"] = validate(state.params)
-                    if np.float32(record["val"]) > best["score"]:  # which is stored as float32
-                        best = best_of(state.params, record["val"], step)
+                        score = record["val"] = validate(state.params)
+                best = keep_best(best, state.params, score, step, always=validate is None)
                 save()
             log(record)
             show(record)
@@ -159,7 +169,7 @@ def train(
                 raise SystemExit(128 + requested[0])
     execution = {"devices": 1 if mesh is None else mesh.size}
     execution["chunk_size"] = config.chunk_size or chosen_chunk_size(learner, state, sample_episode, config, execution)
-    return Trained(jax.tree.map(np.asarray, best["params"]), int(best["step"]), seconds, execution)
+    return Trained(selected(best), int(best["step"][0]), seconds, execution)
 
 
 def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[MetaState, jax.Array], Any]:
@@ -169,7 +179,7 @@ def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[
 
 
 def initial_state(
-    learner: MetaLearner,
+    learner: LearnerOrSchedule,
     optimizer: optax.GradientTransformation,
     inputs: ArrayTree,
     key: jax.Array,
@@ -181,17 +191,23 @@ def initial_state(
     return state if mesh is None else jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
 
 
-def load_state(checkpoints: Path, state: MetaState) -> dict[str, Any]:
+def load_state(checkpoints: Path, state: MetaState, num_best: int = 1) -> dict[str, Any]:
     """The newest undamaged checkpoint of a run, or what a run starts from.
 
     Args:
       checkpoints: the directory of the checkpoints; it need not exist.
       state: the state at step 0.
+      num_best: M, as in `train`.
 
     Returns:
-      "state", "best" (with "params", "score" and "step") and "train_seconds".
+      "state", "best" (with "params", "score" and "step", leaves [M, ...], the highest score first) and "train_seconds".
     """
-    start = {"state": state, "best": best_of(state.params, -math.inf, 0), "train_seconds": np.asarray(0.0, np.float32)}
+    best = {
+        "params": jax.tree.map(lambda x: np.stack([np.asarray(x)] * num_best), state.params),
+        "score": np.full(num_best, -math.inf, np.float32),
+        "step": np.zeros(num_best, np.int32),
+    }
+    start = {"state": state, "best": best, "train_seconds": np.asarray(0.0, np.float32)}
     found = checkpoint.restore_latest(checkpoints, start)
     if found is None:
         return start
@@ -200,7 +216,7 @@ def load_state(checkpoints: Path, state: MetaState) -> dict[str, Any]:
     return found.tree
 
 
-def load_params(run_dir: Path, config: Any, learner: MetaLearner, inputs: ArrayTree) -> ArrayTree:
+def load_params(run_dir: Path, config: Any, learner: LearnerOrSchedule, inputs: ArrayTree) -> ArrayTree:
     """The parameters that a run has selected so far.
 
     Args:
@@ -213,10 +229,10 @@ def load_params(run_dir: Path, config: Any, learner: MetaLearner, inputs: ArrayT
       RunError: if the run has no checkpoint.
     """
     state = initial_state(learner, outer_optimizer(config), inputs, streams(config.seed).init, mesh=None)
-    best = load_state(run_dir / "checkpoints", state)["best"]
-    if not np.isfinite(best["score"]):
+    best = load_state(run_dir / "checkpoints", state, getattr(config, "ensemble", 1))["best"]
+    if not np.isfinite(best["score"][0]):
         raise RunError(f"{run_dir} holds no checkpoint of a validated state; train longer, or name another directory")
-    return best["params"]
+    return selected(best)
 
 
 def check_finite(info: MetaInfo, step: int, run_dir: Path) -> None:
@@ -238,11 +254,11 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path) -> None:
 
 
 def chosen_chunk_size(
-    learner: MetaLearner, state: MetaState, sample_episode: SampleEpisodeFn, config: Any, execution: dict[str, int]
+    learner: LearnerOrSchedule, state: MetaState, sample_episode: SampleEpisodeFn, config: Any, execution: dict[str, int]
 ) -> int:
     """The chunk size that was chosen for the tasks of one device."""
     keys = jax.random.split(jax.random.key(0), config.meta_batch_size // execution["devices"])
-    return default_chunk_size(learner, state.params, jax.eval_shape(jax.vmap(sample_episode), keys))
+    return default_chunk_size(learner_at(learner, jnp.int32(0)), state.params, jax.eval_shape(jax.vmap(sample_episode), keys))
 
 
 @contextlib.contextmanager
@@ -267,13 +283,30 @@ def stop_requests() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def best_of(params: ArrayTree, score: float, step: int) -> dict[str, Any]:
-    """The best state so far, as host arrays, because the buffers of the training state are donated."""
-    return {
-        "params": jax.tree.map(np.asarray, params),
-        "score": np.asarray(score, np.float32),
-        "step": np.asarray(step, np.int32),
-    }
+def keep_best(best: dict[str, Any], params: ArrayTree, score: float, step: int, *, always: bool) -> dict[str, Any]:
+    """The best states so far, the highest score first, as host arrays, because the training state is donated.
+
+    Args:
+      best: "params", "score" and "step", leaves [M, ...].
+      params: the present parameters.
+      score: theirs; of equal scores the older one stays in front.
+      step: the meta-step.
+      always: whether the present parameters take the first place whatever their score.
+    """
+    score = np.float32(score)
+    place = 0 if always else int(np.sum(~(best["score"] < score)))
+    new = {"params": params, "score": score, "step": np.int32(step)}
+    return jax.tree.map(
+        lambda old, x: np.concatenate([old[:place], np.asarray(x)[None], old[place:]])[: len(old)], best, new
+    )
+
+
+def selected(best: dict[str, Any]) -> ArrayTree:
+    """The parameters that were kept: one state if M = 1, else those with a score, [m, ...]."""
+    if len(best["score"]) == 1:
+        return jax.tree.map(lambda x: np.asarray(x)[0], best["params"])
+    count = max(1, int(np.sum(np.isfinite(best["score"]))))
+    return jax.tree.map(lambda x: np.asarray(x)[:count], best["params"])
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ LOCATION = ("run_dir", "distributed")
 IRRELEVANT = ("data_dir", "chunk_size")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
-"""Settings that may grow when a run is resumed."""
+"""Settings that may grow when a run is resumed; the number of meta-steps only if the outer rate is constant."""
 
 
 class Streams(NamedTuple):
@@ -133,11 +133,13 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
         config_file = run_dir / "config.json"
         if config_file.exists():
             found = read_json(config_file)
+            is_constant = wanted.get("outer_schedule", "constant") == "constant"
+            extendable = EXTENDABLE if is_constant else EXTENDABLE[1:]
             differing = [
                 f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
                 for name in sorted((found.keys() | wanted.keys()) - set(IRRELEVANT))
                 if found.get(name) != wanted.get(name)
-                and not (name in EXTENDABLE and name in found and found[name] < wanted[name])
+                and not (name in extendable and name in found and found[name] < wanted[name])
             ]
             if differing:
                 raise RunError(

@@ -9,22 +9,38 @@ from maml_jax import processes as processes
 from maml_jax import tasks as tasks
 from maml_jax._version import __version__ as __version__
 from maml_jax.algorithms import CATALOGUE as CATALOGUE
+from maml_jax.algorithms import ContextDescent as ContextDescent
 from maml_jax.algorithms import Entry as Entry
+from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms import InnerDescent as InnerDescent
+from maml_jax.algorithms import MAMLPlusPlus as MAMLPlusPlus
 from maml_jax.algorithms import Problem as Problem
+from maml_jax.algorithms import ReptileDescent as ReptileDescent
+from maml_jax.algorithms import anil as anil
+from maml_jax.algorithms import boil as boil
+from maml_jax.algorithms import cavia as cavia
+from maml_jax.algorithms import ensemble as ensemble
 from maml_jax.algorithms import fomaml as fomaml
+from maml_jax.algorithms import imaml as imaml
 from maml_jax.algorithms import maml as maml
+from maml_jax.algorithms import maml_plus_plus as maml_plus_plus
+from maml_jax.algorithms import meta_curvature as meta_curvature
+from maml_jax.algorithms import meta_sgd as meta_sgd
+from maml_jax.algorithms import multi_step_weights as multi_step_weights
 from maml_jax.algorithms import pretrained as pretrained
 from maml_jax.algorithms import reptile as reptile
+from maml_jax.algorithms import replace_inner_state as replace_inner_state
+from maml_jax.algorithms import switch_at as switch_at
+from maml_jax.algorithms import with_context as with_context
 from maml_jax.evaluate import evaluate as evaluate
 from maml_jax.evaluate import evaluate_objective as evaluate_objective
-from maml_jax.inner import adapt_only as adapt_only
 from maml_jax.inner import check_inner_grad as check_inner_grad
 from maml_jax.inner import checkpointed as checkpointed
 from maml_jax.inner import first_order as first_order
 from maml_jax.inner import gradient_based as gradient_based
 from maml_jax.inner import inner_loop as inner_loop
 from maml_jax.inner import mixed_mode as mixed_mode
+from maml_jax.inner import proximal_solution as proximal_solution
 from maml_jax.outer import OuterRule as OuterRule
 from maml_jax.outer import gradient_step as gradient_step
 from maml_jax.outer import init_meta_state as init_meta_state
@@ -43,40 +59,56 @@ from maml_jax.types import Model as Model
 __all__ = [
     "CATALOGUE",
     "Batch",
+    "ContextDescent",
     "Entry",
     "Episode",
     "Evaluation",
+    "ImplicitDescent",
     "InnerDescent",
     "InnerInfo",
+    "MAMLPlusPlus",
     "MetaInfo",
     "MetaLearner",
     "MetaState",
     "Model",
     "OuterRule",
     "Problem",
-    "adapt_only",
+    "ReptileDescent",
+    "anil",
+    "boil",
+    "cavia",
     "check_inner_grad",
     "checkpoint",
     "checkpointed",
     "cost",
+    "ensemble",
     "evaluate",
     "evaluate_objective",
     "first_order",
     "fomaml",
     "gradient_based",
     "gradient_step",
+    "imaml",
     "init_meta_state",
     "inner_loop",
     "losses",
     "make_meta_step",
     "make_train_loop",
     "maml",
+    "maml_plus_plus",
+    "meta_curvature",
+    "meta_sgd",
     "mixed_mode",
     "models",
+    "multi_step_weights",
     "parallel",
     "pmap_meta_step",
     "pretrained",
     "processes",
+    "proximal_solution",
     "reptile",
+    "replace_inner_state",
+    "switch_at",
     "tasks",
+    "with_context",
 ]

@@ -12,6 +12,7 @@ from maml_jax import parallel
 from maml_jax.types import (
     ArrayTree,
     Episode,
+    LearnerOrSchedule,
     MetaInfo,
     MetaLearner,
     MetaState,
@@ -20,15 +21,13 @@ from maml_jax.types import (
     as_floating,
     check_floating,
     check_integer,
-    check_learner,
     check_optimizer,
     draw_episode,
     function_and_data,
+    learner_at,
     with_data,
 )
 
-LearnerOrSchedule = MetaLearner | Callable[[jax.Array], MetaLearner]
-"""A learner, or a function from the meta-step (int32 scalar, traced) to one: annealed losses, schedules."""
 GradientFn = Callable[[ArrayTree, Episode], tuple[tuple[jax.Array, ArrayTree], ArrayTree]]
 """`(params, episodes) -> ((loss, info), grads)`, means over the meta-batch."""
 
@@ -98,16 +97,10 @@ def init_meta_state(
     Raises:
       ValueError: if a parameter is not floating, or `optimizer` is no optimiser.
     """
-    params = _learner_at(learner, jnp.zeros((), jnp.int32)).init(key, inputs)
+    params = learner_at(learner, jnp.zeros((), jnp.int32)).init(key, inputs)
     check_floating(params)
     state = MetaState(params, _as_rule(optimizer).init(params), jnp.zeros((), jnp.int32))
     return jax.tree.map(jnp.copy, state)
-
-
-def _learner_at(learner: LearnerOrSchedule, step: jax.Array) -> MetaLearner:
-    built = learner(step) if callable(learner) else learner
-    check_learner(built)
-    return built
 
 
 CPU_CHUNK_BYTES = 256 * 1024
@@ -250,7 +243,7 @@ def _gradient_fn(learner, step, chunk_size, mesh) -> GradientFn:
 
     def gradient(params_and_step, episodes):
         params, step = params_and_step
-        return meta_gradient(_learner_at(learner, step), params, episodes, chunk_size=chunk_size)
+        return meta_gradient(learner_at(learner, step), params, episodes, chunk_size=chunk_size)
 
     if mesh is not None:
         gradient = parallel.mean_over_tasks(gradient, mesh)

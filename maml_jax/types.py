@@ -133,16 +133,22 @@ class MetaLearner(NamedTuple):
     objective: ObjectiveFn
 
 
+LearnerOrSchedule = MetaLearner | Callable[[jax.Array], MetaLearner]
+"""A learner, or a function from the meta-step (int32 scalar, traced) to one: annealed losses, schedules."""
+
+
 class InnerInfo(NamedTuple):
     """What happened while adapting to one support set.
 
     Attributes:
       support_loss: [K], the support loss before each inner step.
       observed: the values of `observe_fn`, stacked to [K+1, ...]; None without one.
+      opt_state: the state of the inner optimiser after the last step, from `inner_loop`; learners leave it out.
     """
 
     support_loss: jax.Array
     observed: ArrayTree = None
+    opt_state: ArrayTree = None
 
 
 class MetaState(NamedTuple):
@@ -214,6 +220,15 @@ def check_optimizer(name: str, optimizer: Any) -> None:
         raise ValueError(f"{name} must be an optax transformation such as optax.sgd(0.1), got {optimizer!r}")
 
 
+def check_model(model: Any) -> None:
+    """Raises ValueError unless `model` is a `Model`."""
+    if not isinstance(model, Model):
+        raise ValueError(
+            f"model must be a maml_jax.Model, got {type(model).__name__}; wrap a flax module with models.from_linen "
+            "or models.from_nnx"
+        )
+
+
 def check_learner(learner: Any) -> None:
     """Raises ValueError unless `learner` is a `MetaLearner`."""
     if not isinstance(learner, MetaLearner):
@@ -221,6 +236,17 @@ def check_learner(learner: Any) -> None:
             f"the learner must be a MetaLearner, got {type(learner).__name__}. Training also takes a function from the "
             "meta-step to a MetaLearner; evaluation also takes a Partial that returns one, and a schedule at a step"
         )
+
+
+def learner_at(learner: LearnerOrSchedule, step: int | jax.Array) -> MetaLearner:
+    """The learner of a meta-step.
+
+    Raises:
+      ValueError: if it is no `MetaLearner`.
+    """
+    built = learner(step) if callable(learner) else learner
+    check_learner(built)
+    return built
 
 
 def check_integer(name: str, value: Any, at_least: int) -> int:
@@ -285,3 +311,49 @@ def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTre
     if len(required) < 2:
         return sample_episode(key)
     return sample_episode(key, jax.lax.stop_gradient(params))
+
+
+def partition(tree: ArrayTree, belongs: Callable[[str, Any], bool]) -> tuple[ArrayTree, ArrayTree]:
+    """Divides a tree into two of the same form, with None for the leaves of the other one.
+
+    Args:
+      tree: any pytree.
+      belongs: `(name, leaf) -> bool`, whether a leaf is in the first tree. The name is its path, such as
+        "norm_0/offset".
+    """
+
+    def part(chosen: bool) -> ArrayTree:
+        def keep(path, leaf):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            return leaf if bool(belongs(name, leaf)) == chosen else None
+
+        return jax.tree_util.tree_map_with_path(keep, tree)
+
+    return part(True), part(False)
+
+
+def combine(tree: ArrayTree, other: ArrayTree) -> ArrayTree:
+    """The inverse of `partition`."""
+    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
+
+
+def select(params: ArrayTree, where: Callable[[str], bool] | None) -> tuple[ArrayTree, ArrayTree]:
+    """Divides parameters into those that adapt and the others, with None in place of each other.
+
+    Args:
+      params: a pytree.
+      where: `(name) -> bool`, whether a parameter adapts; None for all of them.
+
+    Raises:
+      ValueError: if there are parameters and `where` is false for all.
+    """
+    if where is None:
+        return params, jax.tree.map(lambda _: None, params)
+    chosen, others = partition(params, lambda name, _: where(name))
+    if jax.tree.leaves(others) and not jax.tree.leaves(chosen):
+        names = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        ]
+        raise ValueError(f"`where` selects none of the parameters {names}; correct the names in it")
+    return chosen, others

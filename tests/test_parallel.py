@@ -12,7 +12,6 @@ import pytest
 
 from maml_jax import (
     Model,
-    adapt_only,
     evaluate,
     init_meta_state,
     losses,
@@ -33,9 +32,16 @@ SAMPLER = sinusoid.make_sampler(shot=4, query_shot=4)
 OPTIMIZER = optax.adam(1e-2)
 
 
-def build(inner_grad=mixed_mode, rule=None):
+def build(inner_grad=mixed_mode, rule=None, where=None):
     rule = optax.sgd(0.02) if rule is None else rule
-    return maml(MODEL, losses.mean_squared_error, inner_optimizer=rule, num_inner_steps=2, inner_grad=inner_grad)
+    return maml(
+        MODEL,
+        losses.mean_squared_error,
+        inner_optimizer=rule,
+        num_inner_steps=2,
+        where=where,
+        inner_grad=inner_grad,
+    )
 
 
 LEARNER = build()
@@ -70,8 +76,8 @@ def test_training_takes_the_same_path_on_any_number_of_devices(alone, num_device
 
 
 RULES = {
-    "gradient descent": optax.sgd(0.02),
-    "adam on the last layer": adapt_only(optax.adam(0.02, eps_root=1e-8), lambda name: "dense_1" in name),
+    "gradient descent": {"rule": optax.sgd(0.02)},
+    "adam on the last layer": {"rule": optax.adam(0.02, eps_root=1e-8), "where": lambda name: "dense_1" in name},
 }
 
 
@@ -80,7 +86,7 @@ RULES = {
 def test_the_meta_gradient_over_a_mesh(episodes, rule, inner_grad):
     # With the parameters left replicated, the inner gradient would be summed over the devices.
     learner, params, mesh = (
-        build(inner_grad, RULES[rule]),
+        build(inner_grad, **RULES[rule]),
         initial_state().params,
         parallel.task_mesh(jax.devices()[:4]),
     )

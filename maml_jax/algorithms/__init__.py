@@ -1,12 +1,53 @@
 """Meta-learning algorithms: one file, one builder, one paper. `CATALOGUE` lists them."""
 
+from maml_jax.algorithms.anil import anil as anil
+from maml_jax.algorithms.boil import boil as boil
 from maml_jax.algorithms.catalogue import CATALOGUE as CATALOGUE
 from maml_jax.algorithms.catalogue import Entry as Entry
 from maml_jax.algorithms.catalogue import Problem as Problem
+from maml_jax.algorithms.cavia import ContextDescent as ContextDescent
+from maml_jax.algorithms.cavia import cavia as cavia
+from maml_jax.algorithms.cavia import with_context as with_context
+from maml_jax.algorithms.imaml import ImplicitDescent as ImplicitDescent
+from maml_jax.algorithms.imaml import imaml as imaml
 from maml_jax.algorithms.maml import InnerDescent as InnerDescent
 from maml_jax.algorithms.maml import fomaml as fomaml
 from maml_jax.algorithms.maml import maml as maml
+from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
+from maml_jax.algorithms.maml_plus_plus import ensemble as ensemble
+from maml_jax.algorithms.maml_plus_plus import maml_plus_plus as maml_plus_plus
+from maml_jax.algorithms.maml_plus_plus import multi_step_weights as multi_step_weights
+from maml_jax.algorithms.maml_plus_plus import switch_at as switch_at
+from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
+from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
 from maml_jax.algorithms.pretrained import pretrained as pretrained
+from maml_jax.algorithms.reptile import ReptileDescent as ReptileDescent
 from maml_jax.algorithms.reptile import reptile as reptile
+from maml_jax.algorithms.reptile import replace_inner_state as replace_inner_state
 
-__all__ = ["CATALOGUE", "Entry", "InnerDescent", "Problem", "fomaml", "maml", "pretrained", "reptile"]
+__all__ = [
+    "CATALOGUE",
+    "ContextDescent",
+    "Entry",
+    "ImplicitDescent",
+    "InnerDescent",
+    "MAMLPlusPlus",
+    "Problem",
+    "ReptileDescent",
+    "anil",
+    "boil",
+    "cavia",
+    "ensemble",
+    "fomaml",
+    "imaml",
+    "maml",
+    "maml_plus_plus",
+    "meta_curvature",
+    "meta_sgd",
+    "multi_step_weights",
+    "pretrained",
+    "reptile",
+    "replace_inner_state",
+    "switch_at",
+    "with_context",
+]

@@ -8,10 +8,20 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import jax
+
+from maml_jax.algorithms.anil import anil
+from maml_jax.algorithms.boil import boil
+from maml_jax.algorithms.cavia import ContextDescent, cavia, with_context
+from maml_jax.algorithms.imaml import ImplicitDescent, imaml
 from maml_jax.algorithms.maml import InnerDescent, fomaml, maml
+from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus, maml_plus_plus, multi_step_weights, switch_at
+from maml_jax.algorithms.meta_curvature import meta_curvature
+from maml_jax.algorithms.meta_sgd import meta_sgd
 from maml_jax.algorithms.pretrained import pretrained
-from maml_jax.algorithms.reptile import reptile
-from maml_jax.types import LossFn, MetaLearner, Model
+from maml_jax.algorithms.reptile import ReptileDescent, reptile
+from maml_jax.inner.gradients import first_order, mixed_mode
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
 
 
 class Problem(NamedTuple):
@@ -21,11 +31,15 @@ class Problem(NamedTuple):
       model: the network.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
       where: `(name) -> bool`, the parameters that an inner loop adapts; None for all.
+      head: `(name) -> bool`, the parameters of the last layer, for the algorithms that treat it differently.
+      norm: `(name) -> bool`, scales and offsets of normalisations; None if there are none.
     """
 
     model: Model
     loss_fn: LossFn
     where: Callable[[str], bool] | None = None
+    head: Callable[[str], bool] | None = None
+    norm: Callable[[str], bool] | None = None
 
 
 class Entry(NamedTuple):
@@ -34,7 +48,7 @@ class Entry(NamedTuple):
     Attributes:
       title: its name in tables and figures.
       reference: authors and year.
-      build: `(problem, hyperparameters) -> MetaLearner`.
+      build: `(problem, hyperparameters) -> MetaLearner`, or a function from the meta-step to one.
       hyperparameters: a frozen dataclass; its fields become the flags of the algorithm.
       settings: the published hyperparameters by experiment ("sinusoid", "omniglot"). An experiment offers the
         algorithms that have settings for it.
@@ -42,21 +56,65 @@ class Entry(NamedTuple):
 
     title: str
     reference: str
-    build: Callable[[Problem, Any], MetaLearner]
+    build: Callable[[Problem, Any], MetaLearner | Callable[[jax.Array], MetaLearner]]
     hyperparameters: type
     settings: Mapping[str, Any]
 
 
-def _by_descent(builder: Callable[..., MetaLearner]) -> Callable[[Problem, InnerDescent], MetaLearner]:
-    def build(problem: Problem, hyperparameters: InnerDescent) -> MetaLearner:
-        return builder(
-            problem.model,
-            problem.loss_fn,
-            inner_optimizer=hyperparameters.rule(problem.where),
-            num_inner_steps=hyperparameters.num_inner_steps,
-        )
+def _build(
+    builder: Callable[..., MetaLearner],
+    *,
+    of_problem: tuple[str, ...] = ("where",),
+    of_settings: tuple[str, ...] = ("num_inner_steps",),
+    has_rule: bool = True,
+) -> Callable[[Problem, Any], MetaLearner]:
+    """The `build` of an entry: calls `builder` with named parts of the problem and of the hyperparameters."""
+
+    def build(problem: Problem, settings: Any) -> MetaLearner:
+        arguments = {name: getattr(problem, name) for name in of_problem}
+        if arguments.get("head", True) is None:
+            raise ValueError(
+                "the problem does not say which parameters are its last layer; pass Problem(..., head=...)"
+            )
+        arguments |= {name: getattr(settings, name) for name in of_settings}
+        if has_rule:
+            arguments["inner_optimizer"] = settings.rule()
+        return builder(problem.model, problem.loss_fn, **arguments)
 
     return build
+
+
+def _cavia(problem: Problem, settings: ContextDescent) -> MetaLearner:
+    build = _build(cavia, of_problem=(), of_settings=("num_inner_steps", "num_context"))
+    return build(problem._replace(model=with_context(problem.model)), settings)
+
+
+def _maml_plus_plus(problem: Problem, settings: MAMLPlusPlus) -> MetaLearner | Callable[[jax.Array], MetaLearner]:
+    def build(step_weights: jax.Array | None = None, inner_grad: InnerGradFn = mixed_mode) -> MetaLearner:
+        return maml_plus_plus(
+            problem.model,
+            problem.loss_fn,
+            inner_lr=settings.inner_lr,
+            num_inner_steps=settings.num_inner_steps,
+            learn_rates=settings.learn_rates,
+            step_weights=step_weights,
+            per_step=problem.norm if settings.per_step_norm else None,
+            where=problem.where,
+            inner_grad=inner_grad,
+        )
+
+    def at(step: jax.Array) -> MetaLearner:
+        weights = None
+        if settings.num_multi_step and settings.num_inner_steps:
+            weights = multi_step_weights(step, settings.num_inner_steps, settings.num_multi_step)
+        exact = build(weights)
+        return (
+            switch_at(settings.num_first_order, step, build(weights, first_order), exact)
+            if (settings.num_first_order)
+            else exact
+        )
+
+    return at if settings.num_multi_step or settings.num_first_order else build()
 
 
 # Rates are for mean losses; the code of Finn et al. sums the cross-entropy over the classes, at a rate of 0.4.
@@ -64,19 +122,76 @@ _FINN = {"sinusoid": InnerDescent(inner_lr=1e-3), "omniglot": InnerDescent(inner
 
 CATALOGUE: Mapping[str, Entry] = MappingProxyType(
     {
-        "maml": Entry("MAML", "Finn et al., 2017", _by_descent(maml), InnerDescent, _FINN),
-        "fomaml": Entry("FOMAML", "Finn et al., 2017", _by_descent(fomaml), InnerDescent, _FINN),
+        "maml": Entry("MAML", "Finn et al., 2017", _build(maml), InnerDescent, _FINN),
+        "fomaml": Entry("FOMAML", "Finn et al., 2017", _build(fomaml), InnerDescent, _FINN),
         "reptile": Entry(
             "Reptile",
             "Nichol et al., 2018",
-            _by_descent(reptile),
+            _build(reptile, of_settings=("num_inner_steps", "batch_size", "carry_state")),
+            ReptileDescent,
+            {
+                "sinusoid": ReptileDescent(inner_lr=5e-3, num_inner_steps=10),
+                "omniglot": ReptileDescent(
+                    inner_lr=1e-3, num_inner_steps=None, inner_optimizer="adam", batch_size=10, carry_state=True
+                ),
+            },
+        ),
+        "anil": Entry("ANIL", "Raghu et al., 2020", _build(anil, of_problem=("head",)), InnerDescent, _FINN),
+        "boil": Entry(
+            "BOIL",
+            "Oh et al., 2021",
+            _build(boil, of_problem=("head", "where")),
             InnerDescent,
-            {"sinusoid": InnerDescent(inner_lr=5e-3, num_inner_steps=10), "omniglot": _FINN["omniglot"]},
+            {"sinusoid": _FINN["sinusoid"], "omniglot": InnerDescent(inner_lr=0.5)},
+        ),
+        "meta-sgd": Entry(
+            "Meta-SGD",
+            "Li et al., 2017",
+            _build(meta_sgd, of_settings=("inner_lr", "num_inner_steps"), has_rule=False),
+            InnerDescent,
+            {"sinusoid": InnerDescent(inner_lr=0.01), "omniglot": _FINN["omniglot"]},
+        ),
+        "maml++": Entry(
+            "MAML++",
+            "Antoniou et al., 2019",
+            _maml_plus_plus,
+            MAMLPlusPlus,
+            {
+                "sinusoid": MAMLPlusPlus(inner_lr=0.01, num_inner_steps=5),
+                "omniglot": MAMLPlusPlus(inner_lr=0.1, num_inner_steps=5),
+            },
+        ),
+        "imaml": Entry(
+            "iMAML",
+            "Rajeswaran et al., 2019",
+            _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps")),
+            ImplicitDescent,
+            {
+                "sinusoid": ImplicitDescent(inner_lr=0.01, num_inner_steps=16, strength=0.5),
+                "omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16),
+            },
+        ),
+        "cavia": Entry(
+            "CAVIA",
+            "Zintgraf et al., 2019",
+            _cavia,
+            ContextDescent,
+            {
+                "sinusoid": ContextDescent(inner_lr=1.0),
+                "omniglot": ContextDescent(inner_lr=1.0, num_inner_steps=2, num_context=100),
+            },
+        ),
+        "meta-curvature": Entry(
+            "Meta-Curvature",
+            "Park and Oliva, 2019",
+            _build(meta_curvature, of_settings=("inner_lr", "num_inner_steps"), has_rule=False),
+            InnerDescent,
+            _FINN,
         ),
         "pretrained": Entry(
             "pretrained on all tasks",
             "Finn et al., 2017",
-            _by_descent(pretrained),
+            _build(pretrained),
             InnerDescent,
             {"sinusoid": _FINN["sinusoid"]},
         ),

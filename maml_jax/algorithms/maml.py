@@ -15,7 +15,6 @@ import optax
 
 from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.inner.loop import adapt_only
 from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_optimizer
 
 
@@ -26,6 +25,7 @@ def maml(
     *,
     inner_optimizer: optax.GradientTransformation,
     num_inner_steps: int,
+    where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
     num_microbatches: int = 1,
 ) -> MetaLearner:
@@ -41,6 +41,7 @@ def maml(
       inner_optimizer: any optax transformation, for example `optax.sgd(0.4)`; `inner.inner_loop` lists the ones that
         need an `eps_root`.
       num_inner_steps: K ≥ 0. With K = 0 the objective is the query loss at θ.
+      where: `(name) -> bool`, the parameters that adapt, by their path such as "norm_0/offset"; by default all.
       inner_grad: how the inner gradient is differentiated: `mixed_mode` (exact, flat memory), `checkpointed`
         or `jax.value_and_grad` (exact, reverse over reverse), or `first_order`.
       num_microbatches: parts of the support set whose gradients are computed one after another.
@@ -62,6 +63,7 @@ def maml(
         query_loss_fn,
         rule=lambda meta_params: inner_optimizer,
         num_inner_steps=num_inner_steps,
+        where=where,
         inner_grad=inner_grad,
         num_microbatches=num_microbatches,
     )
@@ -74,6 +76,7 @@ def fomaml(
     *,
     inner_optimizer: optax.GradientTransformation,
     num_inner_steps: int,
+    where: Callable[[str], bool] | None = None,
     num_microbatches: int = 1,
 ) -> MetaLearner:
     """Builds first-order MAML: the meta-gradient is ∇L_Q at φ_K, without second derivatives.
@@ -89,6 +92,7 @@ def fomaml(
         query_loss_fn,
         inner_optimizer=inner_optimizer,
         num_inner_steps=num_inner_steps,
+        where=where,
         inner_grad=first_order,
         num_microbatches=num_microbatches,
     )
@@ -110,7 +114,6 @@ class InnerDescent:
         if self.num_inner_steps is not None:
             check_integer("num_inner_steps", self.num_inner_steps, at_least=0)
 
-    def rule(self, where: Callable[[str], bool] | None = None) -> optax.GradientTransformation:
-        """Gradient descent on the parameters whose name passes `where`; by default on all."""
-        rule = optax.sgd(self.inner_lr)
-        return rule if where is None else adapt_only(rule, where)
+    def rule(self) -> optax.GradientTransformation:
+        """Gradient descent."""
+        return optax.sgd(self.inner_lr)

@@ -7,6 +7,8 @@ labels, no single θ is better than chance.
 Finn et al., 2017, section 5.1 and appendix C. https://arxiv.org/abs/1703.03400
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -16,7 +18,12 @@ from maml_jax.types import LossFn, MetaLearner, Model
 
 
 def pretrained(
-    model: Model, loss_fn: LossFn, *, inner_optimizer: optax.GradientTransformation, num_inner_steps: int
+    model: Model,
+    loss_fn: LossFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_inner_steps: int,
+    where: Callable[[str], bool] | None = None,
 ) -> MetaLearner:
     """Builds the pretraining baseline: min_θ E[L_{S ∪ Q}(θ)], adapted only at test time.
 
@@ -28,6 +35,7 @@ def pretrained(
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
       inner_optimizer: the fine-tuning rule at test time; the training objective does not depend on it.
       num_inner_steps: K ≥ 0 fine-tuning steps in `adapt`.
+      where: `(name) -> bool`, the parameters that are fine-tuned; by default all.
 
     Returns:
       A `MetaLearner`; in training the `support_loss` of its `info` is empty, [0].
@@ -36,7 +44,7 @@ def pretrained(
       ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
         range.
     """
-    fine_tuned = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps)
+    fine_tuned = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps, where=where)
     plain = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=0)
 
     def objective(meta_params, episode):

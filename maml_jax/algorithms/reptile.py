@@ -7,44 +7,178 @@ Nichol, Achiam and Schulman, 2018, On first-order meta-learning algorithms.
 https://arxiv.org/abs/1803.02999
 """
 
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
 import jax
+import jax.numpy as jnp
 import optax
 
-from maml_jax.algorithms.maml import fomaml
-from maml_jax.types import LossFn, MetaLearner, Model
+from maml_jax.algorithms.maml import InnerDescent
+from maml_jax.inner.gradients import first_order
+from maml_jax.inner.learner import step_keys
+from maml_jax.inner.loop import inner_loop
+from maml_jax.types import (
+    Batch,
+    LossFn,
+    MetaLearner,
+    Model,
+    PRNGKey,
+    check_integer,
+    check_model,
+    check_optimizer,
+    select,
+)
 
 
 def reptile(
-    model: Model, loss_fn: LossFn, *, inner_optimizer: optax.GradientTransformation, num_inner_steps: int
+    model: Model,
+    loss_fn: LossFn,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_inner_steps: int,
+    batch_size: int | None = None,
+    carry_state: bool = False,
+    where: Callable[[str], bool] | None = None,
 ) -> MetaLearner:
     """Builds Reptile: the objective ½‖θ − stop_gradient(φ_K)‖², whose gradient is θ − φ_K.
 
     With `optax.sgd(ε)` as outer optimiser the meta-step is θ ← θ + ε (mean φ_K − θ), the batched
-    version of the paper. Only the support set is used; with K = 1 and gradient descent the
-    meta-gradient is α∇L_S(θ), and with K = 0 it is zero.
+    version of the paper, and with one task in the meta-batch the serial version. The paper lets ε fall linearly to 0,
+    as `optax.linear_schedule(1.0, 0.0, num_meta_steps)` does. Only the support set is used;
+    with K = 1 and gradient descent the meta-gradient is α∇L_S(θ), and with K = 0 it is zero.
 
     Args:
       model: the network; its parameters are the meta-parameters θ.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
-      inner_optimizer: any optax transformation.
+      inner_optimizer: any optax transformation; the paper's is `optax.adam(1e-3, b1=0)`.
       num_inner_steps: K ≥ 0. With K = 1 Reptile is training on all tasks at once.
+      batch_size: examples of each inner step, drawn from the support set without replacement until it is used up,
+        and then anew, by the key of `adapt`. A support set that is not larger is used whole, without a key. None
+        for the whole support set in each step.
+      carry_state: whether the state of the inner optimiser is carried from task to task, as in the authors' code. It
+        is then a part of the meta-parameters, and the outer optimiser is wrapped in `replace_inner_state`. With
+        several tasks in a meta-batch the next state is the mean of theirs.
+      where: `(name) -> bool`, the parameters that adapt; by default all.
 
     Returns:
-      A `MetaLearner`. The value of `objective` is a squared distance, not a loss.
+      A `MetaLearner`. The value of `objective` is a squared distance, not a loss. With `carry_state` the
+      meta-parameters are {"params": θ, "inner_state": state}.
 
     Raises:
       ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range.
+        range; from `adapt`, if mini-batches need a key and there is none.
 
     References:
-      Nichol et al., 2018, Algorithm 2 and section 4. https://arxiv.org/abs/1803.02999
+      Nichol et al., 2018, Algorithms 1 and 2, sections 4 and 6. https://arxiv.org/abs/1803.02999
     """
-    base = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps)
+    check_optimizer("inner_optimizer", inner_optimizer)
+    check_model(model)
+    num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    if batch_size is not None:
+        batch_size = check_integer("batch_size", batch_size, at_least=1)
+
+    def init(key, inputs):
+        params = model.init(key, inputs)
+        if not carry_state:
+            return params
+        # Counters of steps are floating there, because every meta-parameter is.
+        state = jax.tree.map(lambda x: x.astype(jnp.float32), inner_optimizer.init(select(params, where)[0]))
+        return {"params": params, "inner_state": state}
+
+    def loss(params, support, own):
+        batch, key = own
+        batch = support if batch is None else batch
+        return loss_fn(model.call(params, batch.inputs, key), batch.targets)
+
+    def run(meta_params, support, key=None, observe_fn=None):
+        """The inner loop from the meta-parameters; (φ_K, or φ_K with the last state) and the info."""
+        params, state = meta_params, None
+        if carry_state:
+            first = jax.eval_shape(lambda params: inner_optimizer.init(select(params, where)[0]), meta_params["params"])
+            state = jax.tree.map(lambda x, like: x.astype(like.dtype), meta_params["inner_state"], first)
+            params = meta_params["params"]
+        batches = mini_batches(support, batch_size, num_inner_steps, key)
+        task_params, info = inner_loop(
+            loss,
+            inner_optimizer,
+            params,
+            support,
+            num_steps=num_inner_steps,
+            where=where,
+            per_step=(batches, step_keys(key, num_inner_steps) if model.stochastic else None),
+            inner_grad=first_order,
+            observe_fn=observe_fn,
+            opt_state=state,
+        )
+        ended = {"params": task_params, "inner_state": info.opt_state} if carry_state else task_params
+        return ended, info._replace(opt_state=None)
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        ended, info = run(meta_params, support, key, observe_fn)
+        return ended["params"] if carry_state else ended, info
 
     def objective(meta_params, episode):
-        start = jax.lax.stop_gradient(meta_params)
-        task_params, info = base.adapt(start, episode.support, key=episode.key)
-        gap = optax.tree.sub(meta_params, task_params)
+        ended, info = run(jax.lax.stop_gradient(meta_params), episode.support, episode.key)
+        gap = jax.tree.map(jnp.subtract, meta_params, ended)
         return 0.5 * optax.tree.norm(gap, squared=True), info
 
-    return base._replace(objective=objective)
+    return MetaLearner(init, adapt, model.apply, objective)
+
+
+def mini_batches(support: Batch, batch_size: int | None, num_steps: int, key: PRNGKey | None) -> Batch | None:
+    """The examples of every inner step, without replacement until the support set is used up, and then anew.
+
+    Args:
+      support: leaves [S, ...].
+      batch_size: B; None, or at least S, for the whole support set.
+      num_steps: K.
+      key: the randomness of the order.
+
+    Returns:
+      A `Batch` with leaves [K, B, ...], or None for the whole support set in each step.
+
+    Raises:
+      ValueError: if a key is needed and there is none.
+    """
+    size = len(jax.tree.leaves(support)[0])
+    if batch_size is None or batch_size >= size:
+        return None
+    if key is None:
+        raise ValueError(
+            f"mini-batches of {batch_size} from {size} support examples are drawn with a key, and adapt got none; pass "
+            "`key`, evaluate with stochastic=True, or build a learner without batch_size"
+        )
+    num_rounds = -(-num_steps * batch_size // size)
+    order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, num_rounds))
+    order = order.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
+    return jax.tree.map(lambda x: x[order], support)
+
+
+def replace_inner_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The outer optimiser for `carry_state`: `optimizer` moves θ, and the inner state is replaced by its new value."""
+    parts = {"params": optimizer, "inner_state": optax.sgd(1.0)}
+    return optax.partition(parts, lambda params: {name: name for name in parts})
+
+
+@dataclasses.dataclass(frozen=True)
+class ReptileDescent(InnerDescent):
+    """Hyperparameters of the inner loop of Reptile."""
+
+    inner_optimizer: Literal["sgd", "adam"] = "sgd"
+    """Inner optimiser; "adam" is without momentum (beta1 = 0), as in the paper."""
+    batch_size: int | None = None
+    """Examples of an inner step, drawn from the support set; None for all of them."""
+    carry_state: bool = False
+    """Whether the state of the inner optimiser is carried from task to task."""
+
+    def __post_init__(self):
+        """Raises ValueError for a wrong rate or count."""
+        super().__post_init__()
+        if self.batch_size is not None:
+            check_integer("batch_size", self.batch_size, at_least=1)
+
+    def rule(self) -> optax.GradientTransformation:
+        """The inner optimiser."""
+        return optax.sgd(self.inner_lr) if self.inner_optimizer == "sgd" else optax.adam(self.inner_lr, b1=0.0)

@@ -18,7 +18,7 @@ from jax.custom_derivatives import zero_from_primal
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from maml_jax.inner.pullback import with_pullback
-from maml_jax.types import ArrayTree, InnerGradFn
+from maml_jax.types import ArrayTree, InnerGradFn, combine, partition
 
 
 def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -110,27 +110,29 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
             raise ValueError(f"argnums={argnums} names an argument twice")
         chosen = [args[n] for n in positions]
         rest = [None if n in positions else arg for n, arg in enumerate(args)]
-        arrays, static = _partition((rest, kwargs), lambda leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic))
+        arrays, static = partition(
+            (rest, kwargs), lambda _, leaf: isinstance(leaf, jax.Array | np.ndarray | np.generic)
+        )
         static_aux = None
 
         def call(chosen, arrays):
             nonlocal static_aux
-            args, kwargs = _combine(arrays, static)
+            args, kwargs = combine(arrays, static)
             for n, arg in zip(positions, chosen, strict=True):
                 args[n] = arg
             out = fun(*args, **kwargs)
             value, aux = out if has_aux else (out, None)
-            aux, static_aux = _partition(aux, lambda leaf: hasattr(leaf, "dtype"))
+            aux, static_aux = partition(aux, lambda _, leaf: hasattr(leaf, "dtype"))
             return value, aux
 
         chosen = jax.tree.map(jnp.asarray, chosen)
         converted, closed_over, suits = _hoist(call, chosen, arrays)
-        floating, fixed = _partition(
-            (arrays, closed_over), lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        floating, fixed = partition(
+            (arrays, closed_over), lambda _, leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
         )
 
         def value_and_aux(chosen, floating, fixed):
-            return converted(chosen, *_combine(floating, fixed))
+            return converted(chosen, *combine(floating, fixed))
 
         def plain(chosen, floating, fixed):
             return jax.value_and_grad(value_and_aux, has_aux=True)(chosen, floating, fixed)
@@ -154,7 +156,7 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
         value_and_grads = with_pullback(plain, backward) if suits else jax.checkpoint(plain)
         (value, aux), grads = value_and_grads(chosen, floating, fixed)
         grads = tuple(grads) if isinstance(argnums, tuple | list) else grads[0]
-        return ((value, _combine(aux, static_aux)) if has_aux else value), grads
+        return ((value, combine(aux, static_aux)) if has_aux else value), grads
 
     return mixed_value_and_grad
 
@@ -184,11 +186,11 @@ def check_inner_grad(
     Raises:
       ValueError: if it is larger than `rtol`.
     """
-    floating, fixed = _partition(args, lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+    floating, fixed = partition(args, lambda _, leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
     def product_of(transform):
         def product(cotangent):
-            _, pullback = jax.vjp(lambda floating: transform(fun)(*_combine(floating, fixed))[1], floating)
+            _, pullback = jax.vjp(lambda floating: transform(fun)(*combine(floating, fixed))[1], floating)
             return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(pullback(cotangent))])
 
         return jax.jit(product)
@@ -237,19 +239,6 @@ def _contains_custom_vjp(jaxpr: Any) -> bool:
         )
         for eqn in jaxpr.eqns
     )
-
-
-def _partition(tree: Any, belongs: Callable[[Any], bool]) -> tuple[Any, Any]:
-    """Two trees of the structure of `tree`: leaves that belong, and the others; None in place of each other."""
-    return (
-        jax.tree.map(lambda leaf: leaf if belongs(leaf) else None, tree),
-        jax.tree.map(lambda leaf: None if belongs(leaf) else leaf, tree),
-    )
-
-
-def _combine(tree: Any, other: Any) -> Any:
-    """The inverse of `_partition`."""
-    return jax.tree.map(lambda a, b: b if a is None else a, tree, other, is_leaf=lambda leaf: leaf is None)
 
 
 def _with_zeros(cotangents: Any, primals: Any) -> Any:

@@ -8,7 +8,17 @@ import optax
 
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.loop import inner_loop
-from maml_jax.types import ArrayTree, InitFn, InnerGradFn, LossFn, MetaLearner, Model, PRNGKey, check_integer
+from maml_jax.types import (
+    ArrayTree,
+    InitFn,
+    InnerGradFn,
+    LossFn,
+    MetaLearner,
+    Model,
+    PRNGKey,
+    check_integer,
+    check_model,
+)
 
 
 def gradient_based(
@@ -20,6 +30,7 @@ def gradient_based(
     num_inner_steps: int,
     init: InitFn | None = None,
     start: Callable[[ArrayTree], ArrayTree] = lambda meta_params: meta_params,
+    where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
     num_microbatches: int = 1,
 ) -> MetaLearner:
@@ -39,6 +50,7 @@ def gradient_based(
       num_inner_steps: K ≥ 0.
       init: `(key, inputs) -> meta_params`; by default those of the model.
       start: `(meta_params) -> params`, where the inner loop starts.
+      where: `(name) -> bool`, the parameters of `start` that adapt; by default all. See `inner_loop`.
       inner_grad: how the inner gradient is differentiated.
       num_microbatches: parts of the support set whose gradients are computed one after another; see `inner_loop`.
 
@@ -50,27 +62,25 @@ def gradient_based(
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
-    if not isinstance(model, Model):
-        raise ValueError(
-            f"model must be a maml_jax.Model, got {type(model).__name__}; wrap a flax module with models.from_linen "
-            "or models.from_nnx"
-        )
+    check_model(model)
 
     def support_loss(params, batch, key=None):
         return loss_fn(model.call(params, batch.inputs, key), batch.targets)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
-        return inner_loop(
+        task_params, info = inner_loop(
             support_loss,
             rule(meta_params),
             start(meta_params),
             support,
             num_steps=num_inner_steps,
-            per_step=_step_keys(key, num_inner_steps) if model.stochastic else None,
+            where=where,
+            per_step=step_keys(key, num_inner_steps) if model.stochastic else None,
             num_microbatches=num_microbatches,
             inner_grad=inner_grad,
             observe_fn=observe_fn,
         )
+        return task_params, info._replace(opt_state=None)
 
     def objective(meta_params, episode):
         task_params, info = adapt(meta_params, episode.support, key=episode.key)
@@ -81,5 +91,6 @@ def gradient_based(
     return MetaLearner(init or model.init, adapt, model.apply, objective)
 
 
-def _step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
+def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
+    """The keys [K] of the inner steps, `fold_in(key, k)`; None without a key."""
     return None if key is None else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_steps))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
-from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn, check_floating, check_integer
+from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn, check_floating, check_integer, combine, select
 
 
 def inner_loop(
@@ -19,10 +19,12 @@ def inner_loop(
     support: chex.ArrayTree,
     *,
     num_steps: int,
+    where: Callable[[str], bool] | None = None,
     per_step: chex.ArrayTree = None,
     num_microbatches: int = 1,
     inner_grad: InnerGradFn = mixed_mode,
     observe_fn: ObserveFn | None = None,
+    opt_state: chex.ArrayTree = None,
 ) -> tuple[chex.ArrayTree, InnerInfo]:
     """Adapts parameters to one support set with a differentiable optimiser.
 
@@ -41,6 +43,9 @@ def inner_loop(
       params: θ, a pytree of floating arrays.
       support: usually a `Batch` [S, ...]; any pytree.
       num_steps: K ≥ 0. With K = 0, `params` come back unchanged.
+      where: `(name) -> bool`, whether a parameter adapts; the name is its path, such as "norm_0/offset". The others
+        keep their values, no inner gradient is computed for them, and the outer gradient still reaches them. The
+        rule sees None in their place. By default all parameters adapt.
       per_step: data that belong to one step, a pytree with leaves [K, ...] that is scanned along: mini-batches,
         keys, learned numbers.
       num_microbatches: M, a divisor of S. With M > 1 the leaves of `support` are cut into M equal parts, and the
@@ -49,14 +54,16 @@ def inner_loop(
       inner_grad: transform with the signature of `jax.value_and_grad`; says how ∇L_S is itself
         differentiated. With `first_order`, ∂φ/∂θ = I.
       observe_fn: `(task_params) -> pytree`, evaluated at φ before the first and after every step.
+      opt_state: the state that the rule starts from, such as `opt_state` of the info of an earlier call; by default
+        that of `rule.init`.
 
     Returns:
       φ with the structure of `params`, and an `InnerInfo`: `support_loss` [K], L_S before each step,
-      and `observed` [K+1, ...].
+      `observed` [K+1, ...], and `opt_state`.
 
     Raises:
-      ValueError: if a count is wrong, `params` are not all floating, the loss is no scalar, or leading axes of
-        `per_step` and `support` do not fit `num_steps` and `num_microbatches`.
+      ValueError: if a count is wrong, `params` are not all floating, `where` selects none of them, the loss is no
+        scalar, or leading axes of `per_step` and `support` do not fit `num_steps` and `num_microbatches`.
 
     References:
       Finn et al., 2017, Algorithm 1, lines 5-6. https://arxiv.org/abs/1703.03400
@@ -75,27 +82,36 @@ def inner_loop(
     if shape != ():
         raise ValueError(f"the inner loss must be a scalar, got shape {shape}; take the mean and return only that")
     rule = optax.with_extra_args_support(rule)
-    value_and_grad = inner_grad(loss_fn)
+    adapting, fixed = select(params, where)
+
+    def loss_of(adapting, *batch):
+        return loss_fn(combine(adapting, fixed), *batch)
+
+    def observe(adapting):
+        return None if observe_fn is None else observe_fn(combine(adapting, fixed))
+
+    value_and_grad = inner_grad(loss_of)
 
     def step(carry, of_step):
-        params, opt_state = carry
-        observed = None if observe_fn is None else observe_fn(params)
+        adapting, opt_state = carry
+        observed = observe(adapting)
         own = () if per_step is None else (of_step,)
-        loss, grads = _mean_over_parts(partial(value_and_grad, params), support, own, num_microbatches)
+        loss, grads = _mean_over_parts(partial(value_and_grad, adapting), support, own, num_microbatches)
         updates, opt_state = rule.update(
             grads,
             opt_state,
-            params,
+            adapting,
             value=loss,
             grad=grads,
-            value_fn=lambda params: _mean_over_parts(partial(loss_fn, params), support, own, num_microbatches),
+            value_fn=lambda adapting: _mean_over_parts(partial(loss_of, adapting), support, own, num_microbatches),
         )
-        return (optax.apply_updates(params, updates), opt_state), (loss, observed)
+        return (optax.apply_updates(adapting, updates), opt_state), (loss, observed)
 
-    (params, _), (losses, observed) = jax.lax.scan(step, (params, rule.init(params)), per_step, length=num_steps)
+    start = (adapting, rule.init(adapting) if opt_state is None else opt_state)
+    (adapting, opt_state), (losses, observed) = jax.lax.scan(step, start, per_step, length=num_steps)
     if observe_fn is not None:
-        observed = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), observed, observe_fn(params))
-    return params, InnerInfo(losses, observed)
+        observed = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), observed, observe(adapting))
+    return combine(adapting, fixed), InnerInfo(losses, observed, opt_state)
 
 
 def _batch(support: chex.ArrayTree, per_step: chex.ArrayTree, num_microbatches: int) -> tuple:
@@ -124,36 +140,3 @@ def _check_leading_axis(tree: chex.ArrayTree, name: str, fits: Callable[[int], b
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.ndim(leaf) or not fits(jnp.shape(leaf)[0]):
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} must hold {what}, got shape {jnp.shape(leaf)}")
-
-
-def adapt_only(rule: optax.GradientTransformation, where: Callable[[str], bool]) -> optax.GradientTransformation:
-    """Restricts an inner rule to some parameters; the others keep their meta-learned values.
-
-    The outer gradient still reaches every parameter. For example, a network whose normalisation offsets
-    are meta-learned and not adapted:
-
-    >>> import optax
-    >>> rule = adapt_only(optax.sgd(0.4), lambda name: "offset" not in name)
-
-    Args:
-      rule: the optax transformation for the parameters that adapt.
-      where: `(name) -> bool`, whether a parameter adapts; the name is its path, such as "norm_0/offset".
-
-    Returns:
-      An optax transformation with zero updates wherever `where` is false.
-
-    Raises:
-      ValueError: from `init`, if `where` is false for every parameter.
-    """
-
-    def label(params):
-        names = [
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_leaves_with_path(params)
-        ]
-        adapts = [bool(where(name)) for name in names]
-        if names and not any(adapts):
-            raise ValueError(f"adapt_only selects none of the parameters {names}; check the names in `where`")
-        return jax.tree.unflatten(jax.tree.structure(params), adapts)
-
-    return optax.partition({True: rule, False: optax.set_to_zero()}, label)

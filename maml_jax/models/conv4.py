@@ -23,6 +23,7 @@ class Conv4(nn.Module):
     way: int | None
     features: int = 64
     pooling: bool = False
+    flatten: bool | None = None
     conv_fn: ConvFn = conv_matmul
     norm: Callable[..., nn.Module] = BatchStatNorm
     head_init: nn.initializers.Initializer | None = None
@@ -40,10 +41,11 @@ class Conv4(nn.Module):
             hidden = nn.relu(self.norm(name=f"norm_{index}", **dtypes)(conv(hidden)))
             if self.pooling:
                 hidden = max_pool(hidden)
-        hidden = hidden.reshape(hidden.shape[0], -1) if self.pooling else hidden.mean((1, 2))
+        flatten = self.pooling if self.flatten is None else self.flatten
+        hidden = hidden.reshape(hidden.shape[0], -1) if flatten else hidden.mean((1, 2))
         if self.way is None:
             return hidden
-        default_init = nn.initializers.xavier_uniform() if self.pooling else nn.initializers.normal(1.0)
+        default_init = nn.initializers.xavier_uniform() if flatten else nn.initializers.normal(1.0)
         head_init = self.head_init or default_init
         return nn.Dense(self.way, kernel_init=head_init, param_dtype=self.param_dtype, name="head")(hidden)
 
@@ -53,6 +55,7 @@ def conv4(
     way: int | None,
     features: int = 64,
     pooling: bool = False,
+    flatten: bool | None = None,
     conv_fn: ConvFn = conv_matmul,
     norm: Callable[..., nn.Module] = BatchStatNorm,
     head_init: nn.initializers.Initializer | None = None,
@@ -67,14 +70,15 @@ def conv4(
 
     Args:
       way: N, the number of outputs. With None there is no linear layer, and the outputs are the embedding [S, D]:
-        D = `features` without `pooling`, and `features` times the number of positions with it.
+        D = `features`, times the number of positions with `flatten`.
       features: filters of each convolution; 64 for Omniglot, 32 for miniImageNet in the MAML paper.
       pooling: the geometry.
+      flatten: whether the linear layer sees all positions and not their mean; by default with `pooling` only.
       conv_fn: how the convolution is computed, `layers.conv_matmul` or `layers.conv_lax`.
       norm: a flax module class or partial with the arguments `dtype`, `param_dtype` and `name`; by default
         `BatchStatNorm` with an offset and no scale.
-      head_init: initialiser of the linear layer [D, N]; by default N(0, 1) without `pooling` and Xavier
-        uniform with it, as in the authors' code.
+      head_init: initialiser of the linear layer [D, N]; by default Xavier uniform with `flatten` and N(0, 1)
+        without, as in the authors' code.
       dtype: dtype of the four blocks, such as `jnp.bfloat16`. With None, inputs and parameters are promoted. The
         linear layer promotes the embedding and its own parameters in either case.
       param_dtype: dtype of the initial parameters.
@@ -92,6 +96,7 @@ def conv4(
         way=way,
         features=features,
         pooling=pooling,
+        flatten=flatten,
         conv_fn=conv_fn,
         norm=norm,
         head_init=head_init,

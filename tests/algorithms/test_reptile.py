@@ -1,11 +1,13 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import MetaState, make_meta_step, reptile
+from maml_jax import Batch, MetaState, init_meta_state, make_meta_step, replace_inner_state, reptile
+from maml_jax.algorithms.reptile import mini_batches
 
 
 def build(num_steps):
@@ -49,3 +51,76 @@ def test_gradient_descent_on_it_moves_towards_the_mean_of_the_adapted_parameters
 def test_a_negative_number_of_steps_is_refused():
     with pytest.raises(ValueError, match="at least 0, got -2"):
         build(-2)
+
+
+def collect_batches(num_steps, batch_size, size, key):
+    support = Batch(jnp.arange(size), jnp.arange(size))
+    return np.asarray(mini_batches(support, batch_size, num_steps, key).inputs)
+
+
+def test_mini_batches_use_up_the_support_set_before_they_repeat():
+    drawn = collect_batches(num_steps=7, batch_size=4, size=10, key=jax.random.key(0))
+    assert drawn.shape == (7, 4)
+    rounds = drawn.reshape(-1)
+    for start in (0, 10):
+        assert sorted(rounds[start : start + 10]) == list(range(10))
+    assert len(set(rounds[20:])) == 8
+    assert list(rounds[:10]) != list(rounds[10:20])
+    assert not np.array_equal(drawn, collect_batches(7, 4, 10, jax.random.key(1)))
+
+
+def test_each_inner_step_takes_its_mini_batch(x64):
+    episode, theta = make_episode(jax.random.key(4)), jnp.array([0.5, -1.0, 2.0, 0.1], jnp.float64)
+    learner = reptile(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=4, batch_size=2)
+    key = jax.random.key(5)
+    phi = theta
+    batches = mini_batches(episode.support, 2, 4, key)
+    for step in range(4):
+        phi = Quadratic.of(jax.tree.map(lambda x, k=step: x[k], batches)).descend_once(phi, ALPHA)
+    chex.assert_trees_all_close(learner.adapt(theta, episode.support, key=key)[0], phi, rtol=1e-10)
+    grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode._replace(key=key))
+    chex.assert_trees_all_close(grad, theta - phi, rtol=1e-8)
+
+
+def test_a_support_set_that_fits_into_a_mini_batch_needs_no_key():
+    episode = make_episode(jax.random.key(6))
+    build = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": 3}
+    small, whole = (reptile(linear_model, half_mse, batch_size=size, **build) for size in (6, None))
+    chex.assert_trees_all_equal(
+        small.adapt(jnp.ones(4), episode.support)[0], whole.adapt(jnp.ones(4), episode.support)[0]
+    )
+    with pytest.raises(ValueError, match="mini-batches of 5 from 6 support examples are drawn with a key"):
+        reptile(linear_model, half_mse, batch_size=5, **build).adapt(jnp.ones(4), episode.support)
+
+
+def test_the_state_of_the_inner_optimiser_is_carried_from_task_to_task():
+    # The serial version: one task a meta-step, one Adam through all of them.
+    rule, step_size = optax.adam(0.1, b1=0.0), 0.5
+    learner = reptile(linear_model, half_mse, inner_optimizer=rule, num_inner_steps=3, carry_state=True)
+    optimizer = replace_inner_state(optax.sgd(step_size))
+    episodes = [make_episode(jax.random.key(seed)) for seed in range(4)]
+    state = init_meta_state(learner, optimizer, jax.random.key(9), episodes[0].support.inputs)
+    theta = jnp.copy(state.params["params"])
+    meta_step, opt_state = make_meta_step(learner, optimizer), rule.init(theta)
+    for episode in episodes:
+        state, _ = meta_step(state, jax.tree.map(lambda x: x[None], episode))
+        phi = theta
+        for _ in range(3):
+            updates, opt_state = rule.update(Quadratic.of(episode.support).gradient(phi), opt_state)
+            phi = phi + updates
+        theta = theta + step_size * (phi - theta)
+    chex.assert_trees_all_close(state.params["params"], theta, rtol=1e-4, atol=1e-5)
+    assert opt_state[0].count == state.params["inner_state"][0].count == 12
+
+
+def test_with_several_tasks_the_next_state_is_the_mean_of_theirs(x64):
+    rule = optax.adam(0.1, b1=0.0)
+    learner = reptile(linear_model, half_mse, inner_optimizer=rule, num_inner_steps=1, carry_state=True)
+    episodes = make_episodes(jax.random.key(0), 3)
+    optimizer = replace_inner_state(optax.sgd(0.5))
+    state = init_meta_state(learner, optimizer, jax.random.key(9), episodes.support.inputs[0])
+    theta = jnp.copy(state.params["params"])
+    state, _ = make_meta_step(learner, optimizer)(state, episodes)
+    grads = jax.vmap(lambda support: Quadratic.of(support).gradient(theta))(episodes.support)
+    chex.assert_trees_all_close(state.params["inner_state"][0].nu, (1 - 0.999) * jnp.mean(grads**2, 0), rtol=1e-4)
+

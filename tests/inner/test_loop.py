@@ -5,7 +5,8 @@ import optax
 import pytest
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode
 
-from maml_jax import adapt_only, first_order, inner_loop, losses, maml, mixed_mode, models
+from maml_jax import first_order, inner_loop, losses, maml, mixed_mode, models
+from maml_jax.cost import count_flops
 
 THETA = {"body": {"w": jnp.array([0.5, -1.0])}, "head": jnp.array([2.0, 0.1])}
 
@@ -104,13 +105,14 @@ def test_outputs_that_do_not_fit_the_loss_are_refused_with_both_shapes():
 
 
 @pytest.mark.parametrize("rule", [optax.sgd(ALPHA), optax.adam(0.1, eps_root=1e-8)], ids=["sgd", "adam"])
-def test_adapt_only_keeps_parameters_whose_meta_gradient_is_still_exact(x64, rule):
+def test_parameters_that_do_not_adapt_keep_their_values_and_an_exact_meta_gradient(x64, rule):
     episode = make_episode(jax.random.key(1))
     theta = jax.tree.map(lambda x: x.astype(jnp.float64), THETA)
-    restricted = adapt_only(rule, lambda name: name == "head")
 
     def objective(params, inner_grad):
-        phi, _ = inner_loop(loss, restricted, params, episode.support, num_steps=3, inner_grad=inner_grad)
+        phi, _ = inner_loop(
+            loss, rule, params, episode.support, num_steps=3, where=lambda name: name == "head", inner_grad=inner_grad
+        )
         return loss(phi, episode.query), phi
 
     mixed, reverse, first = (
@@ -125,22 +127,62 @@ def test_adapt_only_keeps_parameters_whose_meta_gradient_is_still_exact(x64, rul
     assert jnp.linalg.norm(mixed[0]["body"]["w"] - first[0]["body"]["w"]) > 1e-3
 
 
-def test_adapt_only_sees_every_parameter_by_its_path():
+def test_every_parameter_is_named_by_its_path():
     names = []
-    adapt_only(optax.sgd(0.1), lambda name: names.append(name) is None).init((THETA, [jnp.ones(1)]))
+    params = (THETA, [jnp.ones(1)])
+    inner_loop(
+        lambda params, support: jnp.sum(params[1][0]),
+        optax.sgd(0.1),
+        params,
+        None,
+        num_steps=1,
+        where=lambda name: names.append(name) is None,
+    )
     assert set(names) == {"0/body/w", "0/head", "1/0"}
 
 
-def test_adapting_everything_is_the_rule_itself(episode):
-    everything = adapt_only(optax.sgd(ALPHA, momentum=0.9), lambda name: True)
-    chex.assert_trees_all_equal(
-        adapt(episode, 3, rule=everything), adapt(episode, 3, rule=optax.sgd(ALPHA, momentum=0.9))
+def test_adapting_everything_is_the_default(episode):
+    rule = optax.sgd(ALPHA, momentum=0.9)
+    chex.assert_trees_all_equal(adapt(episode, 3, rule=rule, where=lambda name: True), adapt(episode, 3, rule=rule))
+
+
+def test_no_inner_gradient_is_computed_for_what_does_not_adapt(episode):
+    """The inner gradient of the head of a linear network is a product less than that of both."""
+
+    def flops(where):
+        return count_flops(
+            lambda params: inner_loop(loss, optax.sgd(ALPHA), params, episode.support, num_steps=1, where=where)[0],
+            THETA,
+        )
+
+    assert flops(lambda name: name == "head") < flops(None)
+
+
+def test_the_rule_and_the_observer_see_their_parameters(episode):
+    seen = []
+
+    def update(updates, state, params):
+        seen.append((jax.tree.map(jnp.shape, updates), jax.tree.map(jnp.shape, params)))
+        return updates, state
+
+    rule = optax.GradientTransformation(lambda params: (), update)
+    _, info = inner_loop(
+        loss,
+        rule,
+        THETA,
+        episode.support,
+        num_steps=2,
+        where=lambda name: name == "head",
+        observe_fn=lambda params: params["body"]["w"],
     )
+    head = {"body": {"w": None}, "head": THETA["head"].shape}
+    assert all(of_updates == of_params == head for of_updates, of_params in seen)
+    chex.assert_trees_all_equal(info.observed, jnp.stack([THETA["body"]["w"]] * 3))
 
 
-def test_adapt_only_refuses_to_adapt_nothing():
+def test_adapting_nothing_is_refused(episode):
     with pytest.raises(ValueError, match=r"selects none of the parameters \['body/w', 'head'\]"):
-        adapt_only(optax.sgd(0.1), lambda name: "haed" in name).init(THETA)
+        inner_loop(loss, optax.sgd(0.1), THETA, episode.support, num_steps=1, where=lambda name: "haed" in name)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from linear_regression import half_mse, make_episodes
 
-from maml_jax import adapt_only, init_meta_state, make_meta_step, maml
+from maml_jax import init_meta_state, make_meta_step, maml
 from maml_jax.models import from_linen, from_nnx
 
 
@@ -192,8 +192,14 @@ def test_a_module_gives_its_present_parameters():
 def test_nnx_models_meta_learn_and_leave_their_module_alone(source):
     # The meta-step donates its state; a second run from the same model must find the parameters intact.
     model = from_nnx(TwoLayers if source == "function" else TwoLayers(nnx.Rngs(0)))
-    rule = adapt_only(optax.sgd(0.1), lambda name: name.startswith("second"))
-    learner, optimizer = maml(model, half_mse, inner_optimizer=rule, num_inner_steps=2), optax.adam(0.01)
+    learner = maml(
+        model,
+        half_mse,
+        inner_optimizer=optax.sgd(0.1),
+        num_inner_steps=2,
+        where=lambda name: name.startswith("second"),
+    )
+    optimizer = optax.adam(0.01)
     episodes = make_episodes(jax.random.key(1), 2)
     step = make_meta_step(learner, optimizer)
 

@@ -1,0 +1,101 @@
+"""CAVIA: adapt a few context parameters that the network takes as further inputs, and not the network.
+
+Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson, 2019, Fast context adaptation via meta-learning.
+https://arxiv.org/abs/1810.03642
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+import optax
+
+from maml_jax.algorithms.maml import InnerDescent
+from maml_jax.inner.gradients import mixed_mode
+from maml_jax.inner.learner import gradient_based
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_optimizer
+
+
+def cavia(
+    model: Model,
+    loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
+    *,
+    num_context: int,
+    inner_optimizer: optax.GradientTransformation,
+    num_inner_steps: int,
+    inner_grad: InnerGradFn = mixed_mode,
+) -> MetaLearner:
+    """Builds CAVIA: min_θ E[L_Q(θ, c_K)] with a context c_0 = 0 and c_{k+1} = c_k + rule(∇_c L_S(θ, c_k)).
+
+    Args:
+      model: a network whose inputs are a pair: inputs [S, ...] and the context [C], one for all examples.
+        `with_context` makes one of any network.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
+      query_loss_fn: the same for the query set; by default `loss_fn`.
+      num_context: C, the number of context parameters.
+      inner_optimizer: any optax transformation. The paper takes a rate of 1 for sinusoids.
+      num_inner_steps: K ≥ 0.
+      inner_grad: how the inner gradient is differentiated.
+
+    Returns:
+      A `MetaLearner`. The meta-parameters are those of the network; `adapt` gives
+      {"params": θ, "context": c_K [C]} and an `InnerInfo`.
+
+    Raises:
+      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
+        range.
+
+    References:
+      Zintgraf et al., 2019, equations 4 and 5.
+    """
+    check_optimizer("inner_optimizer", inner_optimizer)
+    num_context = check_integer("num_context", num_context, at_least=1)
+
+    def init(key, inputs):
+        return model.init(key, (inputs, jnp.zeros(num_context)))
+
+    def apply(params, inputs, **keywords):
+        return model.apply(params["params"], (inputs, params["context"]), **keywords)
+
+    return gradient_based(
+        Model(init, apply, model.stochastic),
+        loss_fn,
+        query_loss_fn,
+        rule=lambda meta_params: inner_optimizer,
+        num_inner_steps=num_inner_steps,
+        start=lambda meta_params: {"params": meta_params, "context": jnp.zeros(num_context)},
+        where=lambda name: name == "context",
+        inner_grad=inner_grad,
+    )
+
+
+def with_context(model: Model) -> Model:
+    """A network with inputs `(x [S, ..., D], context [C])`, which it concatenates to [S, ..., D + C].
+
+    For images the context becomes C constant channels. (The paper modulates the features of a convolutional network
+    by linear functions of the context instead.)
+    """
+
+    def joined(pair):
+        inputs, context = pair
+        context = jnp.broadcast_to(context.astype(inputs.dtype), (*inputs.shape[:-1], context.size))
+        return jnp.concatenate([inputs, context], axis=-1)
+
+    return Model(
+        lambda key, pair: model.init(key, joined(pair)),
+        lambda params, pair, **keywords: model.apply(params, joined(pair), **keywords),
+        model.stochastic,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ContextDescent(InnerDescent):
+    """Hyperparameters of an inner loop over context parameters."""
+
+    num_context: int = 5
+    """Number of context parameters."""
+
+    def __post_init__(self):
+        """Raises ValueError for a wrong rate or count."""
+        super().__post_init__()
+        check_integer("num_context", self.num_context, at_least=1)

@@ -1,0 +1,104 @@
+"""iMAML: the meta-gradient of a regularised inner problem, from its solution alone.
+
+Rajeswaran, Finn, Kakade and Levine, 2019, Meta-learning with implicit gradients. https://arxiv.org/abs/1909.04630
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import optax
+
+from maml_jax.algorithms.maml import InnerDescent
+from maml_jax.inner.implicit import proximal_solution
+from maml_jax.types import LossFn, MetaLearner, Model, check_integer, check_model, check_optimizer, combine, select
+
+
+def imaml(
+    model: Model,
+    loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
+    *,
+    inner_optimizer: optax.GradientTransformation,
+    num_inner_steps: int,
+    strength: float,
+    num_cg_steps: int,
+    where: Callable[[str], bool] | None = None,
+) -> MetaLearner:
+    """Builds iMAML: min_θ E[L_Q(φ*)] with φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖².
+
+    The inner problem is solved by K steps of `inner_optimizer` from θ. The meta-gradient (I + ∇²L_S(φ*)/λ)⁻¹ ∇L_Q(φ*)
+    takes memory that does not depend on K. It is exact if φ_K is a solution and the conjugate gradients converge.
+
+    Args:
+      model: the network.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
+      query_loss_fn: the same for the query set; by default `loss_fn`.
+      inner_optimizer: any optax transformation; it minimises the regularised problem.
+      num_inner_steps: K ≥ 0.
+      strength: λ > 0.
+      num_cg_steps: conjugate-gradient steps, at least 1.
+      where: `(name) -> bool`, the parameters that adapt; by default all. The others are learned through the implicit
+        derivative too.
+
+    Returns:
+      A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`; what is observed are constants to a gradient. A stochastic
+      model is deterministic in the inner problem, which must be one problem, and draws in the query pass.
+
+    Raises:
+      ValueError: if `strength` is not positive, `inner_optimizer` is no optax transformation, `model` no `Model`, or a
+        count no integer in its range.
+
+    References:
+      Rajeswaran et al., 2019, Algorithms 1 and 2.
+    """
+    check_optimizer("inner_optimizer", inner_optimizer)
+    num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    check_integer("num_cg_steps", num_cg_steps, at_least=1)
+    if isinstance(strength, int | float) and not (strength > 0 and math.isfinite(strength)):
+        raise ValueError(f"strength={strength} must be a positive number; the inner problem needs its proximal term")
+    check_model(model)
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        adapting, fixed = select(meta_params, where)
+
+        def support_loss(adapting, support):
+            return loss_fn(model.apply(combine(adapting, fixed), support.inputs), support.targets)
+
+        adapting, info = proximal_solution(
+            support_loss,
+            inner_optimizer,
+            adapting,
+            support,
+            strength=strength,
+            num_steps=num_inner_steps,
+            num_cg_steps=num_cg_steps,
+            observe_fn=None if observe_fn is None else lambda adapting: observe_fn(combine(adapting, fixed)),
+        )
+        return combine(adapting, fixed), info
+
+    def objective(meta_params, episode):
+        task_params, info = adapt(meta_params, episode.support)
+        key = None if episode.key is None else jax.random.fold_in(episode.key, num_inner_steps)
+        outputs = model.call(task_params, episode.query.inputs, key)
+        return (query_loss_fn or loss_fn)(outputs, episode.query.targets), info
+
+    return MetaLearner(model.init, adapt, model.apply, objective)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImplicitDescent(InnerDescent):
+    """Hyperparameters of a proximal inner problem."""
+
+    strength: float = 2.0
+    """Weight λ of the squared distance to the initialisation, λ/2 ‖φ − θ‖²."""
+    num_cg_steps: int = 5
+    """Conjugate-gradient steps of the meta-gradient."""
+
+    def __post_init__(self):
+        """Raises ValueError for a strength that is not positive, or a count that is too small."""
+        super().__post_init__()
+        if not (self.strength > 0 and math.isfinite(self.strength)):
+            raise ValueError(f"strength={self.strength} must be a positive number")
+        check_integer("num_cg_steps", self.num_cg_steps, at_least=1)

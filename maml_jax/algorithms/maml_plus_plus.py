@@ -1,0 +1,234 @@
+"""MAML++: learned rates per layer and step, a loss at every step, normalisation parameters per step, annealing.
+
+Every part works alone: `maml_plus_plus` takes rates, step weights and per-step parameters independently, and
+`multi_step_weights` and `switch_at` serve any learner that depends on the meta-step.
+
+Antoniou, Edwards and Storkey, 2019, How to train your MAML. https://arxiv.org/abs/1810.09502
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml_jax.algorithms.maml import InnerDescent
+from maml_jax.inner.gradients import mixed_mode
+from maml_jax.inner.learner import gradient_based
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_integer, partition, select
+
+
+def maml_plus_plus(
+    model: Model,
+    loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
+    *,
+    inner_lr: float,
+    num_inner_steps: int,
+    learn_rates: bool = True,
+    step_weights: jax.Array | None = None,
+    per_step: Callable[[str], bool] | None = None,
+    where: Callable[[str], bool] | None = None,
+    inner_grad: InnerGradFn = mixed_mode,
+) -> MetaLearner:
+    """Builds the learner of MAML++: min E[Σ_k w_k L_Q(φ_k)] with φ_{k+1} = φ_k − α_k ∘ ∇L_S(φ_k).
+
+    Without learned rates, weights and per-step parameters it is MAML.
+
+    Args:
+      model: the network.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
+      query_loss_fn: the same for the query set; by default `loss_fn`.
+      inner_lr: the initial value of all rates.
+      num_inner_steps: K ≥ 0. A learner with more steps than the trained one uses the last rates and parameters.
+      learn_rates: whether the rate of each parameter array and step is learned.
+      step_weights: w [K], the weights of the query losses after each step, such as `multi_step_weights` gives; None
+        for the last one alone.
+      per_step: `(name) -> bool`, parameters of which every φ_k has its own, such as scales and offsets of
+        normalisations. They are meta-learned and do not adapt. The paper uses set k for the support pass of step k
+        and for the query pass after it; here φ_k has set k in both, so there are K + 1 sets.
+      where: `(name) -> bool`, the other parameters that adapt; by default all.
+      inner_grad: how the inner gradient is differentiated.
+
+    Returns:
+      A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}. Leaves of α are [K], and None for parameters
+      that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
+
+    Raises:
+      ValueError: if `model` is no `Model`, or a count no integer in its range.
+
+    References:
+      Antoniou et al., 2019, section 4: multi-step loss, per-step normalisation weights, per-layer per-step rates.
+    """
+    check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    is_stepped = per_step or (lambda name: False)
+
+    def adapts(name):
+        return not is_stepped(name) and (where is None or where(name))
+
+    def init(key, inputs):
+        params = model.init(key, inputs)
+        rates = jax.tree.map(lambda x: jnp.full(max(1, num_inner_steps), inner_lr, x.dtype), select(params, adapts)[0])
+        return {"params": _map_named(partial(_repeat, num_inner_steps + 1), params, is_stepped), "rates": rates}
+
+    def start(meta_params):
+        return _map_named(lambda x: x[0], meta_params["params"], is_stepped)
+
+    def rule(meta_params):
+        rates, stepped = meta_params["rates"], partition(meta_params["params"], lambda name, _: is_stepped(name))[0]
+        rates = rates if learn_rates else jax.lax.stop_gradient(rates)
+
+        def update(grads, count, params=None):
+            def of_leaf(grad, rate, values):
+                if values is None:
+                    return -_at(rate, count) * grad
+                return _at(values, count + 1) - _at(values, count)
+
+            return jax.tree.map(of_leaf, grads, rates, stepped), count + 1
+
+        return optax.GradientTransformation(lambda params: jnp.zeros((), jnp.int32), update)
+
+    learner = gradient_based(
+        model,
+        loss_fn,
+        query_loss_fn,
+        rule=rule,
+        num_inner_steps=num_inner_steps,
+        init=init,
+        start=start,
+        where=lambda name: is_stepped(name) or adapts(name),
+        inner_grad=inner_grad,
+    )
+    if step_weights is None:
+        return learner
+
+    def objective(meta_params, episode):
+        key = None if episode.key is None else jax.random.fold_in(episode.key, num_inner_steps)
+
+        @jax.checkpoint
+        def query_loss(task_params):
+            outputs = model.call(task_params, episode.query.inputs, key)
+            return (query_loss_fn or loss_fn)(outputs, episode.query.targets)
+
+        _, info = learner.adapt(meta_params, episode.support, key=episode.key, observe_fn=query_loss)
+        return jnp.sum(step_weights * info.observed[1:]), info
+
+    return learner._replace(objective=objective)
+
+
+def _at(values: jax.Array, index: jax.Array) -> jax.Array:
+    """`values[index]`; the last one beyond the end."""
+    return jnp.asarray(values)[jnp.minimum(index, len(values) - 1)]
+
+
+def _repeat(count: int, x: jax.Array) -> jax.Array:
+    return jnp.repeat(x[None], count, axis=0)
+
+
+def _map_named(function: Callable, params: ArrayTree, named: Callable[[str], bool]) -> ArrayTree:
+    """Maps the leaves whose name is `named`."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: function(x) if named(jax.tree_util.keystr(path, simple=True, separator="/")) else x, params
+    )
+
+
+def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_steps: int) -> jax.Array:
+    """The weights of the query losses after each inner step, annealed towards the last one.
+
+    All start at 1/K. Those before the last fall linearly over `num_annealing_steps` to 0.03/K, and the last takes the
+    rest. (The authors' code anneals once an epoch of 500 meta-steps.)
+
+    Args:
+      step: the meta-step.
+      num_inner_steps: K ≥ 1.
+      num_annealing_steps: meta-steps of the annealing; 10 epochs of 500 in the paper.
+
+    Returns:
+      w [K], with sum 1.
+    """
+    progress = jnp.clip(step / num_annealing_steps, 0.0, 1.0)
+    early = jnp.maximum(1.0 - progress, 0.03) / num_inner_steps
+    weights = jnp.full(num_inner_steps, early)
+    return weights.at[-1].set(1.0 - early * (num_inner_steps - 1))
+
+
+def switch_at(boundary: int, step: jax.Array, before: MetaLearner, after: MetaLearner) -> MetaLearner:
+    """One learner until a meta-step and another from then on, in one compiled program.
+
+    Only the objective of the present one is computed. Both must have the same meta-parameters and the same info.
+    Derivative-order annealing switches from `first_order` to an exact inner gradient.
+
+    Args:
+      boundary: the first meta-step of `after`.
+      step: the meta-step, traced.
+      before: the learner of the first meta-steps.
+      after: the other one; it also gives `init`, `adapt` and `predict`.
+    """
+
+    def objective(meta_params, episode):
+        return jax.lax.cond(step < boundary, before.objective, after.objective, meta_params, episode)
+
+    return after._replace(objective=objective)
+
+
+def ensemble(learner: MetaLearner) -> MetaLearner:
+    """Adapts several meta-parameters to each support set, and predicts the mean of their outputs.
+
+    A result of an ensemble is not that of one model, and must say the number of members.
+
+    Args:
+      learner: the algorithm of every member.
+
+    Returns:
+      A `MetaLearner` whose meta-parameters and task parameters have a leading axis [M]. Its objective is the mean over
+      the members, without interaction.
+
+    References:
+      Antoniou et al., 2019, section 5: the five best checkpoints in validation.
+    """
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        def adapt_one(meta_params):
+            keep = None if observe_fn is None else lambda task_params: task_params
+            return learner.adapt(meta_params, support, key=key, observe_fn=keep)
+
+        task_params, info = jax.vmap(adapt_one)(meta_params)
+        if observe_fn is not None:
+            at_steps = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), info.observed)
+            info = info._replace(observed=jax.lax.map(observe_fn, at_steps))
+        return task_params, info
+
+    def predict(task_params, inputs):
+        outputs = jax.vmap(learner.predict, in_axes=(0, None))(task_params, inputs)
+        return jax.tree.map(lambda x: jnp.mean(x, 0), outputs)
+
+    def objective(meta_params, episode):
+        losses, info = jax.vmap(learner.objective, in_axes=(0, None))(meta_params, episode)
+        return jnp.mean(losses), info
+
+    def init(key, inputs):
+        return jax.tree.map(lambda x: x[None], learner.init(key, inputs))
+
+    return MetaLearner(init, adapt, predict, objective)
+
+
+@dataclasses.dataclass(frozen=True)
+class MAMLPlusPlus(InnerDescent):
+    """Hyperparameters of MAML++; a part is turned off by 0 or False."""
+
+    learn_rates: bool = True
+    """Whether the inner rate of each layer and step is learned."""
+    num_multi_step: int = 5000
+    """Meta-steps over which the losses before the last inner step lose their weight; 0 for the last loss alone."""
+    num_first_order: int = 0
+    """First meta-steps that are first order (derivative-order annealing)."""
+    per_step_norm: bool = True
+    """Whether each inner step has scales and offsets of the normalisation of its own."""
+
+    def __post_init__(self):
+        """Raises ValueError for a wrong rate or count."""
+        super().__post_init__()
+        check_integer("num_multi_step", self.num_multi_step, at_least=0)
+        check_integer("num_first_order", self.num_first_order, at_least=0)

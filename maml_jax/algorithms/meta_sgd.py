@@ -1,0 +1,74 @@
+"""Meta-SGD: learn the initialisation and one inner rate for every parameter.
+
+Li, Zhou, Chen and Li, 2017, Meta-SGD: learning to learn quickly for few-shot learning.
+https://arxiv.org/abs/1707.09835
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml_jax.inner.gradients import mixed_mode
+from maml_jax.inner.learner import gradient_based
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, select
+
+
+def meta_sgd(
+    model: Model,
+    loss_fn: LossFn,
+    query_loss_fn: LossFn | None = None,
+    *,
+    inner_lr: float,
+    num_inner_steps: int = 1,
+    where: Callable[[str], bool] | None = None,
+    inner_grad: InnerGradFn = mixed_mode,
+    num_microbatches: int = 1,
+) -> MetaLearner:
+    """Builds Meta-SGD: min_{θ, α} E[L_Q(φ_K)] with φ_0 = θ and φ_{k+1} = φ_k − α ∘ ∇L_S(φ_k).
+
+    The rates α have the shape of the parameters and may change their sign. With equal rates that are not learned it
+    is MAML. The paper takes one step and draws the initial rates uniformly from [0.005, 0.1]; here all start equal.
+
+    Args:
+      model: the network.
+      loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
+      query_loss_fn: the same for the query set; by default `loss_fn`.
+      inner_lr: the initial value of all rates.
+      num_inner_steps: K ≥ 0.
+      where: `(name) -> bool`, the parameters that adapt and have rates; by default all.
+      inner_grad: how the inner gradient is differentiated. With `first_order` the rates still learn.
+      num_microbatches: parts of the support set whose gradients are computed one after another.
+
+    Returns:
+      A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}; α is None where a parameter does not adapt.
+
+    Raises:
+      ValueError: if `model` is no `Model`, or a count no integer in its range.
+
+    References:
+      Li et al., 2017, equations 2 and 3.
+    """
+
+    def init(key, inputs):
+        params = model.init(key, inputs)
+        return {"params": params, "rates": jax.tree.map(lambda x: jnp.full_like(x, inner_lr), select(params, where)[0])}
+
+    return gradient_based(
+        model,
+        loss_fn,
+        query_loss_fn,
+        rule=lambda meta_params: scaled_descent(meta_params["rates"]),
+        num_inner_steps=num_inner_steps,
+        init=init,
+        start=lambda meta_params: meta_params["params"],
+        where=where,
+        inner_grad=inner_grad,
+        num_microbatches=num_microbatches,
+    )
+
+
+def scaled_descent(rates: ArrayTree) -> optax.GradientTransformation:
+    """Gradient descent with a rate for every entry of every parameter: the update is −rates ∘ gradient."""
+    return optax.stateless(lambda grads, params: jax.tree.map(lambda g, rate: -rate * g, grads, rates))

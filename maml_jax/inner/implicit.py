@@ -1,0 +1,123 @@
+"""A proximal inner problem and the implicit derivative of its solution."""
+
+from collections.abc import Callable
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+
+from maml_jax.inner.loop import inner_loop
+from maml_jax.types import InnerInfo, ObserveFn, check_integer
+
+
+def proximal_solution(
+    loss_fn: Callable[[chex.ArrayTree, chex.ArrayTree], jax.Array],
+    rule: optax.GradientTransformation,
+    params: chex.ArrayTree,
+    support: chex.ArrayTree,
+    *,
+    strength: float | jax.Array,
+    num_steps: int,
+    num_cg_steps: int,
+    observe_fn: ObserveFn | None = None,
+) -> tuple[chex.ArrayTree, InnerInfo]:
+    """Solves φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖² approximately, and differentiates φ* exactly where it is a solution.
+
+    The derivative does not depend on how the solution was found, and nothing of the inner steps is stored for it. A
+    cotangent v is multiplied by dφ*/dθ = (I + H/λ)⁻¹, with H the Hessian of L_S at the solution, by conjugate
+    gradients on (I + H/λ) u = v. Derivatives with respect to λ, the support set and whatever `loss_fn` closes over
+    follow from the same u.
+
+    Args:
+      loss_fn: `(params, support) -> scalar`, L_S.
+      rule: optax transformation that minimises the proximal objective.
+      params: θ, the centre of the proximal term and where the steps start.
+      support: any pytree.
+      strength: λ > 0. Without the proximal term, the solution would not depend on θ.
+      num_steps: K, steps of `rule`.
+      num_cg_steps: steps of the conjugate gradients. They are exact if H has as many different eigenvalues.
+      observe_fn: as in `inner_loop`. Its values are constants to the outer gradient.
+
+    Returns:
+      φ_K and an `InnerInfo`; `support_loss` [K] is L_S without the proximal term.
+
+    Raises:
+      ValueError: if `strength` is a number that is not positive, or a count is no integer in its range.
+
+    References:
+      Rajeswaran et al., 2019, Meta-learning with implicit gradients, equations 3 and 6, Lemma 1.
+      https://arxiv.org/abs/1909.04630
+    """
+    if isinstance(strength, int | float) and not strength > 0:
+        raise ValueError(
+            f"strength={strength} must be positive: without the proximal term λ/2 ‖φ − θ‖² the solution does not "
+            "depend on θ, and the implicit gradient is zero"
+        )
+    num_cg_steps = check_integer("num_cg_steps", num_cg_steps, at_least=1)
+
+    def penalty(phi):
+        return 0.5 * strength * optax.tree.norm(optax.tree.sub(phi, params), squared=True)
+
+    def objective(phi):
+        return loss_fn(phi, support) + penalty(phi)
+
+    def solve(_, start):
+        def observe(phi):
+            return penalty(phi), None if observe_fn is None else observe_fn(phi)
+
+        phi, info = inner_loop(
+            lambda phi, _: objective(phi),
+            rule,
+            start,
+            None,
+            num_steps=num_steps,
+            inner_grad=jax.value_and_grad,
+            observe_fn=observe,
+        )
+        penalties, observed = info.observed
+        return phi, InnerInfo(info.support_loss - penalties[:-1], observed)
+
+    def solve_linear(hessian_plus_strength, cotangent):
+        def operator(u):
+            return jax.tree.map(lambda x: x / strength, hessian_plus_strength(u))
+
+        def solve_scaled(operator, v):
+            return conjugate_gradients(operator, v, num_cg_steps)
+
+        scaled = jax.tree.map(lambda x: x / strength, cotangent)
+        return jax.lax.custom_linear_solve(operator, scaled, solve_scaled, symmetric=True)
+
+    return jax.lax.custom_root(jax.grad(objective), jax.lax.stop_gradient(params), solve, solve_linear, has_aux=True)
+
+
+def conjugate_gradients(
+    operator: Callable[[chex.ArrayTree], chex.ArrayTree], target: chex.ArrayTree, num_steps: int
+) -> chex.ArrayTree:
+    """Solves operator(u) = target for a symmetric positive operator by a fixed number of steps from u = 0.
+
+    A step that finds a zero residual changes nothing.
+
+    Args:
+      operator: linear, symmetric and positive definite.
+      target: a pytree of floating arrays.
+      num_steps: the number of products with `operator`.
+
+    References:
+      Hestenes and Stiefel, 1952, Methods of conjugate gradients for solving linear systems, section 3.
+    """
+
+    def step(carry, _):
+        solution, residual, direction, squared = carry
+        product = operator(direction)
+        curvature = optax.tree.vdot(direction, product)
+        rate = jnp.where(squared > 0, squared / jnp.where(squared > 0, curvature, 1), 0)
+        solution = optax.tree.add_scale(solution, rate, direction)
+        residual = optax.tree.add_scale(residual, -rate, product)
+        next_squared = optax.tree.norm(residual, squared=True)
+        ratio = jnp.where(squared > 0, next_squared / jnp.where(squared > 0, squared, 1), 0)
+        return (solution, residual, optax.tree.add_scale(residual, ratio, direction), next_squared), None
+
+    start = (optax.tree.zeros_like(target), target, target, optax.tree.norm(target, squared=True))
+    (solution, *_), _ = jax.lax.scan(step, start, length=num_steps)
+    return solution

@@ -1,0 +1,59 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+from linear_regression import ALPHA, Quadratic, half_mse, make_episode
+
+from maml_jax import Model, cavia, losses, mixed_mode, models, with_context
+from maml_jax.tasks import sinusoid
+
+# A linear model whose context is added to the first weights: the inner problem is a regression on two inputs.
+SHIFTED = Model(
+    init=lambda key, pair: jax.random.normal(key, pair[0].shape[1:]),
+    apply=lambda params, pair: pair[0] @ params + pair[0][:, :2] @ pair[1],
+)
+
+
+@pytest.mark.parametrize("inner_grad", [mixed_mode, jax.value_and_grad])
+def test_meta_gradient_on_linear_regression(x64, inner_grad):
+    # c = −α E ∇L_S(θ) for E = [I 0], φ = θ + Eᵀc, so the meta-gradient is (I − α A EᵀE) ∇L_Q(φ).
+    episode = make_episode(jax.random.key(0))
+    support, query = Quadratic.of(episode.support), Quadratic.of(episode.query)
+    theta, first_two = jnp.array([0.5, -1.0, 2.0, 0.1]), jnp.diag(jnp.array([1.0, 1.0, 0.0, 0.0]))
+    learner = cavia(
+        SHIFTED, half_mse, num_context=2, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1, inner_grad=inner_grad
+    )
+    phi = theta - ALPHA * first_two @ support.gradient(theta)
+    task_params, _ = learner.adapt(theta, episode.support)
+    chex.assert_trees_all_equal(task_params["params"], theta)
+    chex.assert_trees_all_close(task_params["context"], (phi - theta)[:2], rtol=1e-6)
+    grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
+    expected = query.gradient(phi) - ALPHA * support.hessian @ first_two @ query.gradient(phi)
+    chex.assert_trees_all_close(grad, expected, rtol=1e-6)
+
+
+def test_finite_differences_of_a_network(x64):
+    model = with_context(models.mlp(features=(6, 1), activation=jnp.tanh, param_dtype=jnp.float64))
+    episode = sinusoid.make_sampler(shot=5, query_shot=5)(jax.random.key(0))
+    learner = cavia(model, losses.mean_squared_error, num_context=3, inner_optimizer=optax.sgd(1.0), num_inner_steps=2)
+    params = learner.init(jax.random.key(1), episode.support.inputs)
+    assert params["dense_0"]["kernel"].shape == (1 + 3, 6)
+    check_grads(jax.jit(lambda params: learner.objective(params, episode)[0]), (params,), order=1, modes=["rev"])
+
+
+def test_a_context_becomes_further_inputs_and_channels():
+    seen = []
+    model = with_context(Model(lambda key, inputs: seen.append(inputs), lambda params, inputs: inputs))
+    vectors = model.apply(None, (jnp.ones((2, 1)), jnp.array([2.0, 3.0])))
+    np.testing.assert_array_equal(vectors, [[1, 2, 3], [1, 2, 3]])
+    images = model.apply(None, (jnp.ones((2, 4, 4, 1)), jnp.array([2.0, 3.0])))
+    np.testing.assert_array_equal(images, jnp.broadcast_to(jnp.array([1.0, 2.0, 3.0]), (2, 4, 4, 3)))
+
+
+@pytest.mark.parametrize("num_context", [0, 2.5])
+def test_a_wrong_number_of_context_parameters_is_refused(num_context):
+    with pytest.raises(ValueError, match=f"num_context must be an integer of at least 1, got {num_context}"):
+        cavia(SHIFTED, half_mse, num_context=num_context, inner_optimizer=optax.sgd(1.0), num_inner_steps=1)

@@ -1,0 +1,60 @@
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.test_util import check_grads
+from linear_regression import Quadratic, half_mse, linear_model, make_episode
+
+from maml_jax import imaml, losses, models
+from maml_jax.tasks import sinusoid
+
+STRENGTH = 0.7
+
+
+def test_meta_gradient_on_linear_regression(x64):
+    # φ* = (A + λI)⁻¹ (b + λθ), so the meta-gradient is (I + A/λ)⁻¹ ∇L_Q(φ*).
+    episode, theta = make_episode(jax.random.key(0)), jnp.array([0.5, -1.0, 2.0, 0.1], jnp.float64)
+    support, query = Quadratic.of(episode.support), Quadratic.of(episode.query)
+    learner = imaml(
+        linear_model,
+        half_mse,
+        inner_optimizer=optax.sgd(0.3),
+        num_inner_steps=1000,
+        strength=STRENGTH,
+        num_cg_steps=4,
+    )
+    phi = jnp.linalg.solve(support.hessian + STRENGTH * jnp.eye(4), support.offset + STRENGTH * theta)
+    grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
+    expected = jnp.linalg.solve(jnp.eye(4) + support.hessian / STRENGTH, query.gradient(phi))
+    chex.assert_trees_all_close(grad, expected, rtol=1e-8)
+
+
+def test_finite_differences_of_a_network_where_some_parameters_do_not_adapt(x64):
+    model = models.mlp(features=(4, 1), activation=jnp.tanh, param_dtype=jnp.float64)
+    episode = sinusoid.make_sampler(shot=5, query_shot=5)(jax.random.key(0))
+    params = model.init(jax.random.key(1), episode.support.inputs)
+    learner = imaml(
+        model,
+        losses.mean_squared_error,
+        inner_optimizer=optax.sgd(0.1),
+        num_inner_steps=3000,
+        strength=1.0,
+        num_cg_steps=13,
+        where=lambda name: name != "dense_0/bias",
+    )
+    check_grads(jax.jit(lambda params: learner.objective(params, episode)[0]), (params,), order=1, modes=["rev"])
+    chex.assert_trees_all_equal(learner.adapt(params, episode.support)[0]["dense_0"]["bias"], params["dense_0"]["bias"])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"strength": 0.0}, "the inner problem needs its proximal term"),
+        ({"num_cg_steps": 0}, "num_cg_steps must be an integer of at least 1, got 0"),
+    ],
+)
+def test_wrong_settings_are_refused(wrong, message):
+    settings = {"inner_optimizer": optax.sgd(0.1), "num_inner_steps": 1, "strength": 1.0, "num_cg_steps": 1} | wrong
+    with pytest.raises(ValueError, match=message):
+        imaml(linear_model, half_mse, **settings)

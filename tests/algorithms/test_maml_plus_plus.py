@@ -1,0 +1,189 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode
+
+from maml_jax import (
+    Model,
+    ensemble,
+    evaluate,
+    first_order,
+    fomaml,
+    init_meta_state,
+    losses,
+    make_train_loop,
+    maml,
+    maml_plus_plus,
+    mixed_mode,
+    models,
+    multi_step_weights,
+    switch_at,
+)
+from maml_jax.tasks import sinusoid
+
+THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
+RATES = jnp.array([0.1, 0.3, 0.2])
+TWO_PARTS = Model(
+    init=lambda key, inputs: {"w": jax.random.normal(key, inputs.shape[1:]), "scale": jnp.ones(())},
+    apply=lambda params, inputs: params["scale"] * (inputs @ params["w"]),
+)
+
+
+def gradient(learner, meta_params, episode):
+    return jax.jit(jax.grad(learner.objective, has_aux=True))(meta_params, episode)[0]
+
+
+def test_without_its_parts_it_is_maml(x64):
+    episode = make_episode(jax.random.key(0))
+    ours = maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=3, learn_rates=False)
+    plain = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=3)
+    meta_params = ours.init(jax.random.key(0), episode.support.inputs)
+    grads = gradient(ours, meta_params, episode)
+    chex.assert_trees_all_close(grads["params"], gradient(plain, meta_params["params"], episode), rtol=1e-6)
+    chex.assert_trees_all_equal(grads["rates"], jnp.zeros(3))
+
+
+@pytest.mark.parametrize("inner_grad", [mixed_mode, jax.value_and_grad])
+def test_rates_of_each_step_on_linear_regression(x64, inner_grad):
+    # P_k = I − α_k A: ∂L_Q/∂θ = P_0 P_1 P_2 ∇L_Q(φ_3) and ∂L_Q/∂α_k = −∇L_S(φ_k)ᵀ P_{k+1} .. P_2 ∇L_Q(φ_3).
+    episode = make_episode(jax.random.key(1))
+    support, query = Quadratic.of(episode.support), Quadratic.of(episode.query)
+    learner = maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=3, inner_grad=inner_grad)
+    phis = [THETA.astype(jnp.float64)]
+    for rate in RATES:
+        phis.append(phis[-1] - rate * support.gradient(phis[-1]))
+    after, of_rates = query.gradient(phis[-1]), []
+    for rate, phi in zip(RATES[::-1], phis[-2::-1], strict=True):
+        of_rates.append(-support.gradient(phi) @ after)
+        after = (jnp.eye(4) - rate * support.hessian) @ after
+    grads = gradient(learner, {"params": phis[0], "rates": RATES.astype(jnp.float64)}, episode)
+    chex.assert_trees_all_close(grads, {"params": after, "rates": jnp.stack(of_rates[::-1])}, rtol=1e-6)
+
+
+def test_the_objective_is_the_weighted_sum_of_the_losses_of_the_steps(x64):
+    episode = make_episode(jax.random.key(2))
+    weights = jnp.array([0.2, 0.3, 0.5])
+    learner = maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=3, step_weights=weights)
+    meta_params = {"params": THETA.astype(jnp.float64), "rates": RATES.astype(jnp.float64)}
+    phi, expected = meta_params["params"], 0.0
+    for rate, weight in zip(RATES, weights, strict=True):
+        phi = phi - rate * Quadratic.of(episode.support).gradient(phi)
+        expected += weight * half_mse(linear_model.apply(phi, episode.query.inputs), episode.query.targets)
+    loss, info = learner.objective(meta_params, episode)
+    chex.assert_trees_all_close(loss, expected, rtol=1e-6)
+    chex.assert_shape(info.observed, (4,))
+    check_grads(lambda p: learner.objective(p, episode)[0], (meta_params,), order=1, modes=["rev"])
+
+
+def test_weights_are_annealed_to_the_last_step():
+    np.testing.assert_allclose(multi_step_weights(0, 5, 100), np.full(5, 0.2), rtol=1e-6)
+    np.testing.assert_allclose(multi_step_weights(50, 5, 100), [0.1] * 4 + [0.6], rtol=1e-6)
+    for late in (100, 10_000):  # the floor of 0.03 / K
+        np.testing.assert_allclose(multi_step_weights(late, 5, 100), [0.006] * 4 + [0.976], rtol=1e-6)
+    np.testing.assert_allclose(multi_step_weights(7, 1, 100), [1.0])
+
+
+def test_each_step_has_parameters_of_its_own(x64):
+    # φ_k has scale s_k: the support pass of step k uses s_k, and the query pass s_K.
+    episode = make_episode(jax.random.key(3))
+    learner = maml_plus_plus(TWO_PARTS, half_mse, inner_lr=ALPHA, num_inner_steps=2, per_step=lambda n: n == "scale")
+    drawn = learner.init(jax.random.key(0), episode.support.inputs)
+    assert drawn["params"]["scale"].shape == (3,)
+    assert drawn["rates"]["scale"] is None
+    scales = jnp.array([1.0, 0.7, 1.3])
+    meta_params = {"params": {"w": THETA, "scale": scales}, "rates": {"w": RATES[:2], "scale": None}}
+    meta_params = jax.tree.map(jnp.float64, meta_params)
+
+    def by_hand(scales):
+        w = meta_params["params"]["w"]
+        for rate, scale in zip(RATES[:2], scales[:2], strict=True):
+            inputs, targets = episode.support
+            w = w - rate * jax.grad(lambda w, s=scale: half_mse(s * (inputs @ w), targets))(w)  # noqa: B023
+        return half_mse(scales[2] * (episode.query.inputs @ w), episode.query.targets)
+
+    loss, _ = learner.objective(meta_params, episode)
+    chex.assert_trees_all_close(loss, by_hand(meta_params["params"]["scale"]), rtol=1e-6)
+    grads = gradient(learner, meta_params, episode)["params"]["scale"]
+    chex.assert_trees_all_close(grads, jax.grad(by_hand)(meta_params["params"]["scale"]), rtol=1e-6)
+    assert jnp.all(grads != 0)
+
+
+def test_more_steps_than_trained_use_the_last_rates_and_parameters(x64):
+    episode = make_episode(jax.random.key(4))
+
+    def build(num_inner_steps):
+        return maml_plus_plus(
+            TWO_PARTS, half_mse, inner_lr=ALPHA, num_inner_steps=num_inner_steps, per_step=lambda n: n == "scale"
+        )
+
+    meta_params = {
+        "params": {"w": THETA, "scale": jnp.array([1.0, 0.7, 1.3])},
+        "rates": {"w": RATES[:2], "scale": None},
+    }
+    meta_params = jax.tree.map(jnp.float64, meta_params)
+    longer = {
+        "params": {"w": THETA, "scale": jnp.array([1.0, 0.7, 1.3, 1.3, 1.3])},
+        "rates": {"w": RATES[jnp.array([0, 1, 1, 1])], "scale": None},
+    }
+    chex.assert_trees_all_close(
+        build(4).adapt(meta_params, episode.support)[0],
+        build(4).adapt(jax.tree.map(jnp.float64, longer), episode.support)[0],
+        rtol=1e-12,
+    )
+
+
+def test_the_order_of_the_derivative_changes_within_one_program():
+    sample = sinusoid.make_sampler(shot=5, query_shot=5)
+    model = models.mlp(features=(8, 1))
+    keywords = {"inner_optimizer": optax.sgd(0.05), "num_inner_steps": 2}
+    exact = maml(model, losses.mean_squared_error, **keywords)
+    first = fomaml(model, losses.mean_squared_error, **keywords)
+    optimizer = optax.sgd(0.01)
+
+    def train(learner, num_steps, state=None):
+        state = init_meta_state(exact, optimizer, jax.random.key(0), jnp.zeros((5, 1))) if state is None else state
+        loop = make_train_loop(learner, optimizer, sample, meta_batch_size=4, num_steps=num_steps, chunk_size=2)
+        return loop(state, jax.random.key(1))[0]
+
+    annealed = train(lambda step: switch_at(3, step, first, exact), 6)
+    chex.assert_trees_all_close(annealed, train(exact, 3, train(first, 3)), rtol=1e-5)
+    assert not np.allclose(annealed.params["dense_0"]["kernel"], train(exact, 6).params["dense_0"]["kernel"], rtol=1e-5)
+
+
+def test_the_order_may_be_that_of_the_inner_gradient(x64):
+    episode = make_episode(jax.random.key(5))
+    learner = maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=3, inner_grad=first_order)
+    plain = fomaml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=3)
+    meta_params = learner.init(jax.random.key(0), episode.support.inputs)
+    chex.assert_trees_all_close(
+        gradient(learner, meta_params, episode)["params"], gradient(plain, meta_params["params"], episode), rtol=1e-6
+    )
+
+
+def test_an_ensemble_predicts_the_mean_of_its_members():
+    sample = sinusoid.make_sampler(shot=5, query_shot=5)
+    model = models.mlp(features=(8, 1))
+    learner = maml(model, losses.mean_squared_error, inner_optimizer=optax.sgd(0.05), num_inner_steps=2)
+    members = [model.init(jax.random.key(seed), jnp.zeros((5, 1))) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+    episode = sample(jax.random.key(9))
+    inputs = episode.query.inputs
+
+    def observed(learner, params):
+        return learner.adapt(params, episode.support, observe_fn=lambda task: learner.predict(task, inputs))[1].observed
+
+    together = observed(ensemble(learner), stacked)
+    chex.assert_trees_all_close(together, sum(observed(learner, params) for params in members) / 3, rtol=1e-5)
+    chex.assert_shape(together, (3, 5, 1))
+
+    def error(learner, params):
+        return evaluate(
+            learner, params, sample, jax.random.key(1), metric_fn=losses.mean_squared_error, num_episodes=4
+        ).mean
+
+    same = jax.tree.map(lambda x: jnp.stack([x, x]), members[0])
+    chex.assert_trees_all_close(error(ensemble(learner), same), error(learner, members[0]), rtol=1e-5)

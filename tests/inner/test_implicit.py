@@ -1,0 +1,134 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from linear_regression import Quadratic, half_mse, linear_model, make_episode
+
+from maml_jax import proximal_solution
+from maml_jax.inner import conjugate_gradients
+
+THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
+STRENGTH = 0.7
+
+
+def loss(params, support):
+    return half_mse(linear_model.apply(params, support.inputs), support.targets)
+
+
+def solve(theta, support, strength=STRENGTH, num_steps=2000, num_cg_steps=4, rule=None):
+    rule = optax.sgd(0.3) if rule is None else rule
+    return proximal_solution(
+        loss, rule, theta, support, strength=strength, num_steps=num_steps, num_cg_steps=num_cg_steps
+    )
+
+
+def closed_form(theta, support, strength=STRENGTH):
+    """φ* = (A + λI)⁻¹ (b + λθ)."""
+    quadratic = Quadratic.of(support)
+    return jnp.linalg.solve(quadratic.hessian + strength * jnp.eye(4), quadratic.offset + strength * theta)
+
+
+def test_solution_and_derivatives_are_those_of_the_closed_form(x64):
+    support, theta = make_episode(jax.random.key(0)).support, THETA.astype(jnp.float64)
+    weights = jnp.array([1.0, -2.0, 0.5, 3.0])
+
+    def scalar(solution):
+        return lambda theta, support, strength: jnp.sum(weights * jnp.sin(solution(theta, support, strength)))
+
+    args = theta, support, jnp.float64(STRENGTH)
+    ours = jax.value_and_grad(scalar(lambda *args: solve(*args)[0]), (0, 1, 2))(*args)
+    exact = jax.value_and_grad(scalar(closed_form), (0, 1, 2))(*args)
+    chex.assert_trees_all_close(ours, exact, rtol=1e-8, atol=1e-10)
+
+
+def test_forward_mode_too(x64):
+    support, theta = make_episode(jax.random.key(0)).support, THETA.astype(jnp.float64)
+    tangent = jnp.arange(4.0)
+    ours = jax.jvp(lambda theta: solve(theta, support)[0], (theta,), (tangent,))
+    exact = jax.jvp(lambda theta: closed_form(theta, support), (theta,), (tangent,))
+    chex.assert_trees_all_close(ours, exact, rtol=1e-8)
+
+
+def test_the_derivative_does_not_depend_on_the_path(x64):
+    support, theta = make_episode(jax.random.key(1)).support, THETA.astype(jnp.float64)
+    jacobians = [
+        jax.jacrev(lambda theta, rule=rule: solve(theta, support, rule=rule)[0])(theta)
+        for rule in (optax.sgd(0.3), optax.sgd(0.1, momentum=0.9))
+    ]
+    chex.assert_trees_all_close(*jacobians, rtol=1e-8)
+
+
+def test_it_converges_as_steps_grow(x64):
+    support, theta = make_episode(jax.random.key(2)).support, THETA.astype(jnp.float64)
+    exact = closed_form(theta, support)
+    errors = [float(jnp.linalg.norm(solve(theta, support, num_steps=n)[0] - exact)) for n in (0, 5, 20, 80)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4 * errors[0]
+
+
+def test_each_conjugate_gradient_step_brings_the_derivative_closer(x64):
+    support, theta = make_episode(jax.random.key(3)).support, THETA.astype(jnp.float64)
+    exact = jax.jacrev(lambda theta: closed_form(theta, support))(theta)
+    errors = [
+        float(jnp.linalg.norm(jax.jacrev(lambda theta, n=n: solve(theta, support, num_cg_steps=n)[0])(theta) - exact))
+        for n in (1, 2, 3, 4)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-8
+
+
+def test_memory_does_not_grow_with_the_inner_steps():
+    support = make_episode(jax.random.key(4), dim=200, num_support=50).support
+
+    def temporaries(num_steps):
+        def objective(theta):
+            return jnp.sum(solve(theta, support, num_steps=num_steps)[0] ** 2)
+
+        compiled = jax.jit(jax.grad(objective)).lower(jnp.ones(200)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    # Each step records its loss, a number of four bytes; its parameters would be 800.
+    assert temporaries(500) - temporaries(10) < 490 * 20
+
+
+def test_what_is_reported_is_the_support_loss_without_the_proximal_term(x64):
+    support, theta = make_episode(jax.random.key(5)).support, THETA.astype(jnp.float64)
+    _, info = proximal_solution(
+        loss,
+        optax.sgd(0.3),
+        theta,
+        support,
+        strength=STRENGTH,
+        num_steps=3,
+        num_cg_steps=2,
+        observe_fn=lambda phi: loss(phi, support),
+    )
+    chex.assert_shape(info.observed, (4,))
+    chex.assert_trees_all_close(info.support_loss, info.observed[:-1], rtol=1e-10)
+
+
+@pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
+def test_a_missing_proximal_term_is_an_error(strength):
+    support = make_episode(jax.random.key(0)).support
+    with pytest.raises(ValueError, match=r"strength=.* must be positive: without the proximal term"):
+        solve(THETA, support, strength=strength)
+
+
+def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_eigenvalues(x64):
+    rng = np.random.default_rng(0)
+    basis, _ = np.linalg.qr(rng.normal(size=(6, 6)))
+    matrix = basis @ np.diag([1.0, 1.0, 2.0, 2.0, 5.0, 5.0]) @ basis.T
+    target = {"a": jnp.asarray(rng.normal(size=2)), "b": jnp.asarray(rng.normal(size=4))}
+
+    def operator(tree):
+        product = matrix @ jnp.concatenate([tree["a"], tree["b"]])
+        return {"a": product[:2], "b": product[2:]}
+
+    for num_steps in (3, 10):  # further steps, with a residual of zero or nearly so, do no harm
+        solution = conjugate_gradients(operator, target, num_steps)
+        chex.assert_trees_all_close(operator(solution), target, rtol=1e-9)
+    chex.assert_trees_all_equal(
+        conjugate_gradients(operator, jax.tree.map(jnp.zeros_like, target), 3), jax.tree.map(jnp.zeros_like, target)
+    )
