@@ -85,8 +85,8 @@ class RunConfig:
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
         if not 0 <= self.outer_lr_end <= self.outer_lr:
             raise ValueError(
-                f"--outer-lr-end {self.outer_lr_end} must be between 0 and --outer-lr {self.outer_lr}; the schedules only "
-                "lower the rate"
+                f"--outer-lr-end {self.outer_lr_end} must be between 0 and --outer-lr {self.outer_lr}; the schedules "
+                "only lower the rate"
             )
         if self.val_every % self.log_every:
             raise ValueError(

@@ -254,11 +254,17 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path) -> None:
 
 
 def chosen_chunk_size(
-    learner: LearnerOrSchedule, state: MetaState, sample_episode: SampleEpisodeFn, config: Any, execution: dict[str, int]
+    learner: LearnerOrSchedule,
+    state: MetaState,
+    sample_episode: SampleEpisodeFn,
+    config: Any,
+    execution: dict[str, int],
 ) -> int:
     """The chunk size that was chosen for the tasks of one device."""
     keys = jax.random.split(jax.random.key(0), config.meta_batch_size // execution["devices"])
-    return default_chunk_size(learner_at(learner, jnp.int32(0)), state.params, jax.eval_shape(jax.vmap(sample_episode), keys))
+    return default_chunk_size(
+        learner_at(learner, jnp.int32(0)), state.params, jax.eval_shape(jax.vmap(sample_episode), keys)
+    )
 
 
 @contextlib.contextmanager

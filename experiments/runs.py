@@ -235,7 +235,7 @@ def finish(
             "experiment": experiment,
             "algorithm": config.algorithm,
             "config": as_json(config),
-            "protocol": protocol | {"loss_reduction": "mean", "ensemble": 1},
+            "protocol": {"loss_reduction": "mean", "ensemble": 1} | protocol,
             **tested,
             "execution": trained.execution,
             "seconds": trained.seconds | {"eval": time.perf_counter() - start},

@@ -20,8 +20,18 @@ from experiments.cli import RunConfig, flag, main, methods, replace_known, store
 from experiments.runs import console
 from maml_jax import CATALOGUE, Problem, evaluate, losses, models
 from maml_jax.tasks import sinusoid
-from maml_jax.types import ArrayTree, Evaluation, MetaLearner, SampleEpisodeFn, check_integer
+from maml_jax.types import (
+    ArrayTree,
+    Evaluation,
+    LearnerOrSchedule,
+    MetaLearner,
+    SampleEpisodeFn,
+    check_integer,
+    learner_at,
+)
 
+EVAL_CHUNK_SIZE = 100
+"""Test tasks that are vmapped together; they are small."""
 DIVERGED = 100.0
 """A task has diverged when its squared error is not finite or above this; no target is beyond ±5."""
 
@@ -96,12 +106,18 @@ def with_paper_defaults(config: Config) -> Config:
     )
 
 
-def make_learner(config: Config, inner_lr: float | jax.Array, num_inner_steps: int) -> MetaLearner:
+def make_learner(config: Config, inner_lr: float | jax.Array, num_inner_steps: int) -> LearnerOrSchedule:
     """The algorithm on the paper's network 1-40-40-1, initialised as in the authors' code."""
     model = models.mlp(features=(40, 40, 1), kernel_init=nn.initializers.truncated_normal(0.01))
     entry = CATALOGUE["pretrained" if config.algorithm == "oracle" else config.algorithm]
     hyperparameters = replace_known(config.hyperparameters, inner_lr=inner_lr, num_inner_steps=num_inner_steps)
-    return entry.build(Problem(model, losses.mean_squared_error), hyperparameters)
+    problem = Problem(model, losses.mean_squared_error, head=lambda name: name.startswith("dense_2"))
+    return entry.build(problem, hyperparameters)
+
+
+def make_tester(config: Config, inner_lr: float | jax.Array, num_inner_steps: int) -> MetaLearner:
+    """The learner of the test, which does not depend on the meta-step."""
+    return learner_at(make_learner(config, inner_lr, num_inner_steps), config.num_meta_steps)
 
 
 def test_samplers(config: Config) -> dict[int, SampleEpisodeFn]:
@@ -128,7 +144,7 @@ def test(config: Config, params: ArrayTree, sample: SampleEpisodeFn) -> dict:
     keys = runs.streams(config.seed)
 
     def learner_of(rate: jax.Array) -> MetaLearner:
-        return make_learner(config, rate, config.eval_inner_steps)
+        return make_tester(config, rate, config.eval_inner_steps)
 
     def score(rate: float, key: jax.Array) -> Evaluation:
         return evaluate(
@@ -138,7 +154,7 @@ def test(config: Config, params: ArrayTree, sample: SampleEpisodeFn) -> dict:
             key,
             metric_fn=losses.mean_squared_error,
             num_episodes=config.eval_episodes,
-            chunk_size=100,
+            chunk_size=EVAL_CHUNK_SIZE,
         )
 
     inner_lr = config.hyperparameters.inner_lr
@@ -186,7 +202,7 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
 def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner of the test protocol, at the rate of training, and the parameters of a run."""
     config = stored_config(METHODS, Path(run_dir))
-    learner = make_learner(config, config.hyperparameters.inner_lr, config.eval_inner_steps)
+    learner = make_tester(config, config.hyperparameters.inner_lr, config.eval_inner_steps)
     inputs = np.zeros((config.shot, 3 if config.algorithm == "oracle" else 1), np.float32)
     return learner, common.load_params(config.run_dir, config, learner, inputs)
 
@@ -194,7 +210,7 @@ def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
 def predictions(config: Config, params: ArrayTree, inner_lr: float, num_tasks: int = 3) -> list[dict]:
     """Curves of a few tasks for the figure: true values, support points, and predictions after 0, 1, 10 steps."""
     grid = jnp.linspace(*sinusoid.INPUTS, 200)[:, None]
-    learner = make_learner(config, inner_lr, 10)
+    learner = make_tester(config, inner_lr, 10)
     curves = []
     for key in jax.random.split(jax.random.key(2017), num_tasks):
         episode = sinusoid.make_sampler(shot=5, query_shot=1, oracle=True)(key)

@@ -28,8 +28,8 @@ from maml_jax.algorithms import meta_curvature as meta_curvature
 from maml_jax.algorithms import meta_sgd as meta_sgd
 from maml_jax.algorithms import multi_step_weights as multi_step_weights
 from maml_jax.algorithms import pretrained as pretrained
-from maml_jax.algorithms import reptile as reptile
 from maml_jax.algorithms import replace_inner_state as replace_inner_state
+from maml_jax.algorithms import reptile as reptile
 from maml_jax.algorithms import switch_at as switch_at
 from maml_jax.algorithms import with_context as with_context
 from maml_jax.evaluate import evaluate as evaluate
@@ -106,8 +106,8 @@ __all__ = [
     "pretrained",
     "processes",
     "proximal_solution",
-    "reptile",
     "replace_inner_state",
+    "reptile",
     "switch_at",
     "tasks",
     "with_context",

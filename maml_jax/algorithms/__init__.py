@@ -22,8 +22,8 @@ from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
 from maml_jax.algorithms.pretrained import pretrained as pretrained
 from maml_jax.algorithms.reptile import ReptileDescent as ReptileDescent
-from maml_jax.algorithms.reptile import reptile as reptile
 from maml_jax.algorithms.reptile import replace_inner_state as replace_inner_state
+from maml_jax.algorithms.reptile import reptile as reptile
 
 __all__ = [
     "CATALOGUE",
@@ -46,8 +46,8 @@ __all__ = [
     "meta_sgd",
     "multi_step_weights",
     "pretrained",
-    "reptile",
     "replace_inner_state",
+    "reptile",
     "switch_at",
     "with_context",
 ]

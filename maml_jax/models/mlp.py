@@ -91,11 +91,12 @@ def mlp(
     return from_linen(module)
 
 
-def omniglot_mlp(*, way: int) -> Model:
+def omniglot_mlp(*, way: int, norm: Callable[..., nn.Module] = BatchStatNorm) -> Model:
     """The fully connected Omniglot network: widths 256, 128, 64 and 64, each normalised, then a linear layer.
 
     Args:
       way: N, the number of outputs.
+      norm: a flax module class or partial, as in `mlp`; by default with an offset and no scale.
 
     Returns:
       A `Model` from inputs [S, 28, 28, 1] to outputs [S, N].
@@ -110,5 +111,5 @@ def omniglot_mlp(*, way: int) -> Model:
     return mlp(
         features=(256, 128, 64, 64, check_integer("way", way, 1)),
         kernel_init=nn.initializers.truncated_normal(0.01),
-        norm=BatchStatNorm,
+        norm=norm,
     )

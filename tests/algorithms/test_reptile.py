@@ -123,4 +123,3 @@ def test_with_several_tasks_the_next_state_is_the_mean_of_theirs(x64):
     state, _ = make_meta_step(learner, optimizer)(state, episodes)
     grads = jax.vmap(lambda support: Quadratic.of(support).gradient(theta))(episodes.support)
     chex.assert_trees_all_close(state.params["inner_state"][0].nu, (1 - 0.999) * jnp.mean(grads**2, 0), rtol=1e-4)
-
