@@ -167,7 +167,7 @@ def variation(results: dict) -> list[str]:
 
 def as_published(results: dict) -> bool:
     """Whether a run had the paper's settings and its number of meta-steps."""
-    return not variation(results) and results["meta_steps"] == omniglot.METHODS["maml"].num_meta_steps
+    return not variation(results) and results["meta_steps"] == omniglot.METHODS[results["algorithm"]].num_meta_steps
 
 
 def details(results: list[dict]) -> str:

@@ -183,6 +183,12 @@ def _count_equation(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
             "the operations of a while_loop cannot be counted before it runs; count its body, or use a scan or a "
             "fori_loop with constant bounds"
         )
+    if name == "custom_linear_solve":  # runs its solver, and not the operator that this was derived from
+        lengths = params["const_lengths"]
+        before, own = lengths.matvec + lengths.vecmat, lengths.solve
+        flops, inputs = _count(params["jaxprs"].solve, outputs)
+        unused = [False] * lengths.transpose_solve
+        return flops, [False] * before + inputs[:own] + unused + inputs[own:]
     called = [value for value in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(value)]
     if called and not name.startswith("scatter"):
         if len(called) > 1 or name in _UNKNOWN:

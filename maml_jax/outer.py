@@ -68,10 +68,10 @@ def gradient_step(optimizer: optax.GradientTransformation) -> OuterRule:
             value_fn=lambda params: gradient_fn(params, episodes)[0][0],
         )
         params = optax.apply_updates(params, updates)
-        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, grads, params))])
         # In at least float32: squares of float16 overflow above 256.
-        wide = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads)
-        return params, opt_state, MetaInfo(loss, optax.tree.norm(wide), jnp.all(finite), info)
+        grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
+        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, grad_norm, params))])
+        return params, opt_state, MetaInfo(loss, grad_norm, jnp.all(finite), info)
 
     return OuterRule(optimizer.init, update)
 

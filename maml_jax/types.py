@@ -171,7 +171,7 @@ class MetaInfo(NamedTuple):
     Attributes:
       loss: the mean objective over the meta-batch, before the update.
       grad_norm: the Euclidean norm of the meta-gradient.
-      finite: whether the loss, the meta-gradient and the parameters after the update are all finite.
+      finite: whether the loss, the norm of the meta-gradient and the parameters after the update are all finite.
       objective: the info of the objective, averaged over the meta-batch.
     """
 

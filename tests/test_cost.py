@@ -122,6 +122,17 @@ def test_called_functions_are_counted():
     assert count_flops(jax.grad(lambda a: jnp.sum(product(a))), SQUARE) == 2 * SQUARED + 16
 
 
+def test_a_linear_solve_counts_its_solver():
+    def solve(a, b):
+        return lax.custom_linear_solve(lambda x: a @ x, b, lambda operator, b: operator(operator(b)), symmetric=True)
+
+    vector = jax.ShapeDtypeStruct((4,), jnp.float32)
+    product = 2 * 4 * 4
+    assert count_flops(solve, SQUARE, vector) == 2 * product
+    # The cotangent of the right-hand side goes through the same solver, that of the matrix is not asked for.
+    assert count_flops(jax.grad(lambda b, a: jnp.sum(solve(a, b))), vector, SQUARE) == 2 * product
+
+
 def test_unneeded_work_is_not_counted():
     def one_of_two(a):
         return jax.jit(lambda a: (a @ a, a @ a @ a))(a)[0]

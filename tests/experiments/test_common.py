@@ -18,7 +18,7 @@ import optax
 import pytest
 
 from experiments import common, runs
-from maml_jax import MetaInfo, checkpoint, losses, maml, models
+from maml_jax import InnerDescent, MetaInfo, checkpoint, losses, maml, models
 from maml_jax.tasks import sinusoid
 
 
@@ -28,6 +28,9 @@ class Config:
     meta_batch_size: int = 4
     outer_optimizer: str = "adam"
     outer_lr: float = 1e-2
+    outer_schedule: str = "constant"
+    outer_lr_end: float = 0.0
+    hyperparameters: InnerDescent = dataclasses.field(default_factory=InnerDescent)
     val_every: int = 4
     log_every: int = 2
     eval_episodes: int = 2
@@ -223,3 +226,33 @@ def test_the_step_that_is_not_finite_is_named(tmp_path):
     info = MetaInfo(np.array([1.0, 2.0, np.nan]), np.array([1.0, np.inf, np.nan]), np.array([True, False, False]), None)
     with pytest.raises(runs.RunError, match=r"the meta-gradient is not finite at meta-step 6 \(loss 2, .* inf\)"):
         common.check_finite(info, 5, tmp_path)
+
+
+@pytest.mark.parametrize(("schedule", "halfway"), [("constant", 0.5), ("linear", 0.3), ("cosine", 0.3)])
+def test_the_outer_rate_falls_to_its_end(schedule, halfway):
+    config = Config(outer_optimizer="sgd", outer_lr=0.5, outer_schedule=schedule, outer_lr_end=0.1, num_meta_steps=4)
+    optimizer = common.outer_optimizer(config)
+    state, rates = optimizer.init(jnp.ones(1)), []
+    for _ in range(5):
+        update, state = optimizer.update(jnp.ones(1), state)
+        rates.append(-float(update[0]))
+    end = 0.5 if schedule == "constant" else 0.1
+    np.testing.assert_allclose([rates[0], rates[2], rates[4]], [0.5, halfway, end], rtol=1e-6)
+
+
+def test_the_best_states_are_kept_in_order():
+    best = {"params": np.zeros((3, 1)), "score": np.full(3, -np.inf, np.float32), "step": np.zeros(3, np.int32)}
+    for step, score in enumerate([0.5, 0.7, 0.5, np.nan, 0.6, 0.7], 1):
+        best = common.keep_best(best, np.array([float(step)]), score, step, always=False)
+    np.testing.assert_array_equal(best["score"], np.float32([0.7, 0.7, 0.6]))
+    np.testing.assert_array_equal(best["step"], [2, 6, 5])  # of equal scores the older one is in front
+    np.testing.assert_array_equal(common.selected(best), [[2.0], [6.0], [5.0]])
+
+
+def test_fewer_validations_than_states_make_a_smaller_ensemble(tmp_path):
+    config = Config(num_meta_steps=8)
+    scores = iter([0.2, 0.1])
+    with runs.open_run(tmp_path, config):
+        trained = common.train(tmp_path, config, LEARNER, SAMPLE, validate=lambda params: next(scores), num_best=3)
+    assert {len(leaf) for leaf in jax.tree.leaves(trained.params)} == {2}
+    assert trained.best_step == 4

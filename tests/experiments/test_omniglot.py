@@ -14,6 +14,7 @@ import pytest
 from experiments import omniglot, runs
 from maml_jax import Batch, evaluate, losses
 from maml_jax.tasks import few_shot
+from maml_jax.types import learner_at
 
 TINY = {
     "num_meta_steps": 4,
@@ -21,6 +22,7 @@ TINY = {
     "log_every": 1,
     "meta_batch_size": 4,
     "eval_episodes": 4,
+    "eval_inner_steps": 3,
     "network": "mlp",
 }
 
@@ -58,15 +60,37 @@ def finished(drawings, tmp_path_factory):
     return config, omniglot.run(config)
 
 
-@pytest.mark.parametrize("algorithm", omniglot.METHODS)
-def test_every_algorithm_runs(algorithm, drawings, tmp_path):
-    results = omniglot.run(config_of(algorithm, run_dir=tmp_path, **TINY))
+# The conformance tests try every algorithm; these have recipes and parameters of different kinds.
+@pytest.mark.parametrize("algorithm", ["maml", "reptile", "maml++"])
+def test_an_algorithm_runs(algorithm, drawings, tmp_path):
+    config = config_of(algorithm, run_dir=tmp_path, **TINY)
+    results = omniglot.run(config)
     assert json.loads((tmp_path / "results.json").read_text()) == results
     accuracy = results["metrics"]["accuracy"]
     assert len(accuracy["mean"]) == len(accuracy["ci95"]) == 4  # before, and after each of 3 steps
     assert results["protocol"]["selected_step"] in (2, 4)
     for name in ("config.json", "metrics.jsonl", "checkpoints", "figures/learning_curve.png"):
         assert (tmp_path / name).exists()
+    # Two validations make an ensemble of two, if one was asked for.
+    assert results["protocol"]["ensemble"] == (2 if algorithm == "maml++" else 1)
+    learner, params = omniglot.load(tmp_path)
+    task_params, _ = learner.adapt(params, Batch(np.zeros((5, 28, 28, 1), np.float32), np.arange(5)))
+    assert learner.predict(task_params, np.zeros((2, 28, 28, 1), np.float32)).shape == (2, 5)
+
+
+@pytest.mark.parametrize("algorithm", omniglot.METHODS)
+def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
+    config = omniglot.with_paper_defaults(omniglot.METHODS[algorithm])
+    learner = learner_at(omniglot.make_learner(config), 0)
+    images = jax.ShapeDtypeStruct((5, 28, 28, 1), np.float32)
+    params = jax.eval_shape(learner.init, jax.random.key(0), images)
+    support = Batch(images, jax.ShapeDtypeStruct((5,), np.int32))
+    _, info = jax.eval_shape(
+        lambda params, support: omniglot.make_tester(config).adapt(params, support, observe_fn=lambda _: 0.0),
+        params,
+        support,
+    )
+    assert info.observed.shape == (config.eval_inner_steps + 1,)
 
 
 def test_a_finished_run_is_shown_and_not_overwritten(finished):

@@ -1,5 +1,6 @@
 """Run directories: whose they are, and what they hold."""
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -119,3 +120,17 @@ def test_settings_are_stored_but_for_where_a_run_is_made(tmp_path):
     assert claim(run_dir="here", distributed="off", data_dir="there", chunk_size=2)["chunk_size"] == 2
     with pytest.raises(runs.RunError, match=r"outer_lr is 0\.001 there and 0\.1 here"):
         claim(outer_lr=0.1)
+
+
+def test_a_run_with_a_schedule_is_not_continued_with_more_steps(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        num_meta_steps: int
+        outer_schedule: str
+
+    for schedule, message in (("constant", None), ("linear", "num_meta_steps is 5 there and 9 here")):
+        with runs.open_run(tmp_path / schedule, Config(5, schedule)):
+            pass
+        expectation = contextlib.nullcontext() if message is None else pytest.raises(runs.RunError, match=message)
+        with expectation, runs.open_run(tmp_path / schedule, Config(9, schedule)):
+            pass

@@ -1,0 +1,121 @@
+"""What a meta-step of every method costs on Omniglot, relative to FOMAML.
+
+Each method has the settings with which `experiments.omniglot` trains it: network, inner steps, support examples. All
+have the same number of tasks. They are timed in turns; operations are counted from the program, and temporaries are
+what XLA allocates for one device.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from benchmarks import common
+from experiments import omniglot
+from experiments.common import outer_optimizer
+from experiments.figures import title
+from maml_jax import init_meta_state, make_meta_step
+from maml_jax.cost import count_flops
+
+REFERENCE = "fomaml"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(common.Settings):
+    """What is measured."""
+
+    methods: tuple[str, ...] = tuple(omniglot.METHODS)
+    """The methods; FOMAML is measured in any case."""
+    way: int = 5
+    """Classes of an episode."""
+    shot: int = 1
+    """Support examples per class; methods that train with more keep their number."""
+    num_tasks: int = 8
+    """Tasks of a meta-step."""
+
+
+SHORT = Config(short=True, methods=("maml", "fomaml", "anil"), num_tasks=2, max_repetitions=3, max_seconds=3.0)
+
+
+def prepare(name: str, config: Config) -> tuple[Any, dict[str, Any]]:
+    """Compiles a meta-step. Returns a call that takes it, and its row of the result file without times."""
+    method = omniglot.METHODS[name]
+    settings = omniglot.with_paper_defaults(dataclasses.replace(method, way=config.way, shot=config.shot))
+    learner, optimizer = omniglot.make_learner(settings), outer_optimizer(settings)
+    episodes = common.random_episodes(
+        num_tasks=config.num_tasks, way=config.way, shot=settings.train_shot, query_shot=settings.query_shot
+    )
+    episodes = episodes._replace(key=jax.random.split(jax.random.key(0), config.num_tasks))
+    state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
+    step = make_meta_step(learner, optimizer)
+    compiled, compile_seconds = common.compile_of(step.jitted, state, episodes)
+    row = {
+        "method": name,
+        "train_shot": settings.train_shot,
+        "inner_steps": settings.hyperparameters.num_inner_steps,
+        "compile_seconds": compile_seconds,
+        "flops": count_flops(step.jitted, state, episodes),
+        "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
+    }
+    return common.stepping(compiled, state, episodes), row
+
+
+def measure(config: Config) -> list[dict[str, Any]]:
+    """The rows of all methods, with times and ratios to FOMAML."""
+    names = list(dict.fromkeys((REFERENCE, *config.methods)))
+    prepared = {name: prepare(name, config) for name in names}
+    seconds = common.measure_alternately({name: call for name, (call, _) in prepared.items()}, config)
+    reference, rows = prepared[REFERENCE][1], []
+    for name in names:
+        row = prepared[name][1]
+        ratios = [a / b for a, b in zip(seconds[name], seconds[REFERENCE], strict=False)]
+        rows.append(
+            row
+            | {"seconds": common.summarise(seconds[name]), "times_fomaml": common.summarise(ratios)}
+            | {f"{key}_times_fomaml": row[key] / reference[key] for key in ("flops", "temporary_bytes")}
+        )
+    return rows
+
+
+def tables(results: dict[str, Any]) -> list[common.Table]:
+    """The table of a result file."""
+    config = results["config"]
+    rows = [
+        [
+            title(row["method"]),
+            row["inner_steps"],
+            row["seconds"],
+            f"{row['times_fomaml'].median:.2f}",
+            f"{row['flops'] / 1e9:.2f}",
+            f"{row['flops_times_fomaml']:.2f}",
+            f"{row['temporary_bytes'] / 1e6:.1f}",
+            f"{row['temporary_bytes_times_fomaml']:.2f}",
+        ]
+        for row in results["rows"]
+    ]
+    return [
+        common.Table(
+            f"A meta-step of {config['num_tasks']} tasks, Omniglot {config['way']}-way {config['shot']}-shot",
+            ("method", "inner steps", "ms (quartiles)", "x FOMAML", "GFLOP", "x FOMAML", "temporaries MB", "x FOMAML"),
+            rows,
+            "Reptile trains with 10 examples per class. All use one device.",
+        )
+    ]
+
+
+def run(config: Config) -> None:
+    """Measures, prints and writes the results."""
+    file = common.write_results("methods", config, {"rows": measure(config)})
+    results = common.read_results(file)
+    common.show(tables(results))
+    with common.figure("methods", config, columns=2) as (left, right):
+        names = {title(row["method"]): row for row in results["rows"]}
+        common.draw_bars(left, {n: row["times_fomaml"].median for n, row in names.items()}, "time, relative to FOMAML")
+        common.draw_bars(
+            right, {n: row["flops_times_fomaml"] for n, row in names.items()}, "operations, relative to FOMAML"
+        )
+
+
+if __name__ == "__main__":
+    common.main(Config, run, __doc__, short=SHORT)
