@@ -89,6 +89,32 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     _save(figure, file)
 
 
+def accuracy(file: Path, results: dict[str, dict]) -> None:
+    """Test accuracy against inner steps, and against the seconds of training.
+
+    Args:
+      file: the PNG to write.
+      results: by algorithm, the content of its results.json.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    markers = iter("osD^v<>pP*X" * 2)
+    for algorithm, result in results.items():
+        mean, ci = (100 * np.asarray(result["metrics"]["accuracy"][name], float) for name in ("mean", "ci95"))
+        marker = next(markers)
+        shown = np.arange(min(len(mean), 17))
+        line = left.plot(shown, mean[shown], marker=marker, markersize=4, label=title(algorithm))[0]
+        minutes = result["seconds"]["train"] / 60
+        right.errorbar(minutes, mean[-1], ci[-1], fmt=marker, color=line.get_color(), capsize=3)
+        right.annotate(title(algorithm), (minutes, mean[-1]), xytext=(7, 3), textcoords="offset points", fontsize=8)
+    left.set(xlabel="inner steps at test", ylabel="test accuracy, %")
+    right.set(xlabel="minutes of training", ylabel="test accuracy after the last inner step, %")
+    right.margins(x=0.2)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    left.legend(fontsize=8)
+    _save(figure, file)
+
+
 def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
     """The training objective against meta-steps, and validation where there was one.
 

@@ -170,6 +170,11 @@ def as_published(results: dict) -> bool:
     return not variation(results) and results["meta_steps"] == omniglot.METHODS[results["algorithm"]].num_meta_steps
 
 
+def has_smaller_budget(results: dict) -> bool:
+    """Whether a run had the paper's settings and fewer meta-steps."""
+    return not variation(results) and not as_published(results)
+
+
 def details(results: list[dict]) -> str:
     """For every command: seeds, device, versions and the whole curve."""
     parts = []
@@ -197,7 +202,8 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
         "omniglot": omniglot_table([result for result in of["omniglot"] if as_published(result)]),
-        "omniglot-variations": omniglot_table([result for result in of["omniglot"] if not as_published(result)]),
+        "omniglot-budget": omniglot_table([result for result in of["omniglot"] if has_smaller_budget(result)]),
+        "omniglot-variations": omniglot_table([result for result in of["omniglot"] if variation(result)]),
     }
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -208,6 +214,9 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         "![error against inner steps](figures/sinusoid.png)\n\n"
         "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
         f"transductive: the queries of an episode are normalised together.\n\n{sections['omniglot']}\n\n"
+        "### Fewer meta-steps\n\nThe same recipes with fewer meta-steps. Each method has the meta-batch of its paper, so "
+        "equal numbers of meta-steps are not equal numbers of tasks.\n\n"
+        f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"
         f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'])}\n"
@@ -221,6 +230,10 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
                 first["evaluations"]
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+    if shown := [result for result in of["omniglot"] if has_smaller_budget(result)]:
+        steps = statistics.mode(result["meta_steps"] for result in shown)
+        equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and r["config"]["way"] == 5}
+        figures.accuracy(report.parent / "figures" / "omniglot.png", equal)
     if readme is not None:
         text = readme.read_text()
         for name, table in sections.items():

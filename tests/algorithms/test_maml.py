@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import Model, first_order, fomaml, losses, maml, mixed_mode, models
+from maml_jax import Model, first_order, fomaml, losses, maml, meta_sgd, mixed_mode, models
 
 
 def meta_gradient(learner, params, episode):
@@ -174,3 +174,41 @@ def test_what_is_no_optimiser_or_no_model_is_refused_when_the_learner_is_built()
         ValueError, match=r"must be a maml_jax\.Model, got Dense; wrap a flax module with models\.from_linen"
     ):
         maml(nn.Dense(1), half_mse, inner_optimizer=optax.sgd(0.1), num_inner_steps=1)
+
+
+def test_layers_may_have_inner_rules_of_their_own(x64):
+    # With a rate for each layer it is Meta-SGD whose rates are equal within a layer.
+    model = models.mlp(features=(5, 1), activation=jnp.tanh, param_dtype=jnp.float64)
+    episode = jax.tree.map(lambda x: x.reshape(len(x), -1), make_episode(jax.random.key(8), dim=2))
+    params = model.init(jax.random.key(9), episode.support.inputs)
+    rates = {"dense_0": 0.1, "dense_1": 0.02}
+    by_layer = optax.partition(
+        {name: optax.sgd(rate) for name, rate in rates.items()},
+        lambda params: {name: jax.tree.map(lambda _, n=name: n, layer) for name, layer in params.items()},
+    )
+    ours = maml(model, losses.mean_squared_error, inner_optimizer=by_layer, num_inner_steps=3)
+    other = meta_sgd(model, losses.mean_squared_error, inner_lr=0.0, num_inner_steps=3)
+    per_parameter = {name: jax.tree.map(lambda x, r=rates[name]: jnp.full_like(x, r), params[name]) for name in params}
+    expected = meta_gradient(other, {"params": params, "rates": per_parameter}, episode)["params"]
+    chex.assert_trees_all_close(meta_gradient(ours, params, episode), expected, rtol=1e-10)
+
+
+def test_rules_by_layer_work_beside_parameters_that_do_not_adapt():
+    model = models.mlp(features=(5, 1))
+    episode = jax.tree.map(lambda x: x.reshape(len(x), -1), make_episode(jax.random.key(8), dim=2))
+    params = model.init(jax.random.key(9), episode.support.inputs)
+    rules = {"kernel": optax.adam(0.1, eps_root=1e-8), "bias": optax.sgd(0.1, momentum=0.9)}
+    by_kind = optax.partition(
+        rules, lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, params)
+    )
+    learner = maml(
+        model,
+        losses.mean_squared_error,
+        inner_optimizer=by_kind,
+        num_inner_steps=3,
+        where=lambda name: name != "dense_0/kernel",
+    )
+    task_params, _ = learner.adapt(params, episode.support)
+    chex.assert_trees_all_equal(task_params["dense_0"]["kernel"], params["dense_0"]["kernel"])
+    assert jnp.all(task_params["dense_1"]["kernel"] != params["dense_1"]["kernel"])
+    chex.assert_tree_all_finite(meta_gradient(learner, params, episode))

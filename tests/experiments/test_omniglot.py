@@ -86,7 +86,7 @@ def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
     params = jax.eval_shape(learner.init, jax.random.key(0), images)
     support = Batch(images, jax.ShapeDtypeStruct((5,), np.int32))
     _, info = jax.eval_shape(
-        lambda params, support: omniglot.make_tester(config).adapt(params, support, observe_fn=lambda _: 0.0),
+        lambda params, support: omniglot.make_tester(config).adapt(params, support, observe_fn=lambda _: jnp.zeros(())),
         params,
         support,
     )
