@@ -10,22 +10,26 @@ from maml_jax import tasks as tasks
 from maml_jax._version import __version__ as __version__
 from maml_jax.algorithms import CATALOGUE as CATALOGUE
 from maml_jax.algorithms import ContextDescent as ContextDescent
+from maml_jax.algorithms import DomainSplits as DomainSplits
 from maml_jax.algorithms import Entry as Entry
 from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms import InnerDescent as InnerDescent
 from maml_jax.algorithms import MAMLPlusPlus as MAMLPlusPlus
+from maml_jax.algorithms import NoHyperparameters as NoHyperparameters
 from maml_jax.algorithms import Problem as Problem
 from maml_jax.algorithms import ReptileDescent as ReptileDescent
 from maml_jax.algorithms import anil as anil
 from maml_jax.algorithms import boil as boil
 from maml_jax.algorithms import cavia as cavia
 from maml_jax.algorithms import ensemble as ensemble
+from maml_jax.algorithms import erm as erm
 from maml_jax.algorithms import fomaml as fomaml
 from maml_jax.algorithms import imaml as imaml
 from maml_jax.algorithms import maml as maml
 from maml_jax.algorithms import maml_plus_plus as maml_plus_plus
 from maml_jax.algorithms import meta_curvature as meta_curvature
 from maml_jax.algorithms import meta_sgd as meta_sgd
+from maml_jax.algorithms import mldg as mldg
 from maml_jax.algorithms import multi_step_weights as multi_step_weights
 from maml_jax.algorithms import pretrained as pretrained
 from maml_jax.algorithms import replace_inner_state as replace_inner_state
@@ -60,6 +64,7 @@ __all__ = [
     "CATALOGUE",
     "Batch",
     "ContextDescent",
+    "DomainSplits",
     "Entry",
     "Episode",
     "Evaluation",
@@ -71,6 +76,7 @@ __all__ = [
     "MetaLearner",
     "MetaState",
     "Model",
+    "NoHyperparameters",
     "OuterRule",
     "Problem",
     "ReptileDescent",
@@ -82,6 +88,7 @@ __all__ = [
     "checkpointed",
     "cost",
     "ensemble",
+    "erm",
     "evaluate",
     "evaluate_objective",
     "first_order",
@@ -99,6 +106,7 @@ __all__ = [
     "meta_curvature",
     "meta_sgd",
     "mixed_mode",
+    "mldg",
     "models",
     "multi_step_weights",
     "parallel",

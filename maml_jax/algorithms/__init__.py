@@ -20,6 +20,10 @@ from maml_jax.algorithms.maml_plus_plus import multi_step_weights as multi_step_
 from maml_jax.algorithms.maml_plus_plus import switch_at as switch_at
 from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
+from maml_jax.algorithms.mldg import DomainSplits as DomainSplits
+from maml_jax.algorithms.mldg import NoHyperparameters as NoHyperparameters
+from maml_jax.algorithms.mldg import erm as erm
+from maml_jax.algorithms.mldg import mldg as mldg
 from maml_jax.algorithms.pretrained import pretrained as pretrained
 from maml_jax.algorithms.reptile import ReptileDescent as ReptileDescent
 from maml_jax.algorithms.reptile import replace_inner_state as replace_inner_state
@@ -28,22 +32,26 @@ from maml_jax.algorithms.reptile import reptile as reptile
 __all__ = [
     "CATALOGUE",
     "ContextDescent",
+    "DomainSplits",
     "Entry",
     "ImplicitDescent",
     "InnerDescent",
     "MAMLPlusPlus",
+    "NoHyperparameters",
     "Problem",
     "ReptileDescent",
     "anil",
     "boil",
     "cavia",
     "ensemble",
+    "erm",
     "fomaml",
     "imaml",
     "maml",
     "maml_plus_plus",
     "meta_curvature",
     "meta_sgd",
+    "mldg",
     "multi_step_weights",
     "pretrained",
     "replace_inner_state",

@@ -1,7 +1,8 @@
 """Task distributions: functions from a key to an episode."""
 
+from maml_jax.tasks import domains as domains
 from maml_jax.tasks import few_shot as few_shot
 from maml_jax.tasks import omniglot as omniglot
 from maml_jax.tasks import sinusoid as sinusoid
 
-__all__ = ["few_shot", "omniglot", "sinusoid"]
+__all__ = ["domains", "few_shot", "omniglot", "sinusoid"]

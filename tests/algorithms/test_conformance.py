@@ -39,6 +39,8 @@ def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=losses.mean_squared_er
     entry = CATALOGUE[name]
     if iterates(name):
         hyperparameters["num_inner_steps"] = num_inner_steps
+    known = {field.name for field in dataclasses.fields(entry.hyperparameters)}
+    hyperparameters = {field: value for field, value in hyperparameters.items() if field in known}
     problem = Problem(model, loss_fn, head=is_head)
     return learner_at(entry.build(problem, entry.hyperparameters(**hyperparameters)), jnp.int32(0))
 
@@ -84,43 +86,57 @@ def affine_model(structure):
     return Model(lambda key, inputs: structure(*affine_init(key, inputs)), apply)
 
 
-sample_episode = sinusoid.make_sampler(shot=5, query_shot=5)
+def of_domains(name):
+    """Whether the support set of an episode has a batch of every domain, [D, B, ...]."""
+    return "domains" in CATALOGUE[name].settings
 
 
-def episode(seed=0):
-    return sample_episode(jax.random.key(seed))
+def sampler(name, shot=5):
+    """Sinusoids; the domains of an episode are three of them, beside the query set of another."""
+    sample_episode = sinusoid.make_sampler(shot=shot, query_shot=shot)
+
+    def sample_domains(key):
+        support_key, query_key = jax.random.split(key)
+        support = jax.vmap(sample_episode)(jax.random.split(support_key, 3)).support
+        return sample_episode(query_key)._replace(support=support)
+
+    return sample_domains if of_domains(name) else sample_episode
+
+
+def episode(name, seed=0):
+    return sampler(name)(jax.random.key(seed))
 
 
 @EVERY_ALGORITHM
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_any_pytree_of_parameters_keeps_its_structure_and_types(name, structure):
     learner = build(name, affine_model(STRUCTURES[structure]))
-    meta_params = learner.init(jax.random.key(0), episode().support.inputs)
-    task_params, _ = jax.eval_shape(learner.adapt, meta_params, episode().support)
-    outputs = jax.eval_shape(learner.predict, task_params, episode().query.inputs)
-    (loss, _), grads = jax.eval_shape(jax.value_and_grad(learner.objective, has_aux=True), meta_params, episode())
+    meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
+    task_params, _ = jax.eval_shape(learner.adapt, meta_params, episode(name).support)
+    outputs = jax.eval_shape(learner.predict, task_params, episode(name).query.inputs)
+    (loss, _), grads = jax.eval_shape(jax.value_and_grad(learner.objective, has_aux=True), meta_params, episode(name))
     chex.assert_trees_all_equal_structs(meta_params, grads)
     chex.assert_trees_all_equal_shapes_and_dtypes(meta_params, grads)
     chex.assert_shape(loss, ())
-    chex.assert_equal_shape([outputs, episode().query.targets])
+    chex.assert_equal_shape([outputs, episode(name).query.targets])
 
 
 @EVERY_ALGORITHM
 def test_float64_parameters_stay_float64(name, x64):
     learner = build(name, affine_model(Affine))
-    meta_params = learner.init(jax.random.key(0), episode().support.inputs)
-    task_params, _ = jax.eval_shape(learner.adapt, meta_params, episode().support)
-    grads, _ = jax.eval_shape(jax.grad(learner.objective, has_aux=True), meta_params, episode())
+    meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
+    task_params, _ = jax.eval_shape(learner.adapt, meta_params, episode(name).support)
+    grads, _ = jax.eval_shape(jax.grad(learner.objective, has_aux=True), meta_params, episode(name))
     assert {leaf.dtype for leaf in jax.tree.leaves((meta_params, task_params, grads))} == {jnp.dtype("float64")}
 
 
 @EVERY_ALGORITHM
 def test_gradients_are_finite_and_the_same_with_and_without_jit(name):
     learner = build(name, affine_model(Affine))
-    meta_params = learner.init(jax.random.key(0), episode().support.inputs)
+    meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
     gradient = jax.grad(learner.objective, has_aux=True)
-    jitted, _ = jax.jit(gradient)(meta_params, episode())
-    plain, _ = gradient(meta_params, episode())
+    jitted, _ = jax.jit(gradient)(meta_params, episode(name))
+    plain, _ = gradient(meta_params, episode(name))
     chex.assert_tree_all_finite(jitted)
     assert optax.tree.norm(jitted) > 0
     chex.assert_trees_all_close(jitted, plain, rtol=1e-5, atol=1e-6)
@@ -131,18 +147,19 @@ def test_gradients_are_finite_and_the_same_with_and_without_jit(name):
 def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
     num_steps = num_steps if iterates(name) else 0
     learner = build(name, affine_model(Affine), num_inner_steps=num_steps)
-    support = episode().support
+    support = episode(name).support
+    observed = episode(name).query if of_domains(name) else support
     meta_params = learner.init(jax.random.key(0), support.inputs)
 
     def adapt(key):
         return learner.adapt(
-            meta_params, support, key=key, observe_fn=lambda task_params: learner.predict(task_params, support.inputs)
+            meta_params, support, key=key, observe_fn=lambda task_params: learner.predict(task_params, observed.inputs)
         )
 
     with_key, without = adapt(jax.random.key(1)), adapt(None)
     _, info = without
     chex.assert_trees_all_equal(with_key, without)
-    chex.assert_shape(info.observed, (num_steps + 1, *support.targets.shape))
+    chex.assert_shape(info.observed, (num_steps + 1, *observed.targets.shape))
     if not iterates(name):
         return
     chex.assert_shape(info.support_loss, (num_steps,))
@@ -158,12 +175,12 @@ def test_the_same_shapes_are_not_traced_twice(name, num_devices):
     counted = learner._replace(objective=chex.assert_max_traces(learner.objective, n=1))
     optimizer = optax.adam(1e-3)
     mesh = mesh_of(num_devices)
-    state = init_meta_state(learner, optimizer, jax.random.key(0), episode().support.inputs)
+    state = init_meta_state(learner, optimizer, jax.random.key(0), episode(name).support.inputs)
     if mesh is not None:  # where the state will be after the first step
         state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
     step = make_meta_step(counted, optimizer, chunk_size=2, mesh=mesh)
     for seed in range(3):
-        state, info = step(state, jax.vmap(sample_episode)(jax.random.split(jax.random.key(seed), 4)))
+        state, info = step(state, jax.vmap(sampler(name))(jax.random.split(jax.random.key(seed), 4)))
     assert state.step == 3
     assert info.finite
 
@@ -174,13 +191,13 @@ def test_one_device_and_two_take_the_same_path(name):
 
     def results(num_devices):
         mesh = mesh_of(num_devices)
-        loop = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=4, num_steps=3, mesh=mesh)
-        state = init_meta_state(learner, optimizer, jax.random.key(0), episode().support.inputs)
+        loop = make_train_loop(learner, optimizer, sampler(name), meta_batch_size=4, num_steps=3, mesh=mesh)
+        state = init_meta_state(learner, optimizer, jax.random.key(0), episode(name).support.inputs)
         state, info = loop(state, jax.random.key(1))
         evaluation = evaluate(
             learner,
             state.params,
-            sample_episode,
+            sampler(name),
             jax.random.key(2),
             metric_fn=losses.mean_squared_error,
             num_episodes=4,
@@ -194,7 +211,7 @@ def test_one_device_and_two_take_the_same_path(name):
 
 @EVERY_ALGORITHM
 def test_the_key_of_the_episode_reaches_the_model(name):
-    # A model that adds noise to its weight: other keys give other objectives, no key gives none.
+    # A model that adds noise to its weight: other keys give other objectives, no key gives none. (MLDG needs a key.)
     affine = affine_model(Affine)
 
     def apply(params, inputs, *, key=None):
@@ -202,12 +219,13 @@ def test_the_key_of_the_episode_reaches_the_model(name):
         return affine.apply(params, inputs) * (1.0 + noise)
 
     learner = build(name, Model(affine.init, apply, stochastic=True))
-    meta_params = learner.init(jax.random.key(0), episode().support.inputs)
+    meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
 
     def objective(key):
-        return learner.objective(meta_params, episode()._replace(key=key))[0]
+        return learner.objective(meta_params, episode(name)._replace(key=key))[0]
 
-    values = [float(objective(key)) for key in (None, None, jax.random.key(1), jax.random.key(2))]
+    first = jax.random.key(0) if name == "mldg" else None
+    values = [float(objective(key)) for key in (first, first, jax.random.key(1), jax.random.key(2))]
     assert values[0] == values[1]
     assert len(set(values)) == 3
 
@@ -240,22 +258,24 @@ def test_integer_parameters_are_refused(name):
 @EVERY_ALGORITHM
 def test_outputs_that_do_not_fit_the_loss_are_refused(name):
     learner = build(name, models.mlp(features=(2,)))
-    meta_params = learner.init(jax.random.key(0), episode().support.inputs)
+    meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
     with pytest.raises(ValueError, match=r"outputs \(\d+, 2\) and targets \(\d+, 1\); reshape the targets"):
-        learner.objective(meta_params, episode())
+        learner.objective(meta_params, episode(name))
 
 
 @EVERY_ALGORITHM
 def test_a_meta_step_lowers_for_cuda_and_tpu(name):
     # No accelerator is needed to see that one program serves all: StableHLO is made for each platform.
     learner, optimizer = build(name, models.conv4(way=3, features=4), loss_fn=losses.cross_entropy), optax.adam(1e-3)
-    images = jax.ShapeDtypeStruct((2, 3, 28, 28, 1), jnp.float32)
-    batch = Batch(images, jax.ShapeDtypeStruct((2, 3), jnp.int32))
-    params = jax.eval_shape(learner.init, jax.random.key(0), jnp.zeros((3, 28, 28, 1)))
+    axes = (3, 3) if of_domains(name) else (3,)
+    images = jax.ShapeDtypeStruct((2, *axes, 28, 28, 1), jnp.float32)
+    batch = Batch(images, jax.ShapeDtypeStruct((2, *axes), jnp.int32))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    params = jax.eval_shape(learner.init, jax.random.key(0), jnp.zeros((*axes, 28, 28, 1)))
     state = MetaState(params, jax.eval_shape(optimizer.init, params), jax.ShapeDtypeStruct((), jnp.int32))
     step = make_meta_step(learner, optimizer)
     for platform in ("cuda", "tpu"):
-        exported = jax.export.export(step.jitted, platforms=(platform,))(state, Episode(batch, batch))
+        exported = jax.export.export(step.jitted, platforms=(platform,))(state, Episode(batch, batch, keys))
         assert exported.platforms == (platform,)
         assert "stablehlo.dot_general" in exported.mlir_module()
 
@@ -268,14 +288,20 @@ def test_it_learns_to_regress_sinusoids(name):
     further = {"strength": 25.0} if name == "imaml" else {}
     learner = build(name, models.mlp(features=(32, 32, 1), activation=jnp.tanh), inner_lr=0.02, **further)
     optimizer = optax.adam(5e-3)
-    sampler = sinusoid.make_sampler(shot=10, query_shot=10)
-    train = make_train_loop(learner, optimizer, sampler, meta_batch_size=8, num_steps=400, chunk_size=8)
-    state = init_meta_state(learner, optimizer, jax.random.key(0), jnp.zeros((10, 1)))
+    sample_episode = sampler(name, shot=10)
+    train = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=8, num_steps=400, chunk_size=8)
+    state = init_meta_state(learner, optimizer, jax.random.key(0), episode(name).support.inputs)
 
     def query_loss(params):
         test_key = jax.random.key(2)
         return evaluate(
-            learner, params, sampler, test_key, metric_fn=losses.mean_squared_error, num_episodes=200, chunk_size=200
+            learner,
+            params,
+            sample_episode,
+            test_key,
+            metric_fn=losses.mean_squared_error,
+            num_episodes=200,
+            chunk_size=200,
         ).mean[-1]
 
     before = query_loss(state.params)
@@ -297,5 +323,5 @@ def test_published_settings_build_learners(name):
     assert entry.settings
     for settings in entry.settings.values():
         assert isinstance(settings, entry.hyperparameters)
-        assert dataclasses.fields(settings)
+        assert dataclasses.is_dataclass(settings)
         assert type(settings).__dataclass_params__.frozen

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 
-from experiments import cli, omniglot, sinusoid
+from experiments import cli, domains, omniglot, sinusoid
 from maml_jax import CATALOGUE
 
 
-@pytest.mark.parametrize("module", [omniglot, sinusoid])
+@pytest.mark.parametrize("module", [domains, omniglot, sinusoid])
 def test_every_algorithm_that_fits_an_experiment_appears_in_it(module):
     experiment = module.__name__.split(".")[-1]
     fitting = {name for name, entry in CATALOGUE.items() if experiment in entry.settings}

@@ -74,7 +74,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
 
 
 def test_a_killed_process_resumes_to_the_same_parameters(tmp_path):
-    flags = "--num-meta-steps 1500 --val-every 300 --log-every 100 --eval-episodes 2 --eval-shots 5".split()
+    flags = ["--num-meta-steps=1500", "--val-every=300", "--log-every=100", "--eval-episodes=2", "--eval-shots", "5"]
     command = [sys.executable, "-m", "experiments.sinusoid", *flags, "--run-dir"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
     killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)

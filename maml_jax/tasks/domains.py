@@ -1,0 +1,102 @@
+"""Domains: one task seen in several ways, in episodes that hold a batch of every source domain.
+
+A sampler is a `jax.tree_util.Partial` of its settings and its data, so a compiled program takes the data as an
+argument.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maml_jax.tasks.few_shot import _scale
+from maml_jax.types import ArrayTree, Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer
+
+
+def make_sampler(domains: Sequence[Batch], *, batch_size: int) -> SampleEpisodeFn:
+    """Makes a distribution of batches from every domain, for learning to generalise to other domains.
+
+    The examples of a domain are drawn independently and uniformly from all of its examples, whatever their class. A
+    batch may hold an example twice. Every domain has as many examples in an episode as any other.
+
+    Args:
+      domains: D domains, each a `Batch` (or a pair) of inputs [n_d, ...] and targets [n_d, ...]. Domains may have
+        different numbers of examples; shapes and dtypes of an example are the same.
+      batch_size: B, the examples of each domain in an episode.
+
+    Returns:
+      `(key) -> Episode`: the support set has inputs [D, B, ...] and targets [D, B, ...] in the order of `domains`.
+      Inputs of uint8 become float32 in [0, 1]; others, and all targets, are not changed. The query set is empty,
+      [0, B, ...]. `algorithms.mldg` draws its split from the key of the episode.
+
+    Raises:
+      ValueError: if `batch_size` is no positive integer, there is no domain, a domain has no example, or the leaves
+        of the domains do not fit together.
+    """
+    batch_size = check_integer("batch_size", batch_size, at_least=1)
+    domains = [Batch(*domain) for domain in domains]
+    counts = _count_examples(domains)
+    examples = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *domains)
+    starts = np.cumsum(counts) - counts
+    data = _Data(examples, jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32))
+    return jax.tree_util.Partial(_DomainBatches(batch_size), data)
+
+
+def scale_pixels(inputs: ArrayTree) -> ArrayTree:
+    """Inputs as episodes hold them: uint8 as float32 in [0, 1], other leaves unchanged."""
+    return jax.tree.map(_scale, inputs)
+
+
+class _Data(NamedTuple):
+    """The examples of all domains.
+
+    Attributes:
+      examples: leaves [E, ...], domain after domain.
+      starts: int32 [D], the index of the first example of each domain.
+      counts: int32 [D], the number of examples of each domain.
+    """
+
+    examples: Batch
+    starts: jax.Array
+    counts: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _DomainBatches:
+    """`(data, key) -> Episode` with the settings of `make_sampler`."""
+
+    batch_size: int
+
+    def __call__(self, data: _Data, key: PRNGKey) -> Episode:
+        example_key, episode_key = jax.random.split(key)
+        shape = (len(data.starts), self.batch_size)
+        places = jax.random.randint(example_key, shape, 0, data.counts[:, None])
+        support = jax.tree.map(lambda leaf: leaf[data.starts[:, None] + places], data.examples)
+        support = support._replace(inputs=scale_pixels(support.inputs))
+        return Episode(support, jax.tree.map(lambda leaf: leaf[:0], support), episode_key)
+
+
+def _count_examples(domains: list[Batch]) -> list[int]:
+    """The number of examples of each domain, after checking that the domains fit together."""
+    if not domains:
+        raise ValueError("domains is empty; give the examples of at least one domain")
+    counts, kinds = [], []
+    for index, domain in enumerate(domains):
+        leaves, structure = jax.tree.flatten(domain)
+        sizes = {jnp.shape(leaf)[:1] for leaf in leaves}
+        if len(sizes) != 1 or not all(map(all, sizes)) or () in sizes:
+            raise ValueError(
+                f"the leaves of domain {index} have the shapes {', '.join(str(jnp.shape(leaf)) for leaf in leaves)}; "
+                "inputs and targets must share a leading axis of at least one example"
+            )
+        counts.append(sizes.pop()[0])
+        kinds.append((structure, [(leaf.dtype, leaf.shape[1:]) for leaf in leaves]))
+        if kinds[index] != kinds[0]:
+            raise ValueError(
+                f"an example of domain {index} is {kinds[index][1]} and one of domain 0 {kinds[0][1]}; give all "
+                "domains the same arrays, with one dtype and one shape of an example"
+            )
+    return counts

@@ -1,0 +1,107 @@
+"""Inputs and targets that name their domain and example show exactly what the sampler drew."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from key_use import assert_every_key_has_one_purpose
+
+from maml_jax import Batch
+from maml_jax.tasks.domains import make_sampler, scale_pixels
+
+COUNTS, BATCH_SIZE, EPISODES = (5, 3, 8), 4, 2000
+
+
+def telling_domains(counts=COUNTS):
+    """Inputs uint8 [n_d, 2, 1, 1], the domain and the example; targets int32 [n_d], both in one number."""
+    return [
+        Batch(
+            np.stack([np.full(n, d), np.arange(n)], 1).astype(np.uint8)[..., None, None],
+            (100 * d + np.arange(n)).astype(np.int32),
+        )
+        for d, n in enumerate(counts)
+    ]
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    sample_episode = make_sampler(telling_domains(), batch_size=BATCH_SIZE)
+    return jax.jit(jax.vmap(sample_episode))(jax.random.split(jax.random.key(0), EPISODES))
+
+
+def test_shapes_and_dtypes(episodes):
+    chex.assert_shape(episodes.support, [(EPISODES, 3, BATCH_SIZE, 2, 1, 1), (EPISODES, 3, BATCH_SIZE)])
+    chex.assert_shape(episodes.query, [(EPISODES, 0, BATCH_SIZE, 2, 1, 1), (EPISODES, 0, BATCH_SIZE)])
+    chex.assert_type([*episodes.support], [np.float32, np.int32])
+    chex.assert_shape(episodes.key, (EPISODES,))
+
+
+def test_examples_stay_in_their_domain_and_keep_their_targets(episodes):
+    pixels = np.asarray(episodes.support.inputs * 255).round().astype(int)[..., 0, 0]
+    np.testing.assert_array_equal(pixels[..., 0], np.broadcast_to(np.arange(3)[:, None], pixels.shape[:-1]))
+    np.testing.assert_array_equal(100 * pixels[..., 0] + pixels[..., 1], episodes.support.targets)
+
+
+def test_every_example_of_a_domain_has_the_same_probability(episodes):
+    examples = np.asarray(episodes.support.targets) % 100
+    for d, n in enumerate(COUNTS):
+        found = np.bincount(examples[:, d].ravel(), minlength=n)
+        assert len(found) == n
+        # Each count is binomial: within five standard deviations.
+        mean = EPISODES * BATCH_SIZE / n
+        assert np.abs(found - mean).max() < 5 * np.sqrt(mean * (1 - 1 / n))
+
+
+def test_the_examples_of_an_episode_are_independent(episodes):
+    examples = (np.asarray(episodes.support.targets) % 100).reshape(EPISODES, -1)
+    correlations = np.corrcoef(examples.T)
+    # Each is 0 ± 1 / sqrt(2000).
+    assert np.abs(correlations[np.triu_indices(len(correlations), 1)]).max() < 5 / np.sqrt(EPISODES)
+
+
+def test_every_key_has_one_purpose():
+    assert_every_key_has_one_purpose(make_sampler(telling_domains(), batch_size=BATCH_SIZE), jax.random.key(1))
+
+
+def test_pairs_and_features_are_domains_too():
+    features = [(np.arange(3.0, dtype=np.float32)[:, None] + 10 * d, np.arange(3.0)[:, None]) for d in range(2)]
+    episode = make_sampler(features, batch_size=2)(jax.random.key(0))
+    assert set(np.asarray(episode.support.inputs[1]).ravel().tolist()) <= {10.0, 11.0, 12.0}
+    chex.assert_shape(episode.support.targets, (2, 2, 1))
+
+
+def test_the_data_are_arguments_of_the_program():
+    # Another sampler of the same settings and shapes runs the same program on its own data.
+    chex.clear_trace_counter()
+    draw = jax.jit(chex.assert_max_traces(lambda sample_episode, key: sample_episode(key), n=1))
+    ones, zeros = ([Batch(np.full((n, 2), value, np.uint8), np.zeros(n, int)) for n in COUNTS] for value in (255, 0))
+    for domains, value in ((ones, 1.0), (zeros, 0.0)):
+        episode = draw(make_sampler(domains, batch_size=BATCH_SIZE), jax.random.key(0))
+        assert (episode.support.inputs == value).all()
+
+
+def test_only_pixels_are_scaled():
+    inputs = {"pixels": jnp.array([0, 255], jnp.uint8), "features": jnp.array([3.0]), "tokens": jnp.array([7])}
+    scaled = scale_pixels(inputs)
+    np.testing.assert_array_equal(scaled["pixels"], [0.0, 1.0])
+    chex.assert_trees_all_equal({**scaled, "pixels": 0}, {**inputs, "pixels": 0})
+
+
+ONE = Batch(np.zeros((4, 2), np.float32), np.zeros(4, np.int32))
+
+
+@pytest.mark.parametrize(
+    ("domains", "batch_size", "message"),
+    [
+        ([ONE], 0, r"batch_size must be an integer of at least 1, got 0"),
+        ([], 2, r"domains is empty; give the examples of at least one domain"),
+        ([ONE, ONE._replace(targets=np.zeros(3, np.int32))], 2, r"domain 1 have the shapes \(4, 2\), \(3,\); inputs"),
+        ([Batch(np.zeros((0, 2)), np.zeros(0))], 2, r"domain 0 have the shapes .* at least one example"),
+        ([ONE, ONE._replace(inputs=np.zeros((4, 3), np.float32))], 2, r"an example of domain 1 is .*\(3,\).* give all"),
+        ([ONE, ONE._replace(inputs=np.zeros((4, 2), np.uint8))], 2, r"an example of domain 1 is .*uint8.* give all"),
+    ],
+)
+def test_mistakes_are_refused_when_the_sampler_is_made(domains, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        make_sampler(domains, batch_size=batch_size)
