@@ -51,8 +51,8 @@ class Entry(NamedTuple):
       reference: authors and year.
       build: `(problem, hyperparameters) -> MetaLearner`, or a function from the meta-step to one.
       hyperparameters: a frozen dataclass; its fields become the flags of the algorithm.
-      settings: the published hyperparameters by experiment ("sinusoid", "omniglot", "domains"). An experiment offers the
-        algorithms that have settings for it.
+      settings: the published hyperparameters by experiment ("sinusoid", "omniglot", "domains"). An experiment offers
+        the algorithms that have settings for it.
     """
 
     title: str
