@@ -2,6 +2,9 @@
 
 On a CPU the devices are virtual and share its cores. Beyond the number of cores the benchmark shows the cost of
 dividing the tasks, and no speed-up. It checks the model of SCALING.md.
+
+A network too wide for one device has its parameters divided too, over a second axis of the mesh. For this the benchmark
+compares the meta-gradient with that of one device and reports the bytes of a device, which are counted and not timed.
 """
 
 import dataclasses
@@ -15,8 +18,10 @@ import numpy as np
 import optax
 
 from benchmarks import common
+from experiments.runs import RunError
 from maml_jax import MetaLearner, init_meta_state, losses, make_meta_step, make_train_loop, maml, models, parallel
 from maml_jax.cost import count_flops
+from maml_jax.outer import meta_gradient
 from maml_jax.tasks import few_shot, sinusoid
 
 
@@ -34,9 +39,14 @@ class Config(common.Settings):
     """Meta-steps in one compiled call of the sinusoid. A call of Omniglot is one meta-step."""
     all_reduces: int = 100
     """All-reduces in one compiled call."""
+    meshes: tuple[tuple[int, int], ...] = ((1, 1), (4, 1), (1, 4), (2, 2))
+    """Meshes of tasks times model for the wide network: the first divides the tasks of a meta-batch, the second the
+    parameters. The first mesh is the one that the others are compared with."""
+    width: int = 2048
+    """Units of each of the two hidden layers of the wide network."""
 
 
-SHORT = Config(short=True, max_repetitions=5, max_seconds=8.0, filters=16)
+SHORT = Config(short=True, max_repetitions=5, max_seconds=8.0, filters=16, width=256)
 NUM_TASKS = 32
 
 
@@ -124,14 +134,82 @@ def all_reduce(size: int, num_devices: int, config: Config) -> common.Timing | N
     return common.Timing(*(second / config.all_reduces for second in timing[:3]), timing.repetitions)
 
 
+MODEL_AXIS = "model"
+WIDE_TASKS, WIDE_INNER_STEPS, WIDE_INPUTS = 4, 2, 784
+
+
+def run_meshes(config: Config) -> list[dict[str, Any]]:
+    """Computes one meta-gradient of a wide network on every mesh, and returns a row for each.
+
+    The meta-gradient is the library's, without a change: the meta-batch is divided by its first axis, every kernel by
+    one of its axes, and XLA divides the computation between them, Hessian products included. Layers alternate between
+    columns and rows of their kernels, so that only every second one has to add up over devices.
+
+    Raises:
+      RunError: if a meta-gradient differs from that on the first mesh by more than rounding.
+    """
+    model = models.mlp(features=(config.width, config.width, 10))
+    learner = maml(model, losses.cross_entropy, inner_optimizer=optax.sgd(0.1), num_inner_steps=WIDE_INNER_STEPS)
+    episodes = common.random_episodes(num_tasks=WIDE_TASKS, way=10, shot=1, query_shot=1, shape=(WIDE_INPUTS,))
+    params = model.init(jax.random.key(0), episodes.support.inputs[0])
+    specs = {
+        "dense_0": {"kernel": jax.P(None, MODEL_AXIS), "bias": jax.P(MODEL_AXIS)},
+        "dense_1": {"kernel": jax.P(MODEL_AXIS, None), "bias": jax.P()},
+        "dense_2": {"kernel": jax.P(MODEL_AXIS, None), "bias": jax.P()},
+    }
+
+    # One vmap over all tasks: chunks would be scanned one after another, and a scan is not divided over devices.
+    def gradient(params, episodes):
+        return meta_gradient(learner, params, episodes, chunk_size=WIDE_TASKS)[1]
+
+    rows, reference = [], None
+    for num_task_parts, num_model_parts in config.meshes:
+        mesh = jax.make_mesh(
+            (num_task_parts, num_model_parts),
+            (parallel.AXIS, MODEL_AXIS),
+            axis_types=(jax.sharding.AxisType.Auto,) * 2,
+            devices=jax.devices()[: num_task_parts * num_model_parts],
+        )
+        of_params = jax.tree.map(lambda spec, mesh=mesh: jax.sharding.NamedSharding(mesh, spec), specs)
+        of_episodes = jax.sharding.NamedSharding(mesh, jax.P(parallel.AXIS))
+        jitted = jax.jit(gradient, in_shardings=(of_params, of_episodes), out_shardings=of_params)
+        compiled, _ = common.compile_of(jitted, params, episodes)
+        found = compiled(jax.device_put(params, of_params), jax.device_put(episodes, of_episodes))
+        found = jax.device_get(found)
+        reference = found if reference is None else reference
+        distance = float(optax.tree.norm(optax.tree.sub(found, reference)) / optax.tree.norm(reference))
+        if not distance <= 1e-4:
+            raise RunError(
+                f"the meta-gradient on {num_task_parts}x{num_model_parts} devices differs from that on "
+                f"{'x'.join(map(str, config.meshes[0]))} by {distance:.1e} of its norm, more than rounding explains"
+            )
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        rows.append(
+            {
+                "task_parts": num_task_parts,
+                "model_parts": num_model_parts,
+                "argument_bytes": memory.argument_size_in_bytes,
+                "output_bytes": memory.output_size_in_bytes,
+                "temporary_bytes": memory.temp_size_in_bytes,
+                "distance": distance,
+                "all_reduces": text.count(" all-reduce("),
+                "all_gathers": text.count(" all-gather("),
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            }
+        )
+    return rows
+
+
 def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes devices.json and devices.png, and returns the content."""
-    jax.config.update("jax_num_cpu_devices", max(config.devices))
+    jax.config.update("jax_num_cpu_devices", max(*config.devices, *(a * b for a, b in config.meshes)))
     config = dataclasses.replace(config, devices=tuple(n for n in config.devices if n <= jax.device_count()))
+    config = dataclasses.replace(config, meshes=tuple((a, b) for a, b in config.meshes if a * b <= jax.device_count()))
     processors = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
     content = {
         "processors": processors,
         "workloads": {name: run_workload(name, config) for name in config.workload},
+        "meshes": run_meshes(config),
     }
     common.show(tables(content))
     common.write_results("devices", config, content)
@@ -141,7 +219,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
     """One table per workload. The model is that of SCALING.md, given the time on one device and of the all-reduce."""
-    return [
+    found = [
         common.Table(
             f"{name}, {found['tasks']} tasks of {found['flops'] / found['tasks'] / 1e6:.2f} MFLOP, "
             f"{found['parameters']} parameters",
@@ -160,6 +238,36 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
         )
         for name, found in content["workloads"].items()
     ]
+    return [*found, _mesh_table(content["meshes"])] if content.get("meshes") else found
+
+
+def _mesh_table(rows: list[dict[str, Any]]) -> common.Table:
+    return common.Table(
+        f"Parameters divided too: an MLP of {rows[0]['parameters'] / 1e6:.1f} million parameters, {WIDE_TASKS} tasks, "
+        f"{WIDE_INNER_STEPS} inner steps",
+        [
+            "tasks x model",
+            "arguments MB a device",
+            "results MB",
+            "temporaries MB",
+            "distance of the meta-gradient",
+            "all-reduces",
+            "all-gathers",
+        ],
+        [
+            [
+                f"{row['task_parts']} x {row['model_parts']}",
+                *(f"{row[name] / 1e6:.1f}" for name in ("argument_bytes", "output_bytes", "temporary_bytes")),
+                f"{row['distance']:.1e}",
+                row["all_reduces"],
+                row["all_gathers"],
+            ]
+            for row in rows
+        ],
+        "Bytes are those of one device, counted by the compiler. Collectives are those in the text of the program, "
+        "where one inside a loop counts once. The distance is relative to the norm of the meta-gradient on the first "
+        "mesh.",
+    )
 
 
 def model_seconds(row: dict[str, Any], first: dict[str, Any], processors: int) -> float:

@@ -1,8 +1,8 @@
 """Temporary memory of one task's meta-gradient against inner steps and depth, for every way to differentiate.
 
 The compiled program states its memory and is not run for it, so the numbers are exact and have no spread. For one
-number of inner steps the meta-gradients are also timed, in turns. With --short only the convolutional network is
-measured.
+number of inner steps the meta-gradients are also timed, in turns. A language model of millions of parameters is
+compiled too, and never run. With --short only the convolutional network is measured.
 """
 
 import dataclasses
@@ -10,11 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from maml_jax import Episode, Model, checkpointed, first_order, losses, maml, mixed_mode, models
+from maml_jax import Batch, Episode, Model, checkpointed, first_order, losses, maml, mixed_mode, models
 from maml_jax.cost import cost_of
 
 DERIVATIVES = {
@@ -49,6 +51,55 @@ NETWORKS = {
 }
 
 
+class Block(nn.Module):
+    """A block of a transformer: causal self-attention and a fully connected layer, each after a normalisation."""
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, hidden: jax.Array) -> tuple[jax.Array, None]:
+        """[S, L, D] -> [S, L, D], the carry of a scan over blocks."""
+        width = hidden.shape[-1]
+        mask = nn.make_causal_mask(hidden[..., 0])
+        hidden += nn.MultiHeadDotProductAttention(self.heads)(nn.LayerNorm()(hidden), mask=mask)
+        return hidden + nn.Dense(width)(nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(hidden)))), None
+
+
+class GPT(nn.Module):
+    """A transformer that predicts the next token.
+
+    Attributes:
+      vocabulary: the number of tokens.
+      context: the largest L.
+      width: D.
+      depth: blocks.
+      heads: attention heads of a block.
+      remat: whether a block keeps its input only, and computes the rest again in its backward pass. The blocks are
+        scanned, because XLA would merge the recomputation with the first pass otherwise.
+    """
+
+    vocabulary: int = 2048
+    context: int = 128
+    width: int = 256
+    depth: int = 6
+    heads: int = 8
+    remat: bool = False
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Tokens, int [S, L] -> [S, L, vocabulary]."""
+        embed = nn.Embed(self.vocabulary, self.width, name="tokens")
+        positions = nn.Embed(self.context, self.width, name="positions")(jnp.arange(tokens.shape[1]))
+        hidden = embed(tokens) + positions[None]
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        blocks = nn.scan(block, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth)
+        hidden, _ = blocks(self.heads, name="blocks")(hidden)
+        return embed.attend(nn.LayerNorm(name="norm")(hidden))
+
+
+LANGUAGE_MODEL = GPT()
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
     """The sweep. The networks are small and compile in seconds. Ratios hold for larger networks; bytes do not."""
@@ -61,14 +112,21 @@ class Config(common.Settings):
     """Inner steps in the sweep over depth and in the timed meta-gradients."""
     shot: int = 5
     """Support and query examples for each of five classes."""
+    language_model_sequences: int = 8
+    """Sequences of 128 tokens in the support and in the query set of the language model; 0 leaves it out."""
 
 
-SHORT = Config(short=True, networks=("conv4",), inner_steps=(1, 5, 20))
+SHORT = Config(short=True, networks=("conv4",), inner_steps=(1, 5, 20), language_model_sequences=0)
 
 
 def meta_gradient_of(name: str, depth: int, inner_steps: int, derivative: str) -> tuple[Model, Callable]:
     """Returns a network, and `(params, episode) -> (gradient, info)` for one task."""
     model = NETWORKS[name].make(depth)
+    return model, gradient_of(model, inner_steps, derivative)
+
+
+def gradient_of(model: Model, inner_steps: int, derivative: str) -> Callable:
+    """`(params, episode) -> (gradient, info)` of MAML for one task."""
     learner = maml(
         model,
         losses.cross_entropy,
@@ -76,7 +134,7 @@ def meta_gradient_of(name: str, depth: int, inner_steps: int, derivative: str) -
         num_inner_steps=inner_steps,
         inner_grad=DERIVATIVES[derivative],
     )
-    return model, jax.grad(learner.objective, has_aux=True)
+    return jax.grad(learner.objective, has_aux=True)
 
 
 def episode_for(name: str, shot: int) -> Episode:
@@ -97,8 +155,41 @@ def run_case(name: str, depth: int, inner_steps: int, derivative: str, shot: int
         "inner_steps": inner_steps,
         "derivative": derivative,
         **cost_of(gradient, params, episode)._asdict(),
-        "parameter_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)),
+        "parameter_bytes": num_bytes(params),
     }
+
+
+def num_bytes(tree: Any) -> int:
+    """The bytes of all leaves, arrays or their shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def run_language_model(config: Config) -> list[dict[str, Any]]:
+    """Compiles the meta-gradient of the language model for one task. A row for each derivative, with and without remat.
+
+    Adapting to a text is predicting its next tokens. Only shapes matter, so there is no text.
+    """
+    rows = []
+    for remat in (False, True):
+        module = LANGUAGE_MODEL.clone(remat=remat)
+        model = models.from_linen(module)
+        tokens = jax.ShapeDtypeStruct((config.language_model_sequences, module.context), jnp.int32)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens)
+        episode = Episode(Batch(tokens, tokens), Batch(tokens, tokens))
+        for derivative in DERIVATIVES:
+            cost = cost_of(gradient_of(model, config.depth_inner_steps, derivative), params, episode)
+            rows.append(
+                {
+                    "inner_steps": config.depth_inner_steps,
+                    "sequences": config.language_model_sequences,
+                    "remat": remat,
+                    "derivative": derivative,
+                    **cost._asdict(),
+                    "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+                    "parameter_bytes": num_bytes(params),
+                }
+            )
+    return rows
 
 
 def time_derivatives(name: str, config: Config) -> dict[str, Any]:
@@ -129,7 +220,8 @@ def run(config: Config) -> dict[str, Any]:
         for depth, steps in dict.fromkeys(cases):
             rows += [run_case(name, depth, steps, derivative, config.shot) for derivative in DERIVATIVES]
         common.console.print(f"{name} compiled; {time.perf_counter() - start:.0f} s")
-    content = {"rows": rows, "times": times}
+    language_model = run_language_model(config) if config.language_model_sequences else []
+    content = {"rows": rows, "times": times, "language_model": language_model}
     common.show(tables(content))
     common.write_results("memory", config, content)
     draw(config, rows)
@@ -151,7 +243,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
         return [f"{by_case[*case, name]['flops'] / first:.2f}" for name in DERIVATIVES]
 
     columns = ["network", "depth", "inner steps", *headings]
-    return [
+    found = [
         common.Table("Temporaries, MB", columns, [[*case, *megabytes(case)] for case in cases]),
         common.Table("Operations, relative to first order", columns, [[*case, *ratios(case)] for case in cases]),
         common.Table(
@@ -163,6 +255,26 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
             ],
         ),
     ]
+    if of_model := content.get("language_model"):
+        found.append(_language_model_table(of_model, headings))
+    return found
+
+
+def _language_model_table(rows: list[dict[str, Any]], headings: list[str]) -> common.Table:
+    by_case = {(row["remat"], row["derivative"]): row for row in rows}
+    first = by_case[False, "first_order"]["flops"]
+    cells = []
+    for remat, blocks in ((False, "kept"), (True, "computed again")):
+        of_case = [by_case[remat, name] for name in DERIVATIVES]
+        cells.append([blocks, "temporaries, MB", *(f"{row['temporary_bytes'] / 1e6:.0f}" for row in of_case)])
+        cells.append([blocks, "operations, relative", *(f"{row['flops'] / first:.2f}" for row in of_case)])
+    return common.Table(
+        f"A language model of {rows[0]['parameters'] / 1e6:.1f} million parameters, {rows[0]['inner_steps']} inner "
+        f"steps on {rows[0]['sequences']} sequences",
+        ["results of a block", "", *headings],
+        cells,
+        f"The parameters take {rows[0]['parameter_bytes'] / 1e6:.0f} MB. Compiled and not run.",
+    )
 
 
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import breakdown, common, devices, memory, meta_step, peers, sinusoid
+from benchmarks import breakdown, common, devices, memory, meta_step, methods, orders, peers, sinusoid
 from experiments.report import markdown_table
 
 HERE = Path(__file__).parent
@@ -19,6 +19,8 @@ TABLES = {
     "sinusoid": sinusoid.tables,
     "devices": devices.tables,
     "peers": peers.tables,
+    "methods": methods.tables,
+    "orders": orders.tables,
 }
 
 

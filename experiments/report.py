@@ -1,4 +1,4 @@
-"""Makes experiments/RESULTS.md, its figure and the tables of the README from experiments/results/*.json.
+"""Makes experiments/RESULTS.md, its figures and the tables of README.md and GUIDE.md from experiments/results/*.json.
 
 With --add it first takes in the results of finished runs, each under a name of its own.
 """
@@ -7,14 +7,16 @@ import dataclasses
 import re
 import statistics
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import tyro
 
-from experiments import cli, figures, omniglot, published, runs, sinusoid
+from experiments import cli, domains, figures, omniglot, published, runs, sinusoid
 
 HERE = Path(__file__).parent
-README = HERE.parent / "README.md"
+PAGES = (HERE.parent / "README.md", HERE / "GUIDE.md")
+"""The pages with tables of the report between markers."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     return file
 
 
-EXPERIMENTS = {"omniglot": omniglot, "sinusoid": sinusoid}
+EXPERIMENTS = {"omniglot": omniglot, "sinusoid": sinusoid, "domains": domains}
 
 
 def changed_flags(results: dict) -> list[str]:
@@ -84,7 +86,8 @@ def by_command(results: list[dict]) -> dict[str, list[dict]]:
 
 def _order(result: dict) -> tuple:
     names, config = list(EXPERIMENTS[result["experiment"]].METHODS), result["config"]
-    return names.index(result["algorithm"]), config.get("way", 0), config["shot"], str(config.get("inner_lr"))
+    where = config.get("way", 0), config.get("data", ""), config.get("held_out", ""), config["shot"]
+    return names.index(result["algorithm"]), *where, str(config.get("inner_lr"))
 
 
 def at(values: list[float | None], step: int) -> float | None:
@@ -159,6 +162,33 @@ def omniglot_table(results: list[dict]) -> str:
     return markdown_table(header, rows)
 
 
+def domain_table(results: list[dict]) -> str:
+    """Accuracy on the held-out domain, and in brackets that on validation examples of the source domains."""
+
+    def cell(group: list[dict]) -> str:
+        held_out, source = (
+            over_seeds([100 * result[part]["accuracy"]["mean"][-1] for result in group])
+            for part in ("metrics", "source_validation")
+        )
+        return f"{held_out} [{source}]"
+
+    groups = defaultdict(lambda: defaultdict(list))
+    for result in results:
+        config = result["config"]
+        groups[config["data"], config["held_out"], result["meta_steps"]][result["algorithm"]].append(result)
+    names = sorted({result["algorithm"] for result in results}, key=list(domains.METHODS).index)
+    rows = [
+        [data, held_out, *(cell(by[name]) if name in by else "" for name in names), f"{steps:,}", _seeds(by)]
+        for (data, held_out, steps), by in sorted(groups.items())
+    ]
+    return markdown_table(["data", "held out", *map(figures.title, names), "meta-steps", "seeds"], rows)
+
+
+def _seeds(by_algorithm: dict[str, list[dict]]) -> str:
+    counts = sorted({len(group) for group in by_algorithm.values()})
+    return " or ".join(map(str, counts))
+
+
 def variation(results: dict) -> list[str]:
     """The flags of the command that are neither in a column of the table nor the seed."""
     in_columns = ("--way", "--shot", "--num-meta-steps", "--seed")
@@ -192,8 +222,8 @@ def details(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
-def write(results_dir: Path, report: Path, readme: Path | None) -> None:
-    """Writes the report and its figure, and the tables between the markers of the README."""
+def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
+    """Writes the report and its figures, and the tables between the markers of other pages."""
     results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
     of = defaultdict(list)
     for result in results:
@@ -204,6 +234,7 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         "omniglot": omniglot_table([result for result in of["omniglot"] if as_published(result)]),
         "omniglot-budget": omniglot_table([result for result in of["omniglot"] if has_smaller_budget(result)]),
         "omniglot-variations": omniglot_table([result for result in of["omniglot"] if variation(result)]),
+        "domains": domain_table(of["domains"]),
     }
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -219,7 +250,11 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"
-        f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'])}\n"
+        "## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
+        "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
+        "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
+        f"{sections['domains']}\n\n"
+        f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'] + of['domains'])}\n"
     )
     if of["sinusoid"]:
         curves = {}
@@ -234,12 +269,12 @@ def write(results_dir: Path, report: Path, readme: Path | None) -> None:
         steps = statistics.mode(result["meta_steps"] for result in shown)
         equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and r["config"]["way"] == 5}
         figures.accuracy(report.parent / "figures" / "omniglot.png", equal)
-    if readme is not None:
-        text = readme.read_text()
+    for page in pages:
+        text = page.read_text()
         for name, table in sections.items():
             marker = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             text = marker.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
-        readme.write_text(text)
+        page.write_text(text)
 
 
 def main() -> None:
@@ -247,7 +282,7 @@ def main() -> None:
     config = tyro.cli(Config, prog="python -m experiments.report", description=__doc__)
     for run_dir in config.add:
         print(add(run_dir, HERE / "results"))
-    write(HERE / "results", HERE / "RESULTS.md", README)
+    write(HERE / "results", HERE / "RESULTS.md", PAGES)
 
 
 if __name__ == "__main__":

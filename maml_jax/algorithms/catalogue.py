@@ -158,7 +158,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _maml_plus_plus,
             MAMLPlusPlus,
             {
-                "sinusoid": MAMLPlusPlus(inner_lr=0.01, num_inner_steps=5),
+                "sinusoid": MAMLPlusPlus(inner_lr=1e-3, num_inner_steps=5),
                 "omniglot": MAMLPlusPlus(inner_lr=0.1, num_inner_steps=5),
             },
         ),

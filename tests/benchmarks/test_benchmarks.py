@@ -1,17 +1,21 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import breakdown, common, devices, memory, meta_step, peers, report, sinusoid
+from benchmarks import breakdown, common, devices, memory, meta_step, orders, peers, report, sinusoid
+from maml_jax import Batch, Episode, models
 from maml_jax.cost import count_flops
+from maml_jax.models.layers import Conv
 
 # What the benchmarks do
 
@@ -140,7 +144,49 @@ def result_of(name, folder):
     return common.read_results(folder / f"{name}.json")
 
 
-def test_meta_step_runs(quick, tmp_path):
+def test_a_language_model_needs_less_with_mixed_mode_and_less_still_with_remat(quick, monkeypatch):
+    monkeypatch.setattr(memory, "LANGUAGE_MODEL", memory.GPT(vocabulary=16, context=32, width=8, depth=4, heads=2))
+    derivatives = {name: memory.DERIVATIVES[name] for name in ("reverse_over_reverse", "mixed_mode")}
+    monkeypatch.setattr(memory, "DERIVATIVES", derivatives)
+    rows = memory.run_language_model(memory.Config(**quick, language_model_sequences=4, depth_inner_steps=3))
+    (reverse, mixed), (reverse_remat, mixed_remat) = (
+        [row["temporary_bytes"] for row in rows if row["remat"] is remat] for remat in (False, True)
+    )
+    assert 2 * mixed < reverse
+    assert 2 * mixed_remat < reverse_remat < reverse
+    assert mixed_remat < mixed
+
+
+def test_the_language_model_does_not_see_later_tokens():
+    model = models.from_linen(memory.GPT(vocabulary=9, context=6, width=4, depth=2, heads=2))
+    tokens = jnp.array([[1, 2, 3, 4, 5, 6]])
+    params = jax.jit(model.init)(jax.random.key(0), tokens)
+    apply = jax.jit(model.apply)
+    changed = apply(params, tokens.at[0, 4].set(0)) - apply(params, tokens)
+    np.testing.assert_array_equal(changed[:, :4], 0.0)
+    assert np.all(np.any(changed[0, 4:] != 0, axis=-1))
+
+
+class OneBlock(nn.Module):
+    """The first of the four blocks of conv4, and its head. It compiles in a fraction of the time."""
+
+    way: int
+    features: int
+    conv_fn: object = meta_step.conv_matmul
+
+    @nn.compact
+    def __call__(self, inputs):
+        hidden = Conv(self.features, strides=(2, 2), conv_fn=self.conv_fn, name="conv_0")(inputs)
+        hidden = nn.relu(models.BatchStatNorm(name="norm_0")(hidden))
+        return nn.Dense(self.way, name="head")(hidden.mean((1, 2)))
+
+
+@pytest.fixture
+def small_network(monkeypatch):
+    monkeypatch.setattr(meta_step.models, "conv4", lambda **settings: models.from_linen(OneBlock(**settings)))
+
+
+def test_meta_step_runs(quick, tmp_path, small_network):
     config = meta_step.Config(
         **quick,
         filters=2,
@@ -168,16 +214,85 @@ def test_meta_step_runs(quick, tmp_path):
 
 
 def test_memory_runs(quick, tmp_path, monkeypatch):
-    monkeypatch.setitem(memory.NETWORKS, "mlp", dataclasses.replace(memory.NETWORKS["mlp"], depth=2, depths=(2, 3)))
-    memory.run(memory.Config(**quick, networks=("mlp",), inner_steps=(9,), depth_inner_steps=9, shot=40))
+    monkeypatch.setitem(memory.NETWORKS, "mlp", dataclasses.replace(memory.NETWORKS["mlp"], depth=1, depths=(1, 2)))
+    config = memory.Config(
+        **quick, networks=("mlp",), inner_steps=(9,), depth_inner_steps=9, shot=40, language_model_sequences=0
+    )
+    memory.run(config)
     found = result_of("memory", tmp_path)
     bytes_of = {(row["depth"], row["inner_steps"], row["derivative"]): row["temporary_bytes"] for row in found["rows"]}
-    assert len(bytes_of) == len(found["rows"]) == 4 * 2  # depth 2 is in both sweeps
-    for depth in (2, 3):
+    assert len(bytes_of) == len(found["rows"]) == 4 * 2  # depth 1 is in both sweeps
+    for depth in (1, 2):
         reverse, checkpointed, mixed, first = (bytes_of[depth, 9, derivative] for derivative in memory.DERIVATIVES)
         # With 200 examples the activations outweigh the parameters, and only reverse over reverse keeps them.
         assert first < mixed < reverse
         assert checkpointed < reverse
+
+
+def test_orders_run(quick, tmp_path):
+    config = orders.Config(
+        **quick,
+        workload=("sinusoid",),
+        inner_steps=(2,),
+        sinusoid_inner_lr=(0.01,),
+        omniglot_inner_lr=(0.4,),
+        sinusoid_steps=4,
+        sinusoid_seeds=2,
+        sinusoid_tasks=3,
+        sinusoid_compared_tasks=3,
+        parts=2,
+        eval_episodes=3,
+        features=(3, 1),
+    )
+    orders.run(config)
+    (row,) = result_of("orders", tmp_path)["workloads"]["sinusoid"]["rows"]
+    exact, first = (row["orders"][order] for order in orders.ORDERS)
+    assert exact["flops"] > 1.5 * first["flops"]
+    assert exact["temporary_bytes"] > first["temporary_bytes"]
+    assert first["times_first_order"] == common.Timing(1.0, 1.0, 1.0, 4)
+    assert len({training["scores"][order]["mean"] for training in row["trainings"] for order in orders.ORDERS}) == 4
+    for training in row["trainings"]:
+        assert training["meta_steps"] == [0, 2, 4]
+        assert len(set(training["cosine"])) == len(set(training["noise_cosine"])) == 3
+        assert max(map(abs, training["cosine"] + training["noise_cosine"])) <= 1
+
+
+def test_alignment_of_the_two_orders_in_closed_form(x64):
+    # For w·x and one step on half the squared error, the exact meta-gradient is P g and the first-order one g, with
+    # P = I − α x xᵀ and g the gradient of the query loss after the step.
+    model = models.mlp(features=(1,), param_dtype=jnp.float64)
+    half_mse = lambda outputs, targets: 0.5 * jnp.mean((outputs - targets) ** 2)  # noqa: E731
+    work = orders.Workload(model, half_mse, half_mse, "", {}, (0.3,), 1, 1, 1, 1)
+    learners = {order: orders.learner_of(work, 1, 0.3, order) for order in orders.ORDERS}
+    x, q = np.array([1.0, 2.0, 1.0]), np.array([0.5, -1.0, 1.0])  # the last number is that of the bias
+    episodes = jax.tree.map(
+        lambda x: x[None], Episode(*(Batch(jnp.asarray(a[None, :2]), jnp.ones((1, 1))) for a in (x, q)))
+    )
+    params = jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0), jnp.ones((1, 2))))
+    adapted = 0.3 * x
+    first = (adapted @ q - 1.0) * q
+    exact = first - 0.3 * x * (x @ first)
+    found = orders.alignment_fn(learners, None)(params, episodes, episodes)
+    norms = np.linalg.norm(first), np.linalg.norm(exact)
+    np.testing.assert_allclose(found.cosine, first @ exact / (norms[0] * norms[1]), rtol=1e-12)
+    np.testing.assert_allclose(found.norm_ratio, norms[0] / norms[1], rtol=1e-12)
+    np.testing.assert_allclose(found.noise_cosine, 1.0, rtol=1e-12)
+
+
+def test_orders_name_what_does_not_fit():
+    with pytest.raises(ValueError, match="--sinusoid-inner-lr has 3 rates and --inner-steps 2 numbers; give one rate"):
+        orders.Config(inner_steps=(1, 5))
+    with pytest.raises(ValueError, match="--omniglot-steps 30 is no multiple of --parts 20"):
+        orders.Config(omniglot_steps=30)
+
+
+def test_orders_without_omniglot_say_how_to_go_on(monkeypatch):
+    def missing(split):
+        raise FileNotFoundError("there is no Omniglot")
+
+    monkeypatch.setattr(orders.omniglot, "load", missing)
+    with pytest.raises(orders.RunError, match="--workload sinusoid"):
+        orders.workload("omniglot", orders.Config())
 
 
 def test_kinds_of_operations():
@@ -193,7 +308,9 @@ def test_breakdown_runs(quick, tmp_path):
     command = [sys.executable, "-m", "benchmarks.breakdown", "--max-repetitions", "1", "--max-seconds", "1"]
     command += ["--meta-batch-size", "2", "--filters", "4", "--matmul-size", "64", "--sinusoid-steps", "4"]
     command += ["--results-dir", str(tmp_path)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    # Without optimisation of the machine code, which takes most of the time to compile.
+    env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=env)
     found = result_of("breakdown", tmp_path)
     assert len(found["programs"]) == 2
     for program in found["programs"].values():
@@ -202,8 +319,25 @@ def test_breakdown_runs(quick, tmp_path):
 
 def test_devices_run(quick, tmp_path):
     # `run` asks for as many devices as the tests have.
-    devices.run(devices.Config(**quick, devices=(1, 8), workload=("sinusoid",), sinusoid_steps=2, all_reduces=2))
-    one, eight = result_of("devices", tmp_path)["workloads"]["sinusoid"]["rows"]
+    config = devices.Config(
+        **quick,
+        devices=(1, 8),
+        workload=("sinusoid",),
+        sinusoid_steps=2,
+        all_reduces=2,
+        meshes=((1, 1), (2, 2)),
+        width=64,
+    )
+    devices.run(config)
+    found = result_of("devices", tmp_path)
+    one_device, divided = found["meshes"]
+    assert one_device["distance"] == 0.0
+    assert 0 < divided["distance"] < 1e-5
+    assert divided["argument_bytes"] < 0.6 * one_device["argument_bytes"]
+    assert divided["output_bytes"] < 0.6 * one_device["output_bytes"]
+    assert divided["temporary_bytes"] < 0.6 * one_device["temporary_bytes"]
+    assert one_device["all_reduces"] == 0 < divided["all_reduces"]
+    one, eight = found["workloads"]["sinusoid"]["rows"]
     assert (one["devices"], eight["devices"]) == (1, 8)
     assert one["all_reduce_seconds"] is None
     assert eight["all_reduce_seconds"].median > 0

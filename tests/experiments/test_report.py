@@ -19,12 +19,13 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
 
 
-def test_report_and_readme_are_those_of_the_committed_results(tmp_path):
-    readme = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
-    report.write(RESULTS, tmp_path / "RESULTS.md", readme)
+def test_report_and_pages_are_those_of_the_committed_results(tmp_path):
+    assert {page.relative_to(ROOT).as_posix() for page in report.PAGES} == {"README.md", "experiments/GUIDE.md"}
+    copies = [Path(shutil.copy(page, tmp_path / page.name)) for page in report.PAGES]
+    report.write(RESULTS, tmp_path / "RESULTS.md", copies)
     assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "experiments" / "RESULTS.md").read_text()
-    assert readme.read_text() == (ROOT / "README.md").read_text()
+    for page, copy in zip(report.PAGES, copies, strict=True):
+        assert copy.read_text() == page.read_text()
 
 
 def test_examples_of_the_readme_run(tmp_path, monkeypatch):
@@ -95,7 +96,7 @@ def test_a_short_curve_is_reported(tmp_path):
             evaluation["metrics"]["mse"][name] = values[:4]
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "short.json").write_text(json.dumps(results))
-    report.write(tmp_path / "results", tmp_path / "RESULTS.md", None)
+    report.write(tmp_path / "results", tmp_path / "RESULTS.md")
     assert "not finite in 1 of 1" in (tmp_path / "RESULTS.md").read_text()
 
 

@@ -1,0 +1,815 @@
+"""Hyperparameters learned by gradients through a whole training run.
+
+A network is trained on digits for hundreds of steps of stochastic gradient descent. The learning rate of every layer
+in every step, the momentum of every step and the strength of the L2 penalty of every layer are learned: the gradient
+of the loss on held-out digits after the last step is taken with respect to all of them. The run is a task whose
+support set is the training set and whose query set is the held-out one, and its hyperparameters are the
+meta-parameters. Each run starts from other weights and sees the mini-batches in another order.
+
+Memory stays small because the inner gradient is differentiated in mixed mode, and because the steps are divided into
+segments of which only the starting point is stored; everything else is computed a second time.
+
+The result is compared with other ways to spend the same number of training runs: the best of a grid of constant rates,
+the best of a grid of starting points of a linear decay to zero, and random search over ten numbers that describe a
+schedule. Hyperparameters are chosen by the loss on held-out digits, and every method is scored on a third set of
+digits which nothing was chosen with.
+
+Maclaurin, Duvenaud and Adams, 2015, Gradient-based hyperparameter optimization through reversible learning.
+https://arxiv.org/abs/1502.03492
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from experiments import common, figures, runs
+from experiments.cli import Precision, flag, main
+from experiments.runs import RunError, console
+from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, inner_loop, losses, mixed_mode, models
+from maml_jax.cost import count_flops, temporary_bytes
+from maml_jax.parallel import each_task
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, PRNGKey, SampleEpisodeFn, check_integer
+
+FILE = "mnist_t10k.npz"
+"""The digits: `images` uint8 [10000, 28, 28] and `labels` [10000], the test set of MNIST."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The settings of one experiment."""
+
+    algorithm: Annotated[str, tyro.conf.Suppress] = "hypergradient"
+    hyperparameters: Annotated[Any, tyro.conf.Suppress] = ()  # of an algorithm of the catalogue, which this is not
+    num_inner_steps: int = 400
+    """Mini-batches of one training run."""
+    batch_size: int = 50
+    """Digits of a mini-batch."""
+    hidden: int = 50
+    """Units of the hidden layer."""
+    num_training: int = 6000
+    """Digits that the network is trained on."""
+    num_heldout: int = 2000
+    """Digits that hyperparameters are chosen by."""
+    num_test: int = 2000
+    """Digits that only score."""
+    initial_rate: float = 0.3
+    """Learning rate of every layer and step before the first meta-step."""
+    initial_momentum: float = 0.5
+    """Momentum of every step before the first meta-step."""
+    initial_l2: float = 1e-5
+    """Strength of the L2 penalty of every layer before the first meta-step; for constant rates and the linear decay."""
+    meta_batch_size: int = 2
+    """Training runs whose hypergradients are averaged in a meta-step."""
+    num_meta_steps: int = 100
+    """Meta-steps. The other methods get as many training runs as these and their validations take."""
+    outer_optimizer: Literal["adam", "sgd"] = "adam"
+    """Optimiser of the hyperparameters."""
+    outer_lr: float = 0.03
+    """Rate of the outer optimiser. Rates and penalties are learned as logarithms, momenta as logits. With a large one,
+    training runs become unstable and their hypergradients explode."""
+    outer_lr_end: float = 0.0
+    """Rate of the outer optimiser after the last meta-step, unless the schedule is constant."""
+    outer_schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """How the rate of the outer optimiser changes."""
+    num_segments: int | None = None
+    """Parts of a training run whose starting points are stored; by default about the square root of its steps."""
+    truncation: int | None = None
+    """Last steps that the hypergradient passes through; the hyperparameters of earlier steps stay as they are. By
+    default all steps."""
+    memory_steps: tuple[int, ...] = (50, 100, 200, 400, 800)
+    """Lengths of training runs whose memory is compared; empty for none."""
+    eval_episodes: int = 10
+    """Training runs, each with its own weights and order, that score a method."""
+    val_episodes: int = 4
+    """Training runs of a validation. The hyperparameters with the lowest held-out loss in a validation are kept."""
+    val_every: int = 10
+    """Meta-steps between validations; a checkpoint is written at each."""
+    log_every: int = 5
+    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
+    chunk_size: int | None = None
+    """Training runs of a device that are vmapped together; by default chosen for the device."""
+    precision: Precision = "float32"
+    """Of matrix products, on devices that have a choice."""
+    seed: int = 0
+    """Seed of the division of the digits, of the training runs and of the random search."""
+    data_dir: Path | None = None
+    """The folder that holds mnist_t10k.npz; by default $MAML_JAX_PACKS."""
+    run_dir: Path | None = None
+    """Where the run is kept, and resumed from; by default runs/hyperparameters-SEED."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        least = {"num_meta_steps": 0, "eval_episodes": 2, "val_episodes": 2, "seed": 0}
+        least |= dict.fromkeys(
+            (
+                "num_inner_steps", "batch_size", "hidden", "num_training", "num_heldout", "num_test",
+                "meta_batch_size", "num_segments", "truncation", "val_every", "log_every", "chunk_size",
+            ),
+            1,
+        )  # fmt: skip
+        for name, smallest in least.items():
+            if getattr(self, name) is not None:
+                check_integer(flag(name), getattr(self, name), at_least=smallest)
+        for name in ("initial_rate", "initial_l2", "outer_lr"):
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(f"{flag(name)} {value} must be a positive number; it is learned as its logarithm")
+        if not 0 < self.initial_momentum < 1:
+            raise ValueError(f"--initial-momentum {self.initial_momentum} must be between 0 and 1; it starts a logit")
+        if self.batch_size > self.num_training:
+            raise ValueError(
+                f"--batch-size {self.batch_size} exceeds --num-training {self.num_training}; choose a smaller one"
+            )
+        if self.truncation is not None and self.truncation > self.num_inner_steps:
+            raise ValueError(
+                f"--truncation {self.truncation} exceeds --num-inner-steps {self.num_inner_steps}; leave it out to "
+                "differentiate all steps"
+            )
+        steps = self.truncation or self.num_inner_steps
+        if self.num_segments is not None and steps % self.num_segments:
+            raise ValueError(
+                f"--num-segments {self.num_segments} does not divide the {steps} differentiated steps; choose a "
+                f"divisor, such as {default_segments(steps)}"
+            )
+        if self.val_every % self.log_every:
+            raise ValueError(f"--log-every {self.log_every} does not divide --val-every {self.val_every}")
+
+
+class Hyperparameters(NamedTuple):
+    """What is learned; any real number is allowed everywhere.
+
+    Attributes:
+      log_rates: by layer, [K], the logarithm of the learning rate of every step.
+      momentum_logits: [K], the logit of the momentum of every step.
+      log_l2: by layer, the logarithm of the strength of the L2 penalty.
+    """
+
+    log_rates: dict[str, jax.Array]
+    momentum_logits: jax.Array
+    log_l2: dict[str, jax.Array]
+
+
+class Weights(NamedTuple):
+    """What the inner loop adapts.
+
+    Attributes:
+      network: w, the parameters of the network, a dictionary of layers.
+      velocity: v, a running mean of negative gradients, like `network`.
+    """
+
+    network: dict[str, ArrayTree]
+    velocity: dict[str, ArrayTree]
+
+
+class Steps(NamedTuple):
+    """Mini-batches and hyperparameters of some of the steps of a training run, leaves [K, ...].
+
+    Attributes:
+      chosen: int [K, B], the examples of every mini-batch.
+      rates: α, by layer.
+      momentum: γ.
+      l2: the strengths of the penalty, by layer.
+    """
+
+    chosen: jax.Array
+    rates: dict[str, jax.Array]
+    momentum: jax.Array
+    l2: dict[str, jax.Array]
+
+
+class RunInfo(NamedTuple):
+    """What happened in a training run.
+
+    Attributes:
+      support_loss: [K], the loss of every mini-batch before its step, with the penalty.
+      accuracy: on the query set, after the last step.
+    """
+
+    support_loss: jax.Array
+    accuracy: jax.Array
+
+
+class RuleState(NamedTuple):
+    """The number of steps that the rule has taken."""
+
+    count: jax.Array
+
+
+def scheduled_descent(steps: Steps) -> optax.GradientTransformation:
+    """Gradient descent with momentum whose numbers are those of each step.
+
+    v ← γ_k v − (1 − γ_k) g, then w ← w + α_k v with the rate of the layer. The parameters of the rule are `Weights`:
+    the velocity is one of them, so that the next segment of a training run goes on with it.
+
+    References:
+      Maclaurin et al., 2015, Algorithm 1.
+    """
+
+    def init(params: Weights) -> RuleState:
+        return RuleState(jnp.zeros((), jnp.int32))
+
+    def update(grads: Weights, state: RuleState, params: Weights) -> tuple[Weights, RuleState]:
+        momentum, rates = jax.tree.map(lambda x: x[state.count], (steps.momentum, steps.rates))
+        velocity = jax.tree.map(lambda v, g: momentum * v - (1 - momentum) * g, params.velocity, grads.network)
+        change = {name: jax.tree.map(lambda v, rate=rates[name]: rate * v, velocity[name]) for name in velocity}
+        return Weights(change, jax.tree.map(jnp.subtract, velocity, params.velocity)), RuleState(state.count + 1)
+
+    return optax.GradientTransformation(init, update)
+
+
+def training_run(
+    model: Model,
+    loss_fn: LossFn,
+    hyperparameters: Hyperparameters,
+    network: dict[str, ArrayTree],
+    training_set: Batch,
+    chosen: jax.Array,
+    *,
+    num_segments: int = 1,
+    truncation: int | None = None,
+    inner_grad: InnerGradFn = mixed_mode,
+) -> tuple[dict[str, ArrayTree], jax.Array]:
+    """Trains a network, differentiably with respect to its hyperparameters.
+
+    Args:
+      model: the network.
+      loss_fn: `(outputs, targets) -> scalar`. Half the squared norm of the parameters of a layer, times the strength
+        of the layer, is added to it.
+      hyperparameters: those of K steps.
+      network: where the run starts, a dictionary of layers.
+      training_set: inputs and targets [S, ...].
+      chosen: int [K, B], the examples of every mini-batch.
+      num_segments: the number of parts into which the differentiated steps are divided; it divides their number.
+        Only the state at the beginning of each is stored, and the part is computed again when it is differentiated.
+      truncation: the number of last steps that are differentiated; None for all.
+      inner_grad: how the gradient of a mini-batch is differentiated.
+
+    Returns:
+      The trained network, and the loss of every mini-batch [K].
+    """
+
+    def mini_batch_loss(weights: Weights, training_set: Batch, step: Steps) -> jax.Array:
+        inputs, targets = jax.tree.map(lambda x: x[step.chosen], training_set)
+        norms = {name: optax.tree.norm(layer, squared=True) for name, layer in weights.network.items()}
+        return loss_fn(model.apply(weights.network, inputs), targets) + 0.5 * optax.tree.vdot(step.l2, norms)
+
+    def segment(weights: Weights, steps: Steps) -> tuple[Weights, jax.Array]:
+        weights, info = inner_loop(
+            mini_batch_loss,
+            scheduled_descent(steps),
+            weights,
+            training_set,
+            num_steps=len(steps.chosen),
+            per_step=steps,
+            inner_grad=inner_grad,
+        )
+        return weights, info.support_loss
+
+    num_steps = len(chosen)
+    steps = Steps(
+        chosen,
+        jax.tree.map(jnp.exp, hyperparameters.log_rates),
+        jax.nn.sigmoid(hyperparameters.momentum_logits),
+        jax.tree.map(lambda x: jnp.broadcast_to(jnp.exp(x), (num_steps,)), hyperparameters.log_l2),
+    )
+    weights, num_constant = Weights(network, jax.tree.map(jnp.zeros_like, network)), 0
+    found = []
+    if truncation is not None and truncation < num_steps:
+        num_constant = num_steps - truncation
+        before = jax.tree.map(lambda x: jax.lax.stop_gradient(x[:num_constant]), steps)
+        weights, support_loss = jax.lax.stop_gradient(segment(weights, before))
+        found.append(support_loss)
+    steps = jax.tree.map(lambda x: x[num_constant:], steps)
+    if num_segments == 1:
+        weights, support_loss = segment(weights, steps)
+    else:
+        steps = jax.tree.map(lambda x: x.reshape(num_segments, -1, *x.shape[1:]), steps)
+        weights, support_loss = jax.lax.scan(jax.checkpoint(segment), weights, steps)
+    return weights.network, jnp.concatenate([*found, support_loss.reshape(-1)])
+
+
+def mini_batches(key: PRNGKey, num_examples: int, num_steps: int, batch_size: int) -> jax.Array:
+    """Passes through a training set, each in another order; what is left at the end of a pass is not used.
+
+    Returns:
+      int32 [num_steps, batch_size], indices of examples.
+    """
+    per_pass = num_examples // batch_size
+    keys = jax.random.split(key, -(-num_steps // per_pass))
+    orders = jax.vmap(lambda key: jax.random.permutation(key, num_examples)[: per_pass * batch_size])(keys)
+    return orders.reshape(-1, batch_size)[:num_steps]
+
+
+def hypergradient_learner(
+    model: Model,
+    *,
+    initial: Callable[[Sequence[str]], Hyperparameters],
+    num_inner_steps: int,
+    batch_size: int,
+    num_segments: int = 1,
+    truncation: int | None = None,
+    inner_grad: InnerGradFn = mixed_mode,
+) -> MetaLearner:
+    """A learner whose meta-parameters are the hyperparameters of a training run.
+
+    The objective is the loss of the query set after the run. The key of the episode gives the initial weights and the
+    order of the mini-batches.
+
+    Args:
+      model: the network; its parameters are a dictionary of layers.
+      initial: `(names of the layers) -> Hyperparameters`, before the first meta-step.
+      num_inner_steps: K, the mini-batches of a run.
+      batch_size: B, their size.
+      num_segments: see `training_run`.
+      truncation: see `training_run`.
+      inner_grad: see `training_run`.
+
+    Returns:
+      A `MetaLearner`. `adapt` needs a key and gives the trained network and the loss of every mini-batch.
+    """
+
+    def init(key, inputs):
+        return initial(sorted(jax.eval_shape(model.init, key, inputs)))
+
+    def adapt(hyperparameters, support, *, key=None, observe_fn=None):
+        if key is None or observe_fn is not None:
+            raise ValueError("a training run needs a key for its weights and mini-batches, and takes no observe_fn")
+        weight_key, order_key = jax.random.split(key)
+        return training_run(
+            model,
+            losses.cross_entropy,
+            hyperparameters,
+            model.init(weight_key, support.inputs[:1]),
+            support,
+            mini_batches(order_key, len(support.inputs), num_inner_steps, batch_size),
+            num_segments=num_segments,
+            truncation=truncation,
+            inner_grad=inner_grad,
+        )
+
+    def objective(hyperparameters, episode):
+        network, support_loss = adapt(hyperparameters, episode.support, key=episode.key)
+        outputs = model.apply(network, episode.query.inputs)
+        accuracy = losses.accuracy(outputs, episode.query.targets)
+        return losses.cross_entropy(outputs, episode.query.targets), RunInfo(support_loss, accuracy)
+
+    return MetaLearner(init, adapt, model.apply, objective)
+
+
+def default_segments(num_steps: int) -> int:
+    """The divisor of `num_steps` that is nearest to its square root."""
+    divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
+    return min(divisors, key=lambda n: abs(n - math.sqrt(num_steps)))
+
+
+# Schedules that are not learned
+
+
+def schedule(layers: Sequence[str], rate: Any, momentum: Any, l2: float) -> Hyperparameters:
+    """The same rates in all layers.
+
+    Args:
+      layers: their names.
+      rate: [K], positive.
+      momentum: [K], in [0, 1).
+      l2: the strength of the penalty, in all layers.
+    """
+    rate, momentum = np.asarray(rate, np.float32), np.clip(np.asarray(momentum, np.float32), 1e-6, None)
+    return Hyperparameters(
+        {name: np.log(rate) for name in layers},
+        np.log(momentum / (1 - momentum)),
+        {name: np.float32(math.log(l2)) for name in layers},
+    )
+
+
+def constant(layers: Sequence[str], num_steps: int, *, rate: float, momentum: float, l2: float) -> Hyperparameters:
+    """One rate and one momentum for all steps and layers."""
+    return schedule(layers, np.full(num_steps, rate), np.full(num_steps, momentum), l2)
+
+
+def linear_decay(layers: Sequence[str], num_steps: int, *, rate: float, momentum: float, l2: float) -> Hyperparameters:
+    """A rate that falls from `rate` by equal amounts, to `rate` / K in the last step."""
+    return schedule(layers, rate * (1 - np.arange(num_steps) / num_steps), np.full(num_steps, momentum), l2)
+
+
+def random_schedule(layers: Sequence[str], num_steps: int, rng: np.random.Generator) -> Hyperparameters:
+    """Draws a schedule of 3L + 4 numbers for L layers, ten for two.
+
+    By layer: the first rate, the last rate relative to it, and the strength of the penalty. For all: the momentum of
+    the first and of the last step, the length of a linear warm-up, and the exponent of the decay from the first to the
+    last rate.
+    """
+
+    def log_uniform(low, high):
+        return math.exp(rng.uniform(math.log(low), math.log(high)))
+
+    progress = np.arange(num_steps) / num_steps
+    warm_up = np.minimum(1, (1 + np.arange(num_steps)) / max(1, rng.uniform(0, 0.2) * num_steps))
+    decay = (1 - progress) ** rng.uniform(0.5, 2)
+    rates = {}
+    for name in layers:
+        first, last = log_uniform(0.1, 3), log_uniform(1e-3, 1)
+        rates[name] = np.float32(np.log(first * warm_up * (last + (1 - last) * decay)))
+    start, end = (1 - log_uniform(0.02, 1) for _ in range(2))
+    momentum = schedule([], [], start + (end - start) * progress, 1.0).momentum_logits
+    return Hyperparameters(rates, momentum, {name: np.float32(math.log(log_uniform(1e-6, 1e-2))) for name in layers})
+
+
+class Candidate(NamedTuple):
+    """Hyperparameters and the numbers that describe them in the results."""
+
+    hyperparameters: Hyperparameters
+    description: dict[str, float]
+
+
+RATES, MOMENTA = (0.03, 5.0), (0.0, 0.5, 0.9)
+"""The grids: an interval of rates, divided evenly on a logarithmic scale, with each momentum."""
+
+
+def candidates(method: str, layers: Sequence[str], config: Config, count: int) -> list[Candidate]:
+    """What one of the other methods tries with `count` training runs."""
+    if method == "random search":
+        rng = np.random.default_rng(config.seed)
+        drawn = [random_schedule(layers, config.num_inner_steps, rng) for _ in range(count)]
+        return [Candidate(hyperparameters, {"draw": index}) for index, hyperparameters in enumerate(drawn)]
+    make = {"constant rate": constant, "linear decay": linear_decay}[method]
+    found = []
+    for rate in np.geomspace(*RATES, -(-count // len(MOMENTA))):
+        for momentum in MOMENTA:
+            numbers = {"rate": float(rate), "momentum": momentum, "l2": config.initial_l2}
+            found.append(Candidate(make(layers, config.num_inner_steps, **numbers), numbers))
+    return found[:count]
+
+
+BASELINES = ("constant rate", "linear decay", "random search")
+
+
+# Data
+
+
+def digits_model(hidden: int) -> Model:
+    """A fully connected network on uint8 images, with one hidden layer."""
+    model = models.mlp(features=(hidden, 10))
+
+    def scaled(images: jax.Array) -> jax.Array:
+        return images.astype(jnp.float32) / 255
+
+    return Model(
+        lambda key, images: model.init(key, scaled(images)), lambda params, images: model.apply(params, scaled(images))
+    )
+
+
+def load_digits(config: Config) -> dict[str, Batch]:
+    """The digits "training", "heldout" and "test", which share no image: a random division of the file.
+
+    Raises:
+      RunError: if the file is missing, damaged or too small.
+    """
+    folder = config.data_dir or os.environ.get("MAML_JAX_PACKS")
+    if not folder:
+        raise RunError(f"name the folder that holds {FILE} with --data-dir or $MAML_JAX_PACKS")
+    file = Path(folder).expanduser() / FILE
+    if not file.exists():
+        raise RunError(f"there is no {file}; name the folder that holds it with --data-dir or $MAML_JAX_PACKS")
+    try:
+        with np.load(file) as stored:
+            images, labels = stored["images"], stored["labels"]
+    except (KeyError, ValueError, OSError) as error:
+        raise RunError(f"{file} must hold the arrays images and labels ({error})") from error
+    if images.dtype != np.uint8 or images.ndim != 3 or len(images) != len(labels):
+        raise RunError(
+            f"{file} must hold uint8 images [n, height, width] and labels [n], got {images.dtype} "
+            f"{list(images.shape)} and {list(labels.shape)}"
+        )
+    sizes = {"training": config.num_training, "heldout": config.num_heldout, "test": config.num_test}
+    if sum(sizes.values()) > len(images):
+        raise RunError(
+            f"--num-training, --num-heldout and --num-test ask for {sum(sizes.values())} digits and {file} has "
+            f"{len(images)}; choose smaller numbers"
+        )
+    order, parts, start = np.random.default_rng(config.seed).permutation(len(images)), {}, 0
+    for name, size in sizes.items():
+        chosen = order[start : start + size]
+        parts[name] = Batch(images[chosen], labels[chosen].astype(np.int32))
+        start += size
+    return parts
+
+
+def make_sampler(support: Batch, query: Batch) -> SampleEpisodeFn:
+    """The distribution of training runs on `support` that `query` scores; they differ in their keys only."""
+    return jax.tree_util.Partial(_episode, jax.tree.map(jnp.asarray, support), jax.tree.map(jnp.asarray, query))
+
+
+def _episode(support: Batch, query: Batch, key: PRNGKey) -> Episode:
+    return Episode(support, query, key)
+
+
+# The experiment
+
+
+def make_learner(config: Config, **changes: Any) -> MetaLearner:
+    """The learner of the settings."""
+    differentiated = min(config.truncation or config.num_inner_steps, config.num_inner_steps)
+    settings = {
+        "num_inner_steps": config.num_inner_steps,
+        "num_segments": config.num_segments or default_segments(differentiated),
+        "truncation": config.truncation,
+    } | changes
+    return hypergradient_learner(
+        digits_model(config.hidden),
+        initial=lambda layers: jax.tree.map(
+            jnp.asarray,
+            constant(
+                layers,
+                settings["num_inner_steps"],
+                rate=config.initial_rate,
+                momentum=config.initial_momentum,
+                l2=config.initial_l2,
+            ),
+        ),
+        batch_size=config.batch_size,
+        **settings,
+    )
+
+
+def make_search(learner: MetaLearner, episode: Episode) -> Callable[[Sequence[Candidate]], Candidate]:
+    """Returns a function of candidates, to the one with the lowest query loss after one training run.
+
+    All candidates start from the same weights and see the same mini-batches. The runs are divided over the devices.
+    """
+
+    def losses_of(episode, stacked):
+        return jax.lax.map(lambda hyperparameters: learner.objective(hyperparameters, episode)[0], stacked)
+
+    programs: dict[int, Callable] = {}
+
+    def search(tried: Sequence[Candidate]) -> Candidate:
+        if len(tried) not in programs:
+            mesh = common.mesh_for(len(tried))
+            programs[len(tried)] = jax.jit(losses_of) if mesh is None else each_task(losses_of, mesh)
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(candidate.hyperparameters for candidate in tried))
+        found = np.asarray(programs[len(tried)](episode, stacked))
+        return tried[int(np.argmin(np.where(np.isfinite(found), found, np.inf)))]
+
+    return search
+
+
+def score(
+    learner: MetaLearner, hyperparameters: Hyperparameters, digits: dict[str, Batch], config: Config
+) -> dict[str, Any]:
+    """Held-out loss, test loss and test accuracy over fresh training runs, each with its 95 % interval."""
+    found = {}
+    for split in ("heldout", "test"):
+        loss, info = _split(
+            evaluate_objective(
+                learner,
+                hyperparameters,
+                make_sampler(digits["training"], digits[split]),
+                runs.streams(config.seed).test,
+                num_episodes=config.eval_episodes,
+                mesh=common.mesh_for(config.eval_episodes),
+            )
+        )
+        found |= {f"{split}_loss": loss, f"{split}_accuracy": info}
+    return found
+
+
+def _split(evaluation: Any) -> tuple[dict[str, float], dict[str, float]]:
+    """The loss and the accuracy of an evaluation of `(objective, RunInfo)`."""
+    (loss, info), (loss_ci95, info_ci95) = evaluation.mean, evaluation.ci95
+    return (
+        {"mean": float(loss), "ci95": float(loss_ci95)},
+        {"mean": float(info.accuracy), "ci95": float(info_ci95.accuracy)},
+    )
+
+
+def compare(
+    config: Config,
+    learner: MetaLearner,
+    learned: Hyperparameters,
+    learn_seconds: float,
+    digits: dict[str, Batch],
+) -> dict[str, Any]:
+    """Tunes the other methods with as many training runs, and scores all."""
+    layers = list(learned.log_l2)
+    num_runs = training_runs(config)
+    episode = make_sampler(digits["training"], digits["heldout"])(runs.streams(config.seed).tune)
+    search = make_search(learner, episode)
+    start = constant(
+        layers, config.num_inner_steps, rate=config.initial_rate, momentum=config.initial_momentum, l2=config.initial_l2
+    )
+    methods = {
+        "before learning": {"hyperparameters": start, "runs": 0, "seconds": 0.0},
+        "hypergradients": {"hyperparameters": learned, "runs": num_runs, "seconds": learn_seconds},
+    }
+    for name in BASELINES:
+        begin = time.perf_counter()
+        best = search(candidates(name, layers, config, max(1, num_runs)))
+        methods[name] = {
+            "hyperparameters": best.hyperparameters,
+            "runs": num_runs,
+            "seconds": time.perf_counter() - begin,
+            "chosen": best.description,
+        }
+        console.print(f"{name}: {max(1, num_runs)} training runs in {methods[name]['seconds']:.0f} s")
+    for method in methods.values():
+        method |= score(learner, method["hyperparameters"], digits, config)
+        method["hyperparameters"] = jax.tree.map(lambda x: np.asarray(x).tolist(), method["hyperparameters"])._asdict()
+    test_loss = methods["hypergradients"]["test_loss"]
+    return {
+        "metrics": {"test_loss": {"mean": [test_loss["mean"]], "ci95": [test_loss["ci95"]]}},
+        "methods": methods,
+        "relative_flops": relative_flops(config, learned, episode),
+        "memory": memory(config, layers, episode),
+    }
+
+
+def training_runs(config: Config) -> int:
+    """The training runs of all meta-steps and validations."""
+    num_validations = -(-config.num_meta_steps // config.val_every)
+    return config.num_meta_steps * config.meta_batch_size + num_validations * config.val_episodes
+
+
+def relative_flops(config: Config, hyperparameters: Hyperparameters, episode: Episode) -> float:
+    """The operations of a training run with its hypergradient, divided by those of one without."""
+    objective = make_learner(config).objective
+    return count_flops(jax.grad(objective, has_aux=True), hyperparameters, episode) / count_flops(
+        lambda *args: objective(*args)[0], hyperparameters, episode
+    )
+
+
+WAYS = {"reverse over reverse": (jax.value_and_grad, False), "mixed mode": (mixed_mode, False),
+        "mixed mode, segments": (mixed_mode, True)}  # fmt: skip
+"""How a hypergradient is computed: the transform of the inner gradient, and whether there are segments."""
+
+
+def memory(config: Config, layers: Sequence[str], episode: Episode) -> list[dict[str, Any]]:
+    """Bytes of temporaries of a compiled hypergradient, for each length of the training run and each way."""
+    rows = []
+    for steps in config.memory_steps:
+        hyperparameters = constant(layers, steps, rate=0.1, momentum=0.5, l2=1e-5)
+        for way, (inner_grad, has_segments) in WAYS.items():
+            segments = default_segments(steps) if has_segments else 1
+            learner = make_learner(
+                config, num_inner_steps=steps, num_segments=segments, truncation=None, inner_grad=inner_grad
+            )
+            gradient = jax.grad(learner.objective, has_aux=True)
+            bytes_of_way = temporary_bytes(gradient, hyperparameters, episode)
+            rows.append({"inner_steps": steps, "way": way, "segments": segments, "temporary_bytes": bytes_of_way})
+    return rows
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Learns the hyperparameters, compares them with others, and returns the content of results.json."""
+    if config.run_dir is None:
+        config = dataclasses.replace(config, run_dir=Path(f"runs/hyperparameters-{config.seed}"))
+    digits = load_digits(config)
+    with runs.open_run(config.run_dir, config) as run_dir:
+        learner, sampler = make_learner(config), make_sampler(digits["training"], digits["heldout"])
+
+        def validate(hyperparameters: Hyperparameters) -> float:
+            found = evaluate_objective(
+                learner,
+                jax.device_get(hyperparameters),  # as in the scores, which then are the same program
+                sampler,
+                runs.streams(config.seed).val,
+                num_episodes=config.val_episodes,
+                mesh=common.mesh_for(config.val_episodes),
+            )
+            return -float(found.mean[0])
+
+        start = time.perf_counter()
+        trained = common.train(run_dir, config, learner, sampler, validate=validate)
+        learn_seconds = time.perf_counter() - start
+        protocol = {
+            "training": config.num_training,
+            "heldout": config.num_heldout,
+            "test": config.num_test,
+            "episodes": config.eval_episodes,
+            "split": "test",
+            "selection": "lowest held-out loss in a validation; of one training run for the other methods",
+            "selected_step": trained.best_step,
+            "normalisation": "none",
+        }
+        results = runs.finish(
+            run_dir,
+            "hyperparameters",
+            config,
+            trained,
+            protocol,
+            lambda: compare(config, learner, trained.params, learn_seconds, digits),
+        )
+        if jax.process_index() == 0:
+            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
+            draw_schedules(run_dir / "figures" / "schedules.png", results)
+            draw_memory(run_dir / "figures" / "memory.png", results["memory"])
+    show(results)
+    return results
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the methods, the best on the test digits first, and the memory."""
+    protocol, methods = results["protocol"], results["methods"]
+
+    def loss_of(name: str) -> float:
+        mean = methods[name]["test_loss"]["mean"]
+        return math.inf if mean is None else mean
+
+    table = Table(
+        title=f"Loss after {results['config']['num_inner_steps']} mini-batches, in nats per digit; mean and 95 % "
+        f"interval of {protocol['episodes']} training runs"
+    )
+    for heading in ("", "held-out loss", "test loss", "test accuracy, %", "runs", "seconds"):
+        table.add_column(heading, justify="right" if heading else "left")
+    for name in sorted(methods, key=loss_of):
+        method = methods[name]
+        table.add_row(
+            name,
+            *(runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss")),
+            runs.format_mean(**method["test_accuracy"], scale=100),
+            str(method["runs"]),
+            f"{method['seconds']:.0f}",
+        )
+    console.print(table)
+    console.print(
+        f"A run with its hypergradient takes {results['relative_flops']:.1f} times the operations of one without.",
+        highlight=False,
+    )
+    if results["memory"]:
+        table = Table(title="Temporaries of a hypergradient, MB")
+        for heading in ("mini-batches", *WAYS):
+            table.add_column(heading, justify="right")
+        by = {(row["inner_steps"], row["way"]): row["temporary_bytes"] / 1e6 for row in results["memory"]}
+        for steps in dict.fromkeys(steps for steps, _ in by):
+            table.add_row(str(steps), *(f"{by[steps, way]:.1f}" for way in WAYS))
+        console.print(table)
+
+
+def draw_schedules(file: Path, results: dict[str, Any]) -> None:
+    """Plots the rates and the momentum of every step: learned, and those of the other methods."""
+    methods = {name: found["hyperparameters"] for name, found in results["methods"].items()}
+    names = [name for name in methods if name != "before learning"]
+    with _figure(file, columns=3) as (rates, momenta, scores):
+        for index, name in enumerate(names):
+            for layer, dashes in zip(methods[name]["log_rates"], ("-", "--", ":", "-."), strict=False):
+                values = np.exp(methods[name]["log_rates"][layer])
+                is_same_in_all = name in ("constant rate", "linear decay")
+                if is_same_in_all and dashes != "-":
+                    continue
+                label = name if is_same_in_all else f"{name}, {layer}"
+                rates.plot(values, f"C{index}", linestyle=dashes, label=label, linewidth=1)
+            momentum = 1 / (1 + np.exp(-np.asarray(methods[name]["momentum_logits"])))
+            momenta.plot(momentum, f"C{index}", label=name, linewidth=1)
+        rates.set(xlabel="mini-batch", ylabel="learning rate", yscale="log")
+        momenta.set(xlabel="mini-batch", ylabel="momentum", ylim=(-0.03, 1.03))
+        rates.legend(fontsize="small")
+        for index, name in enumerate(names):
+            found = results["methods"][name]
+            for metric, filled in (("heldout_loss", "none"), ("test_loss", f"C{index}")):
+                mean, ci95 = found[metric]["mean"], found[metric]["ci95"]
+                if mean is not None:
+                    scores.errorbar(
+                        mean, -index, xerr=ci95, color=f"C{index}", marker="o", capsize=3, markerfacecolor=filled
+                    )
+        scores.set_yticks([-index for index in range(len(names))], names)
+        scores.set(xlabel="loss, nats per digit: held out (hollow), test (filled)")
+
+
+def draw_memory(file: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Plots the memory of a hypergradient against the length of the training run."""
+    with _figure(file, columns=1) as (axes,):
+        for way in WAYS:
+            points = [(row["inner_steps"], row["temporary_bytes"] / 1e6) for row in rows if row["way"] == way]
+            if points:
+                axes.plot(*zip(*points, strict=True), marker="o", label=way)
+        axes.set(xlabel="mini-batches", ylabel="temporaries, MB", yscale="log")
+        axes.legend()
+
+
+@contextlib.contextmanager
+def _figure(file: Path, columns: int) -> Iterator[Sequence[Any]]:
+    """Yields axes beside each other, and writes them."""
+    drawing = Figure(figsize=(5 * columns, 4), layout="constrained")
+    axes = drawing.subplots(1, columns, squeeze=False)[0]
+    for each in axes:
+        each.grid(alpha=0.3)
+    yield axes
+    file.parent.mkdir(parents=True, exist_ok=True)
+    drawing.savefig(file, dpi=120)
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)

@@ -1,0 +1,242 @@
+"""Hyperparameters learned through a training run: the derivative, what it costs, and the experiment in miniature."""
+
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+from experiments import hyperparameters as hyper
+from maml_jax import Batch, losses, mixed_mode, models
+from maml_jax.cost import temporary_bytes
+
+STEPS, LAYERS = 6, ("dense_0", "dense_1")
+
+
+@pytest.fixture
+def problem(x64):
+    """A training run in float64: the model, data, where it starts, mini-batches, and hyperparameters."""
+    model = models.mlp(features=(4, 3), activation=nn.tanh, param_dtype=jnp.float64)
+    rng = np.random.default_rng(0)
+    data = Batch(jnp.asarray(rng.normal(size=(12, 5))), jnp.asarray(rng.integers(0, 3, 12)))
+    start = hyper.Hyperparameters(
+        {name: jnp.asarray(rng.normal(-0.5, 0.3, STEPS)) for name in LAYERS},
+        jnp.asarray(rng.normal(size=STEPS)),
+        {name: jnp.asarray(rng.normal(-2.0, 0.3)) for name in LAYERS},
+    )
+    network = jax.jit(model.init)(jax.random.key(0), data.inputs)
+    return model, data, network, hyper.mini_batches(jax.random.key(1), 12, STEPS, 4), start
+
+
+def query_loss(problem, **settings):
+    """`(hyperparameters) -> loss` after the run, jitted, on data that the run has not seen."""
+    model, data, network, chosen, _ = problem
+    rng = np.random.default_rng(1)
+    query = Batch(jnp.asarray(rng.normal(size=(7, 5))), jnp.asarray(rng.integers(0, 3, 7)))
+
+    def loss(hyperparameters):
+        trained, _ = hyper.training_run(model, losses.cross_entropy, hyperparameters, network, data, chosen, **settings)
+        return losses.cross_entropy(model.apply(trained, query.inputs), query.targets)
+
+    return jax.jit(loss)
+
+
+def hypergradient(problem, **settings):
+    return jax.jit(jax.value_and_grad(query_loss(problem, **settings)))(problem[-1])
+
+
+def distance(a, b):
+    return optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b)
+
+
+def test_hypergradient_agrees_with_finite_differences(problem):
+    check_grads(query_loss(problem, num_segments=3), (problem[-1],), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
+    _, gradient = hypergradient(problem, num_segments=3)
+    assert all(np.all(np.abs(leaf) > 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_segments_and_mixed_mode_change_nothing_but_memory(problem):
+    _, plain = hypergradient(problem, inner_grad=jax.value_and_grad)
+    for num_segments in (1, 3):
+        assert distance(hypergradient(problem, num_segments=num_segments)[1], plain) < 1e-13
+
+
+def test_a_training_run_is_descent_with_momentum_on_the_penalised_loss(problem):
+    # Maclaurin et al., Algorithm 1, in a loop of Python.
+    model, data, network, chosen, start = problem
+    found, support_loss = jax.jit(
+        lambda start: hyper.training_run(model, losses.cross_entropy, start, network, data, chosen, num_segments=2)
+    )(start)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(network, chosen):
+        penalty = sum(
+            jnp.exp(start.log_l2[name]) * sum(jnp.sum(x**2) for x in jax.tree.leaves(network[name])) for name in LAYERS
+        )
+        return losses.cross_entropy(model.apply(network, data.inputs[chosen]), data.targets[chosen]) + penalty / 2
+
+    velocity = jax.tree.map(jnp.zeros_like, network)
+    for k in range(STEPS):
+        value, grads = loss(network, chosen[k])
+        np.testing.assert_allclose(support_loss[k], value, rtol=1e-12)
+        momentum = 1 / (1 + np.exp(-start.momentum_logits[k]))
+        velocity = jax.tree.map(lambda v, g, m=momentum: m * v - (1 - m) * g, velocity, grads)
+        rates = {name: np.exp(start.log_rates[name][k]) for name in LAYERS}
+        network = {
+            name: jax.tree.map(lambda w, v, rate=rates[name]: w + rate * v, network[name], velocity[name])
+            for name in LAYERS
+        }
+    assert distance(found, network) < 1e-13
+
+
+def test_truncation_keeps_the_run_and_the_last_derivatives(problem):
+    full_loss, full = hypergradient(problem)
+    loss, truncated = hypergradient(problem, truncation=2, num_segments=2)
+    np.testing.assert_allclose(loss, full_loss, rtol=1e-13)
+    for name in LAYERS:
+        np.testing.assert_array_equal(truncated.log_rates[name][:-2], 0.0)
+        np.testing.assert_allclose(truncated.log_rates[name][-2:], full.log_rates[name][-2:], rtol=1e-11)
+        assert np.abs(truncated.log_l2[name]) > 0
+    np.testing.assert_array_equal(truncated.momentum_logits[:-2], 0.0)
+
+
+def test_mini_batches_are_passes_through_the_data():
+    chosen = hyper.mini_batches(jax.random.key(0), 10, 7, 3)
+    assert chosen.shape == (7, 3)
+    passes = [np.ravel(chosen[:3]), np.ravel(chosen[3:6])]
+    assert all(len(set(each)) == 9 for each in passes)
+    assert not np.array_equal(*passes)
+
+
+def test_segments_need_less_memory_than_mixed_mode_and_that_less_than_reverse_over_reverse():
+    config = hyper.Config(hidden=8, batch_size=20)
+    images, labels = jax.ShapeDtypeStruct((40, 8, 8), jnp.uint8), jax.ShapeDtypeStruct((40,), jnp.int32)
+    episode = hyper.Episode(hyper.Batch(images, labels), hyper.Batch(images, labels), jax.random.key(0))
+
+    def megabytes(num_steps, **settings):
+        learner = hyper.make_learner(config, num_inner_steps=num_steps, **settings)
+        start = hyper.constant(LAYERS, num_steps, rate=0.1, momentum=0.5, l2=1e-5)
+        return temporary_bytes(jax.grad(learner.objective, has_aux=True), start, episode) / 1e6
+
+    reverse = megabytes(100, num_segments=1, inner_grad=jax.value_and_grad)
+    mixed = megabytes(100, num_segments=1, inner_grad=mixed_mode)
+    segments = megabytes(100, num_segments=10)
+    assert 2 * segments < mixed < reverse
+
+
+@pytest.mark.parametrize(("steps", "segments"), [(400, 20), (100, 10), (50, 5), (7, 1), (1, 1), (12, 3)])
+def test_segments_divide_the_steps(steps, segments):
+    assert hyper.default_segments(steps) == segments
+
+
+def test_random_search_is_over_ten_numbers():
+    class Counting:
+        def __init__(self):
+            self.drawn, self.rng = 0, np.random.default_rng(0)
+
+        def uniform(self, low, high):
+            self.drawn += 1
+            return self.rng.uniform(low, high)
+
+    rng = Counting()
+    drawn = hyper.random_schedule(LAYERS, 9, rng)
+    assert rng.drawn == 10
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(drawn))
+
+
+def test_hand_made_schedules():
+    decay = hyper.linear_decay(LAYERS, 4, rate=0.8, momentum=0.5, l2=1e-3)
+    np.testing.assert_allclose(np.exp(decay.log_rates["dense_1"]), [0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+    np.testing.assert_allclose(decay.momentum_logits, 0.0, atol=1e-6)
+    tried = hyper.candidates("constant rate", LAYERS, hyper.Config(num_inner_steps=4), 30)
+    assert len(tried) == 30
+    rates = {candidate.description["rate"] for candidate in tried}
+    assert (min(rates), max(rates), len(rates)) == (pytest.approx(0.03), pytest.approx(5.0), 10)
+
+
+# The experiment
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 10, 90)
+    images = rng.integers(0, 100, (90, 6, 6), np.uint8)
+    images[np.arange(90), labels % 6, labels // 6] = 255
+    (tmp_path / "data").mkdir()
+    np.savez(tmp_path / "data" / hyper.FILE, images=images, labels=labels)
+    return hyper.Config(
+        data_dir=tmp_path / "data", run_dir=tmp_path / "run", num_inner_steps=4, batch_size=5, hidden=3,
+        num_training=40, num_heldout=20, num_test=20, meta_batch_size=2, num_meta_steps=2, val_every=1, log_every=1,
+        eval_episodes=2, val_episodes=2, memory_steps=(4,),
+    )  # fmt: skip
+
+
+def test_the_experiment_learns_compares_and_draws(tiny, capsys):
+    results = hyper.run(tiny)
+    assert json.loads((tiny.run_dir / "results.json").read_text()) == results
+    assert set(results["methods"]) == {"before learning", "hypergradients", *hyper.BASELINES}
+    for name, method in results["methods"].items():
+        assert method["runs"] == (0 if name == "before learning" else 8)
+        for metric in ("heldout_loss", "test_loss", "test_accuracy"):
+            assert np.isfinite(method[metric]["mean"])
+    before, learned = (results["methods"][name]["hyperparameters"] for name in ("before learning", "hypergradients"))
+    for field in before:
+        changed = jax.tree.map(lambda a, b: np.all(np.asarray(a) != np.asarray(b)), before[field], learned[field],
+                               is_leaf=lambda x: isinstance(x, list))  # fmt: skip
+        assert all(jax.tree.leaves(changed)), field
+    assert results["metrics"]["test_loss"]["mean"] == [results["methods"]["hypergradients"]["test_loss"]["mean"]]
+    assert results["relative_flops"] > 3
+    assert {row["way"] for row in results["memory"]} == set(hyper.WAYS)
+    assert {file.name for file in (tiny.run_dir / "figures").iterdir()} == {
+        "learning_curve.png",
+        "schedules.png",
+        "memory.png",
+    }
+    assert "linear decay" in capsys.readouterr().out
+
+
+def test_the_parts_of_the_digits_share_none(tiny):
+    parts = hyper.load_digits(tiny)
+    seen = [image.tobytes() for part in parts.values() for image in part.inputs]
+    assert len(seen) == len(set(seen)) == 80
+    assert [len(part.targets) for part in parts.values()] == [40, 20, 20]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_inner_steps": 0}, "--num-inner-steps must be an integer of at least 1, got 0"),
+        ({"initial_rate": 0.0}, "--initial-rate 0.0 must be a positive number"),
+        ({"initial_momentum": 1.0}, "--initial-momentum 1.0 must be between 0 and 1"),
+        ({"batch_size": 99}, "--batch-size 99 exceeds --num-training 40"),
+        ({"truncation": 5}, "--truncation 5 exceeds --num-inner-steps 4"),
+        (
+            {"num_segments": 3},
+            "--num-segments 3 does not divide the 4 differentiated steps; choose a divisor, such as 2",
+        ),
+        ({"log_every": 2}, "--log-every 2 does not divide --val-every 1"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(tiny, settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(tiny, **settings)
+
+
+def test_missing_and_wrong_data_are_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.delenv("MAML_JAX_PACKS", raising=False)
+    with pytest.raises(hyper.RunError, match=r"--data-dir or \$MAML_JAX_PACKS"):
+        hyper.load_digits(dataclasses.replace(tiny, data_dir=None))
+    with pytest.raises(hyper.RunError, match="there is no"):
+        hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
+    with pytest.raises(hyper.RunError, match=r"ask for 91 digits and .* has 90"):
+        hyper.load_digits(dataclasses.replace(tiny, num_test=31))
+    np.savez(tmp_path / hyper.FILE, images=np.zeros((3, 2)), labels=np.zeros(3))
+    with pytest.raises(hyper.RunError, match=r"uint8 images \[n, height, width\]"):
+        hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
