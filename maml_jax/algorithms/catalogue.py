@@ -168,7 +168,9 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps")),
             ImplicitDescent,
             {
-                "sinusoid": ImplicitDescent(inner_lr=0.01, num_inner_steps=16, strength=0.5),
+                # Near the initial weights the Hessian has eigenvalues of a few units of either sign, and I + H/λ must
+                # be positive.
+                "sinusoid": ImplicitDescent(inner_lr=5e-3, num_inner_steps=16, strength=50.0),
                 "omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16),
             },
         ),
