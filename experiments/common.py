@@ -66,7 +66,7 @@ def outer_optimizer(config: Any) -> optax.GradientTransformation:
         "cosine": optax.cosine_decay_schedule(start, num_steps, alpha=end / start),
     }
     optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule])
-    carries_state = getattr(config.hyperparameters, "carry_state", False)
+    carries_state = getattr(getattr(config, "hyperparameters", None), "carry_state", False)
     return replace_inner_state(optimizer) if carries_state else optimizer
 
 

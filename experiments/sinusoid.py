@@ -202,9 +202,11 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
 def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner of the test protocol, at the rate of training, and the parameters of a run."""
     config = stored_config(METHODS, Path(run_dir))
-    learner = make_tester(config, config.hyperparameters.inner_lr, config.eval_inner_steps)
+    rate, num_inner_steps = config.hyperparameters.inner_lr, config.hyperparameters.num_inner_steps
     inputs = np.zeros((config.shot, 3 if config.algorithm == "oracle" else 1), np.float32)
-    return learner, common.load_params(config.run_dir, config, learner, inputs)
+    trained = make_learner(config, rate, num_inner_steps)
+    params = common.load_params(config.run_dir, config, trained, inputs)
+    return make_tester(config, rate, config.eval_inner_steps), params
 
 
 def predictions(config: Config, params: ArrayTree, inner_lr: float, num_tasks: int = 3) -> list[dict]:

@@ -31,6 +31,8 @@ class Config:
     algorithm: str = "maml"
     outer_optimizer: str = "adam"
     outer_lr: float = 1e-2
+    outer_schedule: str = "constant"
+    outer_lr_end: float = 0.0
     meta_batch_size: int = 8
     num_meta_steps: int = 12
     eval_episodes: int = 8

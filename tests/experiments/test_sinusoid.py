@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from experiments import demo, runs, sinusoid
-from maml_jax import models
+from maml_jax import Batch, models
 
 TINY = {
     "num_meta_steps": 4,
@@ -43,7 +43,9 @@ def test_an_algorithm_runs_and_reports_every_step(algorithm, tmp_path):
     assert results["metrics"] == results["evaluations"][0]["metrics"]
     assert results["config"]["query_shot"] == 10
     learner, params = sinusoid.load(tmp_path)
-    assert learner.predict(params, np.zeros((2, 3 if algorithm == "oracle" else 1))).shape == (2, 1)
+    inputs = np.zeros((2, 3 if algorithm == "oracle" else 1), np.float32)
+    task_params, _ = learner.adapt(params, Batch(inputs, np.zeros((2, 1), np.float32)))
+    assert learner.predict(task_params, inputs).shape == (2, 1)
     figures = {file.name for file in (tmp_path / "figures").iterdir()}
     drawn = {"inner_steps.png", "learning_curve.png", "predictions.png"}
     assert figures == (drawn - {"predictions.png"} if algorithm == "oracle" else drawn)
