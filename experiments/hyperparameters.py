@@ -691,9 +691,7 @@ def run(config: Config) -> dict[str, Any]:
             )
             return -float(found.mean[0])
 
-        start = time.perf_counter()
         trained = common.train(run_dir, config, learner, sampler, validate=validate)
-        learn_seconds = time.perf_counter() - start
         protocol = {
             "training": config.num_training,
             "heldout": config.num_heldout,
@@ -710,7 +708,7 @@ def run(config: Config) -> dict[str, Any]:
             config,
             trained,
             protocol,
-            lambda: compare(config, learner, trained.params, learn_seconds, digits),
+            lambda: compare(config, learner, trained.params, sum(trained.seconds.values()), digits),
         )
         if jax.process_index() == 0:
             figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import cli, domains, figures, omniglot, published, runs, sinusoid
+from experiments import cli, domains, figures, hyperparameters, omniglot, published, runs, sinusoid
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "GUIDE.md")
@@ -184,6 +184,18 @@ def domain_table(results: list[dict]) -> str:
     return markdown_table(["data", "held out", *map(figures.title, names), "meta-steps", "seeds"], rows)
 
 
+def hyperparameter_table(results: list[dict]) -> str:
+    """The loss of every way to choose hyperparameters, the best on the test digits first."""
+    rows = []
+    for result in results:
+        methods = result["methods"]
+        for name in sorted(methods, key=lambda name: methods[name]["test_loss"]["mean"] or float("inf")):
+            method = methods[name]
+            losses = (runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss"))
+            rows.append([name, *losses, runs.format_mean(**method["test_accuracy"], scale=100), str(method["runs"])])
+    return markdown_table(["", "held-out loss", "test loss", "test accuracy, %", "training runs"], rows)
+
+
 def _seeds(by_algorithm: dict[str, list[dict]]) -> str:
     counts = sorted({len(group) for group in by_algorithm.values()})
     return " or ".join(map(str, counts))
@@ -235,6 +247,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "omniglot-budget": omniglot_table([result for result in of["omniglot"] if has_smaller_budget(result)]),
         "omniglot-variations": omniglot_table([result for result in of["omniglot"] if variation(result)]),
         "domains": domain_table(of["domains"]),
+        "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -254,6 +267,12 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
         f"{sections['domains']}\n\n"
+        "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
+        "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
+        "hyperparameters are chosen by the held-out loss, and the test digits were never chosen with. A run with its "
+        "hypergradient takes several times the operations of one without, so equal runs are not equal cost.\n\n"
+        f"{sections['hyperparameters']}\n\n![the learned schedules](figures/hyperparameters.png)\n\n"
+        "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
         f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'] + of['domains'])}\n"
     )
     if of["sinusoid"]:
@@ -265,6 +284,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
                 first["evaluations"]
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+    for result in of["hyperparameters"]:
+        hyperparameters.draw_schedules(report.parent / "figures" / "hyperparameters.png", result)
+        hyperparameters.draw_memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
     if shown := [result for result in of["omniglot"] if has_smaller_budget(result)]:
         steps = statistics.mode(result["meta_steps"] for result in shown)
         equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and r["config"]["way"] == 5}

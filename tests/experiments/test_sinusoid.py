@@ -31,7 +31,7 @@ def config_of(algorithm, **settings):
 
 
 # The conformance tests try every algorithm; these have parameters and tests of different kinds.
-@pytest.mark.parametrize("algorithm", ["maml", "maml++", "pretrained", "oracle"])
+@pytest.mark.parametrize("algorithm", ["maml", "meta-sgd", "pretrained", "oracle"])
 def test_an_algorithm_runs_and_reports_every_step(algorithm, tmp_path):
     config = config_of(algorithm, inner_lr_grid=(1e-3, 1e-2), run_dir=tmp_path, **TINY)
     results = sinusoid.run(config)
