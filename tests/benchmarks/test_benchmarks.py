@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import breakdown, common, devices, memory, meta_step, orders, peers, report, sinusoid
+from benchmarks import breakdown, common, devices, memory, meta_step, methods, orders, peers, report, sinusoid
 from maml_jax import Batch, Episode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import Conv
@@ -293,6 +293,15 @@ def test_orders_without_omniglot_say_how_to_go_on(monkeypatch):
     monkeypatch.setattr(orders.omniglot, "load", missing)
     with pytest.raises(orders.RunError, match="--workload sinusoid"):
         orders.workload("omniglot", orders.Config())
+
+
+def test_methods_run(quick, tmp_path):
+    methods.run(methods.Config(**quick, methods=("maml", "anil"), num_tasks=1))
+    rows = {row["method"]: row for row in result_of("methods", tmp_path)["rows"]}
+    assert list(rows) == ["fomaml", "maml", "anil"]
+    assert rows["fomaml"]["times_fomaml"].median == rows["fomaml"]["flops_times_fomaml"] == 1
+    # A step of the last layer alone has no backward pass through the convolutions in its inner loop.
+    assert rows["fomaml"]["flops"] < rows["anil"]["flops"] < rows["maml"]["flops"]
 
 
 def test_kinds_of_operations():
