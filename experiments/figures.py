@@ -12,6 +12,8 @@ import numpy as np
 
 from maml_jax import CATALOGUE
 
+MARKERS = "osD^v<>pP*X"
+
 
 def title(algorithm: str) -> str:
     """The name of an algorithm in tables and figures."""
@@ -66,7 +68,9 @@ def predictions(file: Path, curves: dict[str, list[dict]]) -> None:
 
 
 def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
-    """Squared error against inner steps, a panel for every number of support points.
+    """Median squared error against inner steps, a panel for every number of support points.
+
+    The median and not the mean, because one diverged task makes a mean meaningless.
 
     Args:
       file: the PNG to write.
@@ -74,18 +78,22 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     """
     shots = [evaluation["shot"] for evaluation in next(iter(evaluations.values()))]
     figure, row = plt.subplots(
-        1, len(shots), figsize=(4.5 * len(shots), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1, len(shots), figsize=(2.5 + 4.5 * len(shots), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, shot in zip(row[0], shots, strict=True):
-        for label, of_label in evaluations.items():
+        for index, (label, of_label) in enumerate(evaluations.items()):
             mse = next(e for e in of_label if e["shot"] == shot)["metrics"]["mse"]
-            mean, ci = np.asarray(mse["mean"], float), np.asarray(mse["ci95"], float)
-            axes.plot(mean, marker="o", markersize=4, label=title(label))
-            axes.fill_between(range(len(mean)), mean - ci, mean + ci, alpha=0.2)
-        axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", ylim=(0, None))
+            axes.plot(
+                np.asarray(mse["median"], float),
+                marker=MARKERS[index % len(MARKERS)],
+                color=plt.get_cmap("tab20")(index % 20),
+                markersize=4,
+                label=title(label),
+            )
+        axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", yscale="log", ylim=(1e-3, 10))
         axes.grid(alpha=0.3)
-    row[0][0].set_ylabel("mean squared error on new points")
-    row[0][-1].legend()
+    row[0][0].set_ylabel("median squared error on new points")
+    figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     _save(figure, file)
 
 
@@ -97,10 +105,9 @@ def accuracy(file: Path, results: dict[str, dict]) -> None:
       results: by algorithm, the content of its results.json.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
-    markers = iter("osD^v<>pP*X" * 2)
-    for algorithm, result in results.items():
+    for index, (algorithm, result) in enumerate(results.items()):
         mean, ci = (100 * np.asarray(result["metrics"]["accuracy"][name], float) for name in ("mean", "ci95"))
-        marker = next(markers)
+        marker = MARKERS[index % len(MARKERS)]
         shown = np.arange(min(len(mean), 17))
         line = left.plot(shown, mean[shown], marker=marker, markersize=4, label=title(algorithm))[0]
         minutes = result["seconds"]["train"] / 60

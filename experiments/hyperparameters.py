@@ -148,6 +148,16 @@ class Config:
             raise ValueError(f"--log-every {self.log_every} does not divide --val-every {self.val_every}")
 
 
+METHODS = {"hypergradient": Config()}
+
+
+def with_paper_defaults(config: Config) -> Config:
+    """Fills in what depends on other settings."""
+    if config.run_dir is not None:
+        return config
+    return dataclasses.replace(config, run_dir=Path(f"runs/hyperparameters-{config.seed}"))
+
+
 class Hyperparameters(NamedTuple):
     """What is learned; any real number is allowed everywhere.
 
@@ -674,8 +684,7 @@ def memory(config: Config, layers: Sequence[str], episode: Episode) -> list[dict
 
 def run(config: Config) -> dict[str, Any]:
     """Learns the hyperparameters, compares them with others, and returns the content of results.json."""
-    if config.run_dir is None:
-        config = dataclasses.replace(config, run_dir=Path(f"runs/hyperparameters-{config.seed}"))
+    config = with_paper_defaults(config)
     digits = load_digits(config)
     with runs.open_run(config.run_dir, config) as run_dir:
         learner, sampler = make_learner(config), make_sampler(digits["training"], digits["heldout"])
@@ -810,4 +819,4 @@ def _figure(file: Path, columns: int) -> Iterator[Sequence[Any]]:
 
 
 if __name__ == "__main__":
-    main(Config, run, __doc__)
+    main(METHODS, run, __doc__, about={"hypergradient": "Learns all of them (Maclaurin et al., 2015)."})

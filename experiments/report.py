@@ -44,7 +44,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     return file
 
 
-EXPERIMENTS = {"omniglot": omniglot, "sinusoid": sinusoid, "domains": domains}
+EXPERIMENTS = {"sinusoid": sinusoid, "omniglot": omniglot, "domains": domains, "hyperparameters": hyperparameters}
 
 
 def changed_flags(results: dict) -> list[str]:
@@ -86,7 +86,7 @@ def by_command(results: list[dict]) -> dict[str, list[dict]]:
 
 def _order(result: dict) -> tuple:
     names, config = list(EXPERIMENTS[result["experiment"]].METHODS), result["config"]
-    where = config.get("way", 0), config.get("data", ""), config.get("held_out", ""), config["shot"]
+    where = config.get("way", 0), config.get("data", ""), config.get("held_out", ""), config.get("shot", 0)
     return names.index(result["algorithm"]), *where, str(config.get("inner_lr"))
 
 
@@ -228,7 +228,7 @@ def details(results: list[dict]) -> str:
             f"`{line}`\n\n- seeds {', '.join(str(result['seed']) for result in group)}; {first['device']}; {versions}\n"
             f"- seconds of the first: {', '.join(f'{k} {v:.0f}' for k, v in first['seconds'].items())}\n"
             f"- protocol: {', '.join(f'{k} {v}' for k, v in first['protocol'].items())}\n"
-            f"- {name} after 0, 1, ... inner steps, first seed: "
+            f"- {name}, after 0, 1, ... inner steps if there are several, first seed: "
             + ", ".join(runs.format_mean(mean, digits=4) for mean in first["metrics"][name]["mean"])
         )
     return "\n\n".join(parts)
@@ -273,7 +273,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "hypergradient takes several times the operations of one without, so equal runs are not equal cost.\n\n"
         f"{sections['hyperparameters']}\n\n![the learned schedules](figures/hyperparameters.png)\n\n"
         "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
-        f"## How each was made\n\n{details(of['sinusoid'] + of['omniglot'] + of['domains'])}\n"
+        f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
     )
     if of["sinusoid"]:
         curves = {}
