@@ -203,7 +203,10 @@ def _is_jaxpr(value: Any) -> bool:
 
 
 def _count_scan(eqn: Any, outputs: list[bool]) -> tuple[int, list[bool]]:
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    if "num_consts" in eqn.params:
+        num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    else:  # from jax 0.12 on
+        num_consts, num_carry, _ = map(len, eqn.params["ft_in"].unpack())
     carry, stacked = outputs[:num_carry], outputs[num_carry:]
     while True:  # An iteration must also compute what the next one needs of the carry.
         flops, inputs = _count(eqn.params["jaxpr"], carry + stacked)
