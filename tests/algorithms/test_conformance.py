@@ -187,7 +187,7 @@ def test_the_same_shapes_are_not_traced_twice(name, num_devices):
 
 @EVERY_ALGORITHM
 def test_one_device_and_two_take_the_same_path(name):
-    learner, optimizer = build(name, models.mlp(features=(8, 1), activation=jnp.tanh)), optax.adam(1e-2)
+    learner, optimizer = build(name, affine_model(Affine)), optax.adam(1e-2)
 
     def results(num_devices):
         mesh = mesh_of(num_devices)
