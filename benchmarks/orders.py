@@ -491,7 +491,7 @@ def _draw_column(column: Sequence[Any], name: str, found: dict[str, Any]) -> Non
     cosine.plot([], [], color="grey", linestyle=":", label="exact, other tasks")
     cosine.set(xlabel="meta-steps", ylabel="cosine of first order\nand exact meta-gradient", ylim=(None, 1.03))
     scores.legend()
-    cosine.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(steps) + 1, frameon=False)
+    cosine.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, frameon=False)
     for axes in column:
         axes.grid(alpha=0.3)
 
