@@ -141,7 +141,7 @@ def erm(model: Model, loss_fn: LossFn) -> MetaLearner:
 
 @dataclasses.dataclass(frozen=True)
 class DomainSplits:
-    """Hyperparameters of MLDG. The defaults are those of the code of Li et al. for PACS."""
+    """Hyperparameters of MLDG."""
 
     inner_lr: float = 0.5
     """Rate of the gradient step on the meta-train domains, for a loss that is a mean over the batch."""
