@@ -43,7 +43,7 @@ def test_without_its_parts_it_is_maml(x64):
     plain = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=3)
     meta_params = ours.init(jax.random.key(0), episode.support.inputs)
     grads = gradient(ours, meta_params, episode)
-    chex.assert_trees_all_close(grads["params"], gradient(plain, meta_params["params"], episode), rtol=1e-6)
+    chex.assert_trees_all_close(grads["params"], gradient(plain, meta_params["params"], episode), rtol=1e-12)
     chex.assert_trees_all_equal(grads["rates"], jnp.zeros(3))
 
 
@@ -61,7 +61,7 @@ def test_rates_of_each_step_on_linear_regression(x64, inner_grad):
         of_rates.append(-support.gradient(phi) @ after)
         after = (jnp.eye(4) - rate * support.hessian) @ after
     grads = gradient(learner, {"params": phis[0], "rates": RATES.astype(jnp.float64)}, episode)
-    chex.assert_trees_all_close(grads, {"params": after, "rates": jnp.stack(of_rates[::-1])}, rtol=1e-6)
+    chex.assert_trees_all_close(grads, {"params": after, "rates": jnp.stack(of_rates[::-1])}, rtol=1e-12)
 
 
 def test_the_objective_is_the_weighted_sum_of_the_losses_of_the_steps(x64):
@@ -74,7 +74,7 @@ def test_the_objective_is_the_weighted_sum_of_the_losses_of_the_steps(x64):
         phi = phi - rate * Quadratic.of(episode.support).gradient(phi)
         expected += weight * half_mse(linear_model.apply(phi, episode.query.inputs), episode.query.targets)
     loss, info = learner.objective(meta_params, episode)
-    chex.assert_trees_all_close(loss, expected, rtol=1e-6)
+    chex.assert_trees_all_close(loss, expected, rtol=1e-12)
     chex.assert_shape(info.observed, (4,))
     check_grads(lambda p: learner.objective(p, episode)[0], (meta_params,), order=1, modes=["rev"])
 
@@ -106,9 +106,9 @@ def test_each_step_has_parameters_of_its_own(x64):
         return half_mse(scales[2] * (episode.query.inputs @ w), episode.query.targets)
 
     loss, _ = learner.objective(meta_params, episode)
-    chex.assert_trees_all_close(loss, by_hand(meta_params["params"]["scale"]), rtol=1e-6)
+    chex.assert_trees_all_close(loss, by_hand(meta_params["params"]["scale"]), rtol=1e-12)
     grads = gradient(learner, meta_params, episode)["params"]["scale"]
-    chex.assert_trees_all_close(grads, jax.grad(by_hand)(meta_params["params"]["scale"]), rtol=1e-6)
+    chex.assert_trees_all_close(grads, jax.grad(by_hand)(meta_params["params"]["scale"]), rtol=1e-12)
     assert jnp.all(grads != 0)
 
 

@@ -26,7 +26,7 @@ def test_meta_gradient_on_linear_regression(x64, inner_grad):
         "params": outer - ALPHA * support.hessian @ matrix.T @ outer,
         "curvature": [-ALPHA * jnp.outer(outer, support.gradient(theta))],
     }
-    chex.assert_trees_all_close(grads, expected, rtol=1e-10)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-12)
 
 
 def test_with_identities_it_is_maml():
@@ -50,7 +50,7 @@ def test_a_kernel_is_multiplied_along_each_axis(x64):
     matrices = [jax.random.normal(key, (size, size)) for key, size in zip(keys[1:], (6, 4, 5), strict=True)]
     updates, _ = transformed({"kernel": matrices}).update({"kernel": kernel}, optax.EmptyState(), None)
     expected = jnp.einsum("ap,bi,co,pio->abc", *matrices, kernel.reshape(6, 4, 5)).reshape(kernel.shape)
-    chex.assert_trees_all_close(updates["kernel"], expected, rtol=1e-10)
+    chex.assert_trees_all_close(updates["kernel"], expected, rtol=1e-12)
 
 
 def test_finite_differences(x64):

@@ -23,7 +23,7 @@ def test_meta_gradient_on_linear_regression(x64, inner_grad):
     outer = query.gradient(THETA - RATES * support.gradient(THETA))
     second = 0.0 if inner_grad is first_order else support.hessian @ (RATES * outer)
     expected = {"params": outer - second, "rates": -support.gradient(THETA) * outer}
-    chex.assert_trees_all_close(grads, expected, rtol=1e-6)
+    chex.assert_trees_all_close(grads, expected, rtol=1e-12)
 
 
 def test_with_equal_rates_it_is_maml(x64):

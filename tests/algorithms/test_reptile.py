@@ -79,7 +79,7 @@ def test_each_inner_step_takes_its_mini_batch(x64):
         phi = Quadratic.of(jax.tree.map(lambda x, k=step: x[k], batches)).descend_once(phi, ALPHA)
     chex.assert_trees_all_close(learner.adapt(theta, episode.support, key=key)[0], phi, rtol=1e-10)
     grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode._replace(key=key))
-    chex.assert_trees_all_close(grad, theta - phi, rtol=1e-8)
+    chex.assert_trees_all_close(grad, theta - phi, rtol=1e-12)
 
 
 def test_a_support_set_that_fits_into_a_mini_batch_needs_no_key():
