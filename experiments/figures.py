@@ -142,3 +142,58 @@ def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
         right.plot([r["step"] for r in validated], [r["val"] for r in validated], "C1.-", label="validation")
         right.set_ylabel("validation accuracy", color="C1")
     _save(figure, file)
+
+
+def schedules(file: Path, methods: dict[str, dict]) -> None:
+    """The rates and the momentum of every step of a training run, and the losses after it.
+
+    Args:
+      file: the PNG to write.
+      methods: by name, the "methods" of a result of `experiments.hyperparameters`.
+    """
+    names = [name for name in methods if name != "before learning"]
+    figure, (rates, momenta, scores) = plt.subplots(1, 3, figsize=(15, 4), layout="constrained")
+    for index, name in enumerate(names):
+        for layer, dashes in zip(methods[name]["hyperparameters"]["log_rates"], ("-", "--", ":", "-."), strict=False):
+            values = np.exp(methods[name]["hyperparameters"]["log_rates"][layer])
+            is_same_in_all = name in ("constant rate", "linear decay")
+            if is_same_in_all and dashes != "-":
+                continue
+            label = name if is_same_in_all else f"{name}, {layer}"
+            rates.plot(values, f"C{index}", linestyle=dashes, label=label, linewidth=1)
+        momentum = 1 / (1 + np.exp(-np.asarray(methods[name]["hyperparameters"]["momentum_logits"])))
+        momenta.plot(momentum, f"C{index}", label=name, linewidth=1)
+    rates.set(xlabel="mini-batch", ylabel="learning rate", yscale="log")
+    momenta.set(xlabel="mini-batch", ylabel="momentum", ylim=(-0.03, 1.03))
+    rates.legend(fontsize="small")
+    for index, name in enumerate(names):
+        found = methods[name]
+        for metric, filled in (("heldout_loss", "none"), ("test_loss", f"C{index}")):
+            mean, ci95 = found[metric]["mean"], found[metric]["ci95"]
+            if mean is not None:
+                scores.errorbar(
+                    mean, -index, xerr=ci95, color=f"C{index}", marker="o", capsize=3, markerfacecolor=filled
+                )
+    scores.set_yticks([-index for index in range(len(names))], names)
+    scores.set(xlabel="loss, nats per digit: held out (hollow), test (filled)")
+    for axes in (rates, momenta, scores):
+        axes.grid(alpha=0.3)
+    _save(figure, file)
+
+
+def memory(file: Path, rows: list[dict]) -> None:
+    """The memory of a hypergradient against the length of the training run.
+
+    Args:
+      file: the PNG to write.
+      rows: the "memory" of a result of `experiments.hyperparameters`.
+    """
+    figure, axes = plt.subplots(figsize=(5, 4), layout="constrained")
+    for way in dict.fromkeys(row["way"] for row in rows):
+        points = [(row["inner_steps"], row["temporary_bytes"] / 1e6) for row in rows if row["way"] == way]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=way)
+    axes.set(xlabel="mini-batches", ylabel="temporaries, MB", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    _save(figure, file)

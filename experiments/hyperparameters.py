@@ -18,30 +18,28 @@ Maclaurin, Duvenaud and Adams, 2015, Gradient-based hyperparameter optimization 
 https://arxiv.org/abs/1502.03492
 """
 
-import contextlib
 import dataclasses
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import tyro
-from matplotlib.figure import Figure
 from rich.table import Table
 
 from experiments import common, figures, runs
 from experiments.cli import Precision, flag, main
 from experiments.runs import RunError, console
-from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, inner_loop, losses, mixed_mode, models
+from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
+from maml_jax.algorithms.hypergradient import Hyperparameters, check_segments, default_segments
 from maml_jax.cost import count_flops, temporary_bytes
 from maml_jax.parallel import each_task
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, PRNGKey, SampleEpisodeFn, check_integer
+from maml_jax.types import PRNGKey, SampleEpisodeFn, check_integer
 
 FILE = "mnist_t10k.npz"
 """The digits: `images` uint8 [10000, 28, 28] and `labels` [10000], the test set of MNIST."""
@@ -133,17 +131,7 @@ class Config:
             raise ValueError(
                 f"--batch-size {self.batch_size} exceeds --num-training {self.num_training}; choose a smaller one"
             )
-        if self.truncation is not None and self.truncation > self.num_inner_steps:
-            raise ValueError(
-                f"--truncation {self.truncation} exceeds --num-inner-steps {self.num_inner_steps}; leave it out to "
-                "differentiate all steps"
-            )
-        steps = self.truncation or self.num_inner_steps
-        if self.num_segments is not None and steps % self.num_segments:
-            raise ValueError(
-                f"--num-segments {self.num_segments} does not divide the {steps} differentiated steps; choose a "
-                f"divisor, such as {default_segments(steps)}"
-            )
+        check_segments(self.num_inner_steps, self.num_segments or 1, self.truncation)
         if self.val_every % self.log_every:
             raise ValueError(f"--log-every {self.log_every} does not divide --val-every {self.val_every}")
 
@@ -156,233 +144,6 @@ def with_paper_defaults(config: Config) -> Config:
     if config.run_dir is not None:
         return config
     return dataclasses.replace(config, run_dir=Path(f"runs/hyperparameters-{config.seed}"))
-
-
-class Hyperparameters(NamedTuple):
-    """What is learned; any real number is allowed everywhere.
-
-    Attributes:
-      log_rates: by layer, [K], the logarithm of the learning rate of every step.
-      momentum_logits: [K], the logit of the momentum of every step.
-      log_l2: by layer, the logarithm of the strength of the L2 penalty.
-    """
-
-    log_rates: dict[str, jax.Array]
-    momentum_logits: jax.Array
-    log_l2: dict[str, jax.Array]
-
-
-class Weights(NamedTuple):
-    """What the inner loop adapts.
-
-    Attributes:
-      network: w, the parameters of the network, a dictionary of layers.
-      velocity: v, a running mean of negative gradients, like `network`.
-    """
-
-    network: dict[str, ArrayTree]
-    velocity: dict[str, ArrayTree]
-
-
-class Steps(NamedTuple):
-    """Mini-batches and hyperparameters of some of the steps of a training run, leaves [K, ...].
-
-    Attributes:
-      chosen: int [K, B], the examples of every mini-batch.
-      rates: α, by layer.
-      momentum: γ.
-      l2: the strengths of the penalty, by layer.
-    """
-
-    chosen: jax.Array
-    rates: dict[str, jax.Array]
-    momentum: jax.Array
-    l2: dict[str, jax.Array]
-
-
-class RunInfo(NamedTuple):
-    """What happened in a training run.
-
-    Attributes:
-      support_loss: [K], the loss of every mini-batch before its step, with the penalty.
-      accuracy: on the query set, after the last step.
-    """
-
-    support_loss: jax.Array
-    accuracy: jax.Array
-
-
-class RuleState(NamedTuple):
-    """The number of steps that the rule has taken."""
-
-    count: jax.Array
-
-
-def scheduled_descent(steps: Steps) -> optax.GradientTransformation:
-    """Gradient descent with momentum whose numbers are those of each step.
-
-    v ← γ_k v − (1 − γ_k) g, then w ← w + α_k v with the rate of the layer. The parameters of the rule are `Weights`:
-    the velocity is one of them, so that the next segment of a training run goes on with it.
-
-    References:
-      Maclaurin et al., 2015, Algorithm 1.
-    """
-
-    def init(params: Weights) -> RuleState:
-        return RuleState(jnp.zeros((), jnp.int32))
-
-    def update(grads: Weights, state: RuleState, params: Weights) -> tuple[Weights, RuleState]:
-        momentum, rates = jax.tree.map(lambda x: x[state.count], (steps.momentum, steps.rates))
-        velocity = jax.tree.map(lambda v, g: momentum * v - (1 - momentum) * g, params.velocity, grads.network)
-        change = {name: jax.tree.map(lambda v, rate=rates[name]: rate * v, velocity[name]) for name in velocity}
-        return Weights(change, jax.tree.map(jnp.subtract, velocity, params.velocity)), RuleState(state.count + 1)
-
-    return optax.GradientTransformation(init, update)
-
-
-def training_run(
-    model: Model,
-    loss_fn: LossFn,
-    hyperparameters: Hyperparameters,
-    network: dict[str, ArrayTree],
-    training_set: Batch,
-    chosen: jax.Array,
-    *,
-    num_segments: int = 1,
-    truncation: int | None = None,
-    inner_grad: InnerGradFn = mixed_mode,
-) -> tuple[dict[str, ArrayTree], jax.Array]:
-    """Trains a network, differentiably with respect to its hyperparameters.
-
-    Args:
-      model: the network.
-      loss_fn: `(outputs, targets) -> scalar`. Half the squared norm of the parameters of a layer, times the strength
-        of the layer, is added to it.
-      hyperparameters: those of K steps.
-      network: where the run starts, a dictionary of layers.
-      training_set: inputs and targets [S, ...].
-      chosen: int [K, B], the examples of every mini-batch.
-      num_segments: the number of parts into which the differentiated steps are divided; it divides their number.
-        Only the state at the beginning of each is stored, and the part is computed again when it is differentiated.
-      truncation: the number of last steps that are differentiated; None for all.
-      inner_grad: how the gradient of a mini-batch is differentiated.
-
-    Returns:
-      The trained network, and the loss of every mini-batch [K].
-    """
-
-    def mini_batch_loss(weights: Weights, training_set: Batch, step: Steps) -> jax.Array:
-        inputs, targets = jax.tree.map(lambda x: x[step.chosen], training_set)
-        norms = {name: optax.tree.norm(layer, squared=True) for name, layer in weights.network.items()}
-        return loss_fn(model.apply(weights.network, inputs), targets) + 0.5 * optax.tree.vdot(step.l2, norms)
-
-    def segment(weights: Weights, steps: Steps) -> tuple[Weights, jax.Array]:
-        weights, info = inner_loop(
-            mini_batch_loss,
-            scheduled_descent(steps),
-            weights,
-            training_set,
-            num_steps=len(steps.chosen),
-            per_step=steps,
-            inner_grad=inner_grad,
-        )
-        return weights, info.support_loss
-
-    num_steps = len(chosen)
-    steps = Steps(
-        chosen,
-        jax.tree.map(jnp.exp, hyperparameters.log_rates),
-        jax.nn.sigmoid(hyperparameters.momentum_logits),
-        jax.tree.map(lambda x: jnp.broadcast_to(jnp.exp(x), (num_steps,)), hyperparameters.log_l2),
-    )
-    weights, num_constant = Weights(network, jax.tree.map(jnp.zeros_like, network)), 0
-    found = []
-    if truncation is not None and truncation < num_steps:
-        num_constant = num_steps - truncation
-        before = jax.tree.map(lambda x: jax.lax.stop_gradient(x[:num_constant]), steps)
-        weights, support_loss = jax.lax.stop_gradient(segment(weights, before))
-        found.append(support_loss)
-    steps = jax.tree.map(lambda x: x[num_constant:], steps)
-    if num_segments == 1:
-        weights, support_loss = segment(weights, steps)
-    else:
-        steps = jax.tree.map(lambda x: x.reshape(num_segments, -1, *x.shape[1:]), steps)
-        weights, support_loss = jax.lax.scan(jax.checkpoint(segment), weights, steps)
-    return weights.network, jnp.concatenate([*found, support_loss.reshape(-1)])
-
-
-def mini_batches(key: PRNGKey, num_examples: int, num_steps: int, batch_size: int) -> jax.Array:
-    """Passes through a training set, each in another order; what is left at the end of a pass is not used.
-
-    Returns:
-      int32 [num_steps, batch_size], indices of examples.
-    """
-    per_pass = num_examples // batch_size
-    keys = jax.random.split(key, -(-num_steps // per_pass))
-    orders = jax.vmap(lambda key: jax.random.permutation(key, num_examples)[: per_pass * batch_size])(keys)
-    return orders.reshape(-1, batch_size)[:num_steps]
-
-
-def hypergradient_learner(
-    model: Model,
-    *,
-    initial: Callable[[Sequence[str]], Hyperparameters],
-    num_inner_steps: int,
-    batch_size: int,
-    num_segments: int = 1,
-    truncation: int | None = None,
-    inner_grad: InnerGradFn = mixed_mode,
-) -> MetaLearner:
-    """A learner whose meta-parameters are the hyperparameters of a training run.
-
-    The objective is the loss of the query set after the run. The key of the episode gives the initial weights and the
-    order of the mini-batches.
-
-    Args:
-      model: the network; its parameters are a dictionary of layers.
-      initial: `(names of the layers) -> Hyperparameters`, before the first meta-step.
-      num_inner_steps: K, the mini-batches of a run.
-      batch_size: B, their size.
-      num_segments: see `training_run`.
-      truncation: see `training_run`.
-      inner_grad: see `training_run`.
-
-    Returns:
-      A `MetaLearner`. `adapt` needs a key and gives the trained network and the loss of every mini-batch.
-    """
-
-    def init(key, inputs):
-        return initial(sorted(jax.eval_shape(model.init, key, inputs)))
-
-    def adapt(hyperparameters, support, *, key=None, observe_fn=None):
-        if key is None or observe_fn is not None:
-            raise ValueError("a training run needs a key for its weights and mini-batches, and takes no observe_fn")
-        weight_key, order_key = jax.random.split(key)
-        return training_run(
-            model,
-            losses.cross_entropy,
-            hyperparameters,
-            model.init(weight_key, support.inputs[:1]),
-            support,
-            mini_batches(order_key, len(support.inputs), num_inner_steps, batch_size),
-            num_segments=num_segments,
-            truncation=truncation,
-            inner_grad=inner_grad,
-        )
-
-    def objective(hyperparameters, episode):
-        network, support_loss = adapt(hyperparameters, episode.support, key=episode.key)
-        outputs = model.apply(network, episode.query.inputs)
-        accuracy = losses.accuracy(outputs, episode.query.targets)
-        return losses.cross_entropy(outputs, episode.query.targets), RunInfo(support_loss, accuracy)
-
-    return MetaLearner(init, adapt, model.apply, objective)
-
-
-def default_segments(num_steps: int) -> int:
-    """The divisor of `num_steps` that is nearest to its square root."""
-    divisors = [n for n in range(1, num_steps + 1) if num_steps % n == 0]
-    return min(divisors, key=lambda n: abs(n - math.sqrt(num_steps)))
 
 
 # Schedules that are not learned
@@ -538,8 +299,10 @@ def make_learner(config: Config, **changes: Any) -> MetaLearner:
         "num_segments": config.num_segments or default_segments(differentiated),
         "truncation": config.truncation,
     } | changes
-    return hypergradient_learner(
+    return hypergradient(
         digits_model(config.hidden),
+        losses.cross_entropy,
+        metric_fn=losses.accuracy,
         initial=lambda layers: jax.tree.map(
             jnp.asarray,
             constant(
@@ -602,7 +365,7 @@ def _split(evaluation: Any) -> tuple[dict[str, float], dict[str, float]]:
     (loss, info), (loss_ci95, info_ci95) = evaluation.mean, evaluation.ci95
     return (
         {"mean": float(loss), "ci95": float(loss_ci95)},
-        {"mean": float(info.accuracy), "ci95": float(info_ci95.accuracy)},
+        {"mean": float(info.metric), "ci95": float(info_ci95.metric)},
     )
 
 
@@ -721,8 +484,8 @@ def run(config: Config) -> dict[str, Any]:
         )
         if jax.process_index() == 0:
             figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
-            draw_schedules(run_dir / "figures" / "schedules.png", results)
-            draw_memory(run_dir / "figures" / "memory.png", results["memory"])
+            figures.schedules(run_dir / "figures" / "schedules.png", results["methods"])
+            figures.memory(run_dir / "figures" / "memory.png", results["memory"])
     show(results)
     return results
 
@@ -763,59 +526,6 @@ def show(results: dict[str, Any]) -> None:
         for steps in dict.fromkeys(steps for steps, _ in by):
             table.add_row(str(steps), *(f"{by[steps, way]:.1f}" for way in WAYS))
         console.print(table)
-
-
-def draw_schedules(file: Path, results: dict[str, Any]) -> None:
-    """Plots the rates and the momentum of every step: learned, and those of the other methods."""
-    methods = {name: found["hyperparameters"] for name, found in results["methods"].items()}
-    names = [name for name in methods if name != "before learning"]
-    with _figure(file, columns=3) as (rates, momenta, scores):
-        for index, name in enumerate(names):
-            for layer, dashes in zip(methods[name]["log_rates"], ("-", "--", ":", "-."), strict=False):
-                values = np.exp(methods[name]["log_rates"][layer])
-                is_same_in_all = name in ("constant rate", "linear decay")
-                if is_same_in_all and dashes != "-":
-                    continue
-                label = name if is_same_in_all else f"{name}, {layer}"
-                rates.plot(values, f"C{index}", linestyle=dashes, label=label, linewidth=1)
-            momentum = 1 / (1 + np.exp(-np.asarray(methods[name]["momentum_logits"])))
-            momenta.plot(momentum, f"C{index}", label=name, linewidth=1)
-        rates.set(xlabel="mini-batch", ylabel="learning rate", yscale="log")
-        momenta.set(xlabel="mini-batch", ylabel="momentum", ylim=(-0.03, 1.03))
-        rates.legend(fontsize="small")
-        for index, name in enumerate(names):
-            found = results["methods"][name]
-            for metric, filled in (("heldout_loss", "none"), ("test_loss", f"C{index}")):
-                mean, ci95 = found[metric]["mean"], found[metric]["ci95"]
-                if mean is not None:
-                    scores.errorbar(
-                        mean, -index, xerr=ci95, color=f"C{index}", marker="o", capsize=3, markerfacecolor=filled
-                    )
-        scores.set_yticks([-index for index in range(len(names))], names)
-        scores.set(xlabel="loss, nats per digit: held out (hollow), test (filled)")
-
-
-def draw_memory(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Plots the memory of a hypergradient against the length of the training run."""
-    with _figure(file, columns=1) as (axes,):
-        for way in WAYS:
-            points = [(row["inner_steps"], row["temporary_bytes"] / 1e6) for row in rows if row["way"] == way]
-            if points:
-                axes.plot(*zip(*points, strict=True), marker="o", label=way)
-        axes.set(xlabel="mini-batches", ylabel="temporaries, MB", yscale="log")
-        axes.legend()
-
-
-@contextlib.contextmanager
-def _figure(file: Path, columns: int) -> Iterator[Sequence[Any]]:
-    """Yields axes beside each other, and writes them."""
-    drawing = Figure(figsize=(5 * columns, 4), layout="constrained")
-    axes = drawing.subplots(1, columns, squeeze=False)[0]
-    for each in axes:
-        each.grid(alpha=0.3)
-    yield axes
-    file.parent.mkdir(parents=True, exist_ok=True)
-    drawing.savefig(file, dpi=120)
 
 
 if __name__ == "__main__":

@@ -285,8 +285,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
     for result in of["hyperparameters"]:
-        hyperparameters.draw_schedules(report.parent / "figures" / "hyperparameters.png", result)
-        hyperparameters.draw_memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
+        figures.schedules(report.parent / "figures" / "hyperparameters.png", result["methods"])
+        figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
     if shown := [result for result in of["omniglot"] if has_smaller_budget(result)]:
         steps = statistics.mode(result["meta_steps"] for result in shown)
         equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and r["config"]["way"] == 5}

@@ -24,6 +24,7 @@ from maml_jax.algorithms import cavia as cavia
 from maml_jax.algorithms import ensemble as ensemble
 from maml_jax.algorithms import erm as erm
 from maml_jax.algorithms import fomaml as fomaml
+from maml_jax.algorithms import hypergradient as hypergradient
 from maml_jax.algorithms import imaml as imaml
 from maml_jax.algorithms import maml as maml
 from maml_jax.algorithms import maml_plus_plus as maml_plus_plus
@@ -95,6 +96,7 @@ __all__ = [
     "fomaml",
     "gradient_based",
     "gradient_step",
+    "hypergradient",
     "imaml",
     "init_meta_state",
     "inner_loop",

@@ -8,6 +8,7 @@ from maml_jax.algorithms.catalogue import Problem as Problem
 from maml_jax.algorithms.cavia import ContextDescent as ContextDescent
 from maml_jax.algorithms.cavia import cavia as cavia
 from maml_jax.algorithms.cavia import with_context as with_context
+from maml_jax.algorithms.hypergradient import hypergradient as hypergradient
 from maml_jax.algorithms.imaml import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms.imaml import imaml as imaml
 from maml_jax.algorithms.maml import InnerDescent as InnerDescent
@@ -46,6 +47,7 @@ __all__ = [
     "ensemble",
     "erm",
     "fomaml",
+    "hypergradient",
     "imaml",
     "maml",
     "maml_plus_plus",

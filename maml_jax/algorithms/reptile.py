@@ -17,8 +17,8 @@ import optax
 
 from maml_jax.algorithms.maml import InnerDescent
 from maml_jax.inner.gradients import first_order
-from maml_jax.inner.learner import step_keys
 from maml_jax.inner.loop import inner_loop
+from maml_jax.inner.steps import mini_batches, step_keys
 from maml_jax.types import (
     Batch,
     LossFn,
@@ -99,7 +99,7 @@ def reptile(
             first = jax.eval_shape(lambda params: inner_optimizer.init(select(params, where)[0]), meta_params["params"])
             state = jax.tree.map(lambda x, like: x.astype(like.dtype), meta_params["inner_state"], first)
             params = meta_params["params"]
-        batches = mini_batches(support, batch_size, num_inner_steps, key)
+        batches = _draw_batches(support, batch_size, num_inner_steps, key)
         task_params, info = inner_loop(
             loss,
             inner_optimizer,
@@ -127,21 +127,8 @@ def reptile(
     return MetaLearner(init, adapt, model.apply, objective)
 
 
-def mini_batches(support: Batch, batch_size: int | None, num_steps: int, key: PRNGKey | None) -> Batch | None:
-    """The examples of every inner step, without replacement until the support set is used up, and then anew.
-
-    Args:
-      support: leaves [S, ...].
-      batch_size: B; None, or at least S, for the whole support set.
-      num_steps: K.
-      key: the randomness of the order.
-
-    Returns:
-      A `Batch` with leaves [K, B, ...], or None for the whole support set in each step.
-
-    Raises:
-      ValueError: if a key is needed and there is none.
-    """
+def _draw_batches(support: Batch, batch_size: int | None, num_steps: int, key: PRNGKey | None) -> Batch | None:
+    """Mini-batches with leaves [K, B, ...], or None for the whole support set in each step."""
     size = len(jax.tree.leaves(support)[0])
     if batch_size is None or batch_size >= size:
         return None
@@ -150,10 +137,8 @@ def mini_batches(support: Batch, batch_size: int | None, num_steps: int, key: PR
             f"mini-batches of {batch_size} from {size} support examples are drawn with a key, and adapt got none; pass "
             "`key`, evaluate with stochastic=True, or build a learner without batch_size"
         )
-    num_rounds = -(-num_steps * batch_size // size)
-    order = jax.vmap(lambda k: jax.random.permutation(k, size))(jax.random.split(key, num_rounds))
-    order = order.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
-    return jax.tree.map(lambda x: x[order], support)
+    chosen = mini_batches(key, size, num_steps, batch_size)
+    return jax.tree.map(lambda x: x[chosen], support)
 
 
 def replace_inner_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.loop import inner_loop
+from maml_jax.inner.steps import step_keys
 from maml_jax.types import (
     ArrayTree,
     InitFn,
@@ -15,7 +15,6 @@ from maml_jax.types import (
     LossFn,
     MetaLearner,
     Model,
-    PRNGKey,
     check_integer,
     check_model,
 )
@@ -89,8 +88,3 @@ def gradient_based(
         return (query_loss_fn or loss_fn)(outputs, episode.query.targets), info
 
     return MetaLearner(init or model.init, adapt, model.apply, objective)
-
-
-def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
-    """The keys [K] of the inner steps, `fold_in(key, k)`; None without a key."""
-    return None if key is None else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_steps))

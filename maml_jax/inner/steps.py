@@ -1,0 +1,28 @@
+"""What belongs to one step of an inner loop: its key and its mini-batch, for `per_step` of `inner_loop`."""
+
+import jax
+import jax.numpy as jnp
+
+from maml_jax.types import PRNGKey
+
+
+def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
+    """The keys [K] of the inner steps, `fold_in(key, k)`; None without a key."""
+    return None if key is None else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_steps))
+
+
+def mini_batches(key: PRNGKey, num_examples: int, num_steps: int, batch_size: int) -> jax.Array:
+    """Passes through a set of examples, each in another order and without a gap between them.
+
+    Args:
+      key: the randomness of the orders.
+      num_examples: S.
+      num_steps: K.
+      batch_size: B ≤ S.
+
+    Returns:
+      int32 [K, B], the examples of each mini-batch.
+    """
+    num_passes = -(-num_steps * batch_size // num_examples)
+    orders = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(jax.random.split(key, num_passes))
+    return orders.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)
