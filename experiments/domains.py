@@ -28,6 +28,7 @@ from experiments.cli import RunConfig, flag, main, methods, stored_config, with_
 from experiments.runs import console
 from maml_jax import CATALOGUE, Batch, Problem, losses, models
 from maml_jax.tasks import domains, omniglot
+from maml_jax.tasks.pixels import scale_pixels
 from maml_jax.types import ArrayTree, MetaLearner, check_integer
 
 DataSet = Literal["rotated-omniglot", "pacs"]
@@ -225,7 +226,7 @@ def make_learner(config: Config) -> MetaLearner:
 def _is_right(learner: MetaLearner, params: ArrayTree, examples: Batch) -> jax.Array:
     def of_one(example: Batch) -> jax.Array:
         one = jax.tree.map(lambda leaf: leaf[None], example)
-        return losses.accuracy(learner.predict(params, domains.scale_pixels(one.inputs)), one.targets)
+        return losses.accuracy(learner.predict(params, scale_pixels(one.inputs)), one.targets)
 
     return jax.lax.map(of_one, examples, batch_size=100)
 

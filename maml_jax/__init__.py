@@ -14,6 +14,7 @@ from maml_jax.algorithms import DomainSplits as DomainSplits
 from maml_jax.algorithms import Entry as Entry
 from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms import InnerDescent as InnerDescent
+from maml_jax.algorithms import LearnedRates as LearnedRates
 from maml_jax.algorithms import MAMLPlusPlus as MAMLPlusPlus
 from maml_jax.algorithms import NoHyperparameters as NoHyperparameters
 from maml_jax.algorithms import Problem as Problem
@@ -72,6 +73,7 @@ __all__ = [
     "ImplicitDescent",
     "InnerDescent",
     "InnerInfo",
+    "LearnedRates",
     "MAMLPlusPlus",
     "MetaInfo",
     "MetaLearner",

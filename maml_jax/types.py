@@ -7,6 +7,7 @@ the placement on devices are added from outside.
 
 import functools
 import inspect
+import math
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -267,6 +268,12 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
     if number < at_least:
         raise ValueError(f"{name} must be an integer of at least {at_least}, got {value!r}")
     return number
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises ValueError for a Python number that is not positive and finite; arrays may be traced and pass."""
+    if isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value} must be a positive number")
 
 
 def as_floating(info: ArrayTree) -> ArrayTree:

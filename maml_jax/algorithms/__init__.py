@@ -12,6 +12,7 @@ from maml_jax.algorithms.hypergradient import hypergradient as hypergradient
 from maml_jax.algorithms.imaml import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms.imaml import imaml as imaml
 from maml_jax.algorithms.maml import InnerDescent as InnerDescent
+from maml_jax.algorithms.maml import LearnedRates as LearnedRates
 from maml_jax.algorithms.maml import fomaml as fomaml
 from maml_jax.algorithms.maml import maml as maml
 from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus as MAMLPlusPlus
@@ -37,6 +38,7 @@ __all__ = [
     "Entry",
     "ImplicitDescent",
     "InnerDescent",
+    "LearnedRates",
     "MAMLPlusPlus",
     "NoHyperparameters",
     "Problem",

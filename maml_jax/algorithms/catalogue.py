@@ -14,7 +14,7 @@ from maml_jax.algorithms.anil import anil
 from maml_jax.algorithms.boil import boil
 from maml_jax.algorithms.cavia import ContextDescent, cavia, with_context
 from maml_jax.algorithms.imaml import ImplicitDescent, imaml
-from maml_jax.algorithms.maml import InnerDescent, fomaml, maml
+from maml_jax.algorithms.maml import InnerDescent, LearnedRates, fomaml, maml
 from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus, maml_plus_plus, multi_step_weights, switch_at
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd
@@ -149,8 +149,8 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Meta-SGD",
             "Li et al., 2017",
             _build(meta_sgd, of_settings=("inner_lr", "num_inner_steps"), has_rule=False),
-            InnerDescent,
-            {"sinusoid": InnerDescent(inner_lr=0.01), "omniglot": _FINN["omniglot"]},
+            LearnedRates,
+            {"sinusoid": LearnedRates(), "omniglot": LearnedRates(inner_lr=2.0, num_inner_steps=None)},
         ),
         "maml++": Entry(
             "MAML++",

@@ -4,14 +4,13 @@ Rajeswaran, Finn, Kakade and Levine, 2019, Meta-learning with implicit gradients
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
 import optax
 
 from maml_jax.algorithms.maml import InnerDescent
-from maml_jax.inner.implicit import proximal_solution
+from maml_jax.inner.implicit import check_strength, proximal_solution
 from maml_jax.types import LossFn, MetaLearner, Model, check_integer, check_model, check_optimizer, combine, select
 
 
@@ -56,8 +55,7 @@ def imaml(
     check_optimizer("inner_optimizer", inner_optimizer)
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     check_integer("num_cg_steps", num_cg_steps, at_least=1)
-    if isinstance(strength, int | float) and not (strength > 0 and math.isfinite(strength)):
-        raise ValueError(f"strength={strength} must be a positive number; the inner problem needs its proximal term")
+    check_strength(strength)
     check_model(model)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
@@ -99,6 +97,5 @@ class ImplicitDescent(InnerDescent):
     def __post_init__(self):
         """Raises ValueError for a strength that is not positive, or a count that is too small."""
         super().__post_init__()
-        if not (self.strength > 0 and math.isfinite(self.strength)):
-            raise ValueError(f"strength={self.strength} must be a positive number")
+        check_strength(self.strength)
         check_integer("num_cg_steps", self.num_cg_steps, at_least=1)

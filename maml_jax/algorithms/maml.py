@@ -8,14 +8,13 @@ https://arxiv.org/abs/1703.03400
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import optax
 
 from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_optimizer
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_optimizer, check_positive
 
 
 def maml(
@@ -109,11 +108,18 @@ class InnerDescent:
 
     def __post_init__(self):
         """Raises ValueError for a rate that is not positive and finite, or a negative number of steps."""
-        if isinstance(self.inner_lr, int | float) and not (self.inner_lr > 0 and math.isfinite(self.inner_lr)):
-            raise ValueError(f"inner_lr={self.inner_lr} must be a positive number")
+        check_positive("inner_lr", self.inner_lr)
         if self.num_inner_steps is not None:
             check_integer("num_inner_steps", self.num_inner_steps, at_least=0)
 
     def rule(self) -> optax.GradientTransformation:
         """Gradient descent."""
         return optax.sgd(self.inner_lr)
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedRates(InnerDescent):
+    """Hyperparameters of an inner loop whose rates are learned."""
+
+    inner_lr: float = 0.01
+    """Initial value of every learned inner rate, for a loss that is a mean over the batch."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maml_jax.algorithms.maml import InnerDescent
+from maml_jax.algorithms.maml import LearnedRates
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.learner import gradient_based
 from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_integer, partition, select
@@ -215,7 +215,7 @@ def ensemble(learner: MetaLearner) -> MetaLearner:
 
 
 @dataclasses.dataclass(frozen=True)
-class MAMLPlusPlus(InnerDescent):
+class MAMLPlusPlus(LearnedRates):
     """Hyperparameters of MAML++; a part is turned off by 0 or False."""
 
     learn_rates: bool = True

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maml_jax.algorithms.maml import InnerDescent
 from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.inner.loop import inner_loop
 from maml_jax.types import (
@@ -32,6 +31,7 @@ from maml_jax.types import (
     check_integer,
     check_model,
     check_optimizer,
+    check_positive,
 )
 
 
@@ -154,7 +154,7 @@ class DomainSplits:
 
     def __post_init__(self):
         """Raises ValueError for a rate, a weight or a number of domains that cannot be."""
-        InnerDescent(self.inner_lr)
+        check_positive("inner_lr", self.inner_lr)
         _check_beta(self.beta)
         check_integer("num_held_out", self.num_held_out, at_least=1)
 

@@ -1,5 +1,6 @@
 """A proximal inner problem and the implicit derivative of its solution."""
 
+import math
 from collections.abc import Callable
 
 import chex
@@ -49,11 +50,7 @@ def proximal_solution(
       Rajeswaran et al., 2019, Meta-learning with implicit gradients, equations 3 and 6, Lemma 1.
       https://arxiv.org/abs/1909.04630
     """
-    if isinstance(strength, int | float) and not strength > 0:
-        raise ValueError(
-            f"strength={strength} must be positive: without the proximal term λ/2 ‖φ − θ‖² the solution does not "
-            "depend on θ, and the implicit gradient is zero"
-        )
+    check_strength(strength)
     num_cg_steps = check_integer("num_cg_steps", num_cg_steps, at_least=1)
 
     def penalty(phi):
@@ -89,6 +86,15 @@ def proximal_solution(
         return jax.lax.custom_linear_solve(operator, scaled, solve_scaled, symmetric=True)
 
     return jax.lax.custom_root(jax.grad(objective), jax.lax.stop_gradient(params), solve, solve_linear, has_aux=True)
+
+
+def check_strength(strength: float | jax.Array) -> None:
+    """Raises ValueError for a number that is no strength of a proximal term; arrays may be traced and pass."""
+    if isinstance(strength, int | float) and not (strength > 0 and math.isfinite(strength)):
+        raise ValueError(
+            f"strength={strength} must be positive and finite: without the proximal term λ/2 ‖φ − θ‖² the solution "
+            "does not depend on θ, and the implicit gradient is zero"
+        )
 
 
 def conjugate_gradients(

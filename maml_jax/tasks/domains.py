@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maml_jax.tasks.few_shot import _scale
-from maml_jax.types import ArrayTree, Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer
+from maml_jax.tasks.pixels import scale_pixels
+from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer
 
 
 def make_sampler(domains: Sequence[Batch], *, batch_size: int) -> SampleEpisodeFn:
@@ -43,11 +43,6 @@ def make_sampler(domains: Sequence[Batch], *, batch_size: int) -> SampleEpisodeF
     starts = np.cumsum(counts) - counts
     data = _Data(examples, jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32))
     return jax.tree_util.Partial(_DomainBatches(batch_size), data)
-
-
-def scale_pixels(inputs: ArrayTree) -> ArrayTree:
-    """Inputs as episodes hold them: uint8 as float32 in [0, 1], other leaves unchanged."""
-    return jax.tree.map(_scale, inputs)
 
 
 class _Data(NamedTuple):

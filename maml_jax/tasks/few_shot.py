@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maml_jax.tasks.pixels import scale_pixels
 from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer
 
 
@@ -169,7 +170,7 @@ class _FewShot:
         drawn = data.examples[data.starts[classes][labels] + order[labels, places]]
         if self.rotations or self.rotated_classes:
             drawn = _turn(drawn, turns[labels])
-        inputs, targets, num_support = _scale(drawn), labels.astype(jnp.int32), self.way * self.shot
+        inputs, targets, num_support = scale_pixels(drawn), labels.astype(jnp.int32), self.way * self.shot
         return Episode(
             Batch(inputs[:num_support], targets[:num_support]),
             Batch(inputs[num_support:], targets[num_support:]),
@@ -208,7 +209,7 @@ class _Batches:
             turns = jax.random.randint(rotation_key, (self.batch_size,), 0, 4)
             inputs = _turn(inputs, turns)
             labels = labels + turns * len(data.starts)
-        support = Batch(_scale(inputs), labels.astype(jnp.int32))
+        support = Batch(scale_pixels(inputs), labels.astype(jnp.int32))
         return Episode(support, jax.tree.map(lambda leaf: leaf[:0], support), episode_key)
 
 
@@ -282,8 +283,3 @@ def _turn(images: jax.Array, turns: jax.Array) -> jax.Array:
     turns = turns[:, None, None, None]
     images = jnp.where(turns % 2 == 1, jnp.rot90(images, axes=(1, 2)), images)
     return jnp.where(turns >= 2, jnp.flip(images, axis=(1, 2)), images)
-
-
-def _scale(examples: jax.Array) -> jax.Array:
-    """Pixels as float32 in [0, 1]; floats unchanged."""
-    return examples.astype(jnp.float32) / 255.0 if examples.dtype == jnp.uint8 else examples

@@ -50,7 +50,7 @@ def test_finite_differences_of_a_network_where_some_parameters_do_not_adapt(x64)
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"strength": 0.0}, "the inner problem needs its proximal term"),
+        ({"strength": 0.0}, "without the proximal term"),
         ({"num_cg_steps": 0}, "num_cg_steps must be an integer of at least 1, got 0"),
     ],
 )

@@ -112,7 +112,7 @@ def test_what_is_reported_is_the_support_loss_without_the_proximal_term(x64):
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
 def test_a_missing_proximal_term_is_an_error(strength):
     support = make_episode(jax.random.key(0)).support
-    with pytest.raises(ValueError, match=r"strength=.* must be positive: without the proximal term"):
+    with pytest.raises(ValueError, match=r"strength=.* must be positive and finite: without the proximal term"):
         solve(THETA, support, strength=strength)
 
 

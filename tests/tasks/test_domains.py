@@ -8,7 +8,8 @@ import pytest
 from key_use import assert_every_key_has_one_purpose
 
 from maml_jax import Batch
-from maml_jax.tasks.domains import make_sampler, scale_pixels
+from maml_jax.tasks.domains import make_sampler
+from maml_jax.tasks.pixels import scale_pixels
 
 COUNTS, BATCH_SIZE, EPISODES = (5, 3, 8), 4, 2000
 
