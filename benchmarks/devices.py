@@ -21,7 +21,7 @@ from benchmarks import common
 from experiments.runs import RunError
 from maml_jax import MetaLearner, init_meta_state, losses, make_meta_step, make_train_loop, maml, models, parallel
 from maml_jax.cost import count_flops
-from maml_jax.outer import meta_gradient
+from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import few_shot, sinusoid
 
 

@@ -33,7 +33,8 @@ from maml_jax import (
     parallel,
 )
 from maml_jax.cost import Cost, cost_of
-from maml_jax.outer import meta_gradient, task_keys
+from maml_jax.meta_gradient import meta_gradient
+from maml_jax.outer import task_keys
 from maml_jax.tasks import few_shot, omniglot, sinusoid
 from maml_jax.types import ArrayTree, Episode, LossFn, MetaState, SampleEpisodeFn, check_integer
 

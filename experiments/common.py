@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, Trained, console, metrics_log, streams
 from maml_jax import checkpoint, parallel, processes, replace_inner_state
-from maml_jax.outer import StateProgram, default_chunk_size, init_meta_state, make_train_loop
+from maml_jax.meta_gradient import default_chunk_size
+from maml_jax.outer import StateProgram, init_meta_state, make_train_loop
 from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, learner_at
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax.inner.gradients import first_order, mixed_mode
-from maml_jax.outer import meta_gradient
+from maml_jax.meta_gradient import meta_gradient
 from maml_jax.types import ArrayTree, Episode, MetaLearner
 
 # Primitives by their cost. All others are free.
@@ -127,7 +127,7 @@ def inner_grad_costs(
         num_inner_steps=...)`.
       params: meta-parameters θ.
       episodes: leaves [T, ...].
-      chunk_size: as in `outer.meta_gradient`.
+      chunk_size: as in `meta_gradient.meta_gradient`.
 
     Returns:
       Costs by name: "first_order", "mixed_mode" and "reverse_over_reverse" of the meta-gradient, and "forward" of one

@@ -28,10 +28,11 @@ ALLOWED = {
     "tasks": {"types"},
     "parallel": {"types"},
     "processes": set(),
-    "outer": {"types", "parallel"},
+    "meta_gradient": {"types"},
+    "outer": {"types", "parallel", "meta_gradient"},
     "evaluate": {"types", "parallel"},
     "checkpoint": {"types", "processes"},
-    "cost": {"types", "inner", "outer"},
+    "cost": {"types", "inner", "meta_gradient"},
     "_version": set(),
 }
 

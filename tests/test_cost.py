@@ -10,8 +10,8 @@ from jax import lax
 from maml_jax import Batch, Episode, losses, maml, models, parallel
 from maml_jax.cost import Cost, cost_of, count_flops, inner_grad_costs, temporary_bytes
 from maml_jax.inner import first_order
+from maml_jax.meta_gradient import meta_gradient
 from maml_jax.models.layers import conv_lax
-from maml_jax.outer import meta_gradient
 
 A, B, SQUARE = jnp.ones((3, 5)), jnp.ones((5, 7)), jnp.ones((4, 4))
 MATMUL, SQUARED = 2 * 3 * 5 * 7, 2 * 4**3

@@ -23,7 +23,8 @@ from maml_jax import (
     parallel,
     pmap_meta_step,
 )
-from maml_jax.outer import default_chunk_size, meta_gradient, task_keys
+from maml_jax.meta_gradient import meta_gradient
+from maml_jax.outer import task_keys
 from maml_jax.tasks import few_shot
 from maml_jax.types import draw_episode
 
@@ -40,92 +41,16 @@ def state_of(optimizer):
     return init_meta_state(LEARNER, optimizer, jax.random.key(1), jnp.zeros((6, 4)))
 
 
-def gradient(episodes, chunk_size=None, theta=THETA):
-    def gradient(episodes):
-        (loss, _), grads = meta_gradient(LEARNER, theta, episodes, chunk_size=chunk_size)
-        return loss, grads
-
-    return jax.jit(gradient)(episodes)
-
-
-@pytest.mark.parametrize("chunk_size", [None, 1, 2, 3, 4, 5, 6, 7])
-def test_the_meta_gradient_is_the_mean_over_tasks_in_chunks_of_any_size(x64, chunk_size):
-    theta, episodes = THETA.astype(jnp.float64), make_episodes(jax.random.key(0), 6)
-    of_one = jax.jit(jax.value_and_grad(lambda params, episode: LEARNER.objective(params, episode)[0]))
-    each = [of_one(theta, jax.tree.map(lambda x, i=i: x[i], episodes)) for i in range(6)]
-    expected = jax.tree.map(lambda *values: sum(values) / 6, *each)
-    chex.assert_trees_all_close(gradient(episodes, chunk_size, theta), expected, rtol=1e-12)
-
-
-def test_the_products_of_a_chunk_of_one_task_are_plain_ones(episodes):
-    def batched_products(chunk_size):
-        jaxpr = jax.make_jaxpr(lambda e: meta_gradient(LEARNER, THETA, e, chunk_size=chunk_size))(episodes)
-        products = re.findall(r"dimension_numbers=\(\(.*?\), \((.*?)\)\)", str(jaxpr))
-        assert products
-        return sum("0" in batch_axes for batch_axes in products)
-
-    assert batched_products(1) == 0
-    assert batched_products(2) > 0
-
-
-def test_the_order_of_episodes_does_not_matter(episodes):
-    shuffled = jax.tree.map(lambda x: x[jnp.array([3, 0, 5, 1, 4, 2])], episodes)
-    chex.assert_trees_all_close(gradient(episodes, 2), gradient(shuffled, 2), rtol=1e-5)
-
-
 @pytest.mark.parametrize("chunk_size", [0, -1, True, 2.5, "all"])
-def test_a_chunk_size_that_is_no_positive_integer_is_refused(episodes, chunk_size):
-    message = f"chunk_size must be an integer of at least 1, got {chunk_size!r}"
-    with pytest.raises(ValueError, match=message):
-        gradient(episodes, chunk_size)
+def test_a_chunk_size_that_is_no_positive_integer_is_refused(chunk_size):
     for make in (
         lambda: make_meta_step(LEARNER, optax.sgd(0.1), chunk_size=chunk_size),
         lambda: make_train_loop(
             LEARNER, optax.sgd(0.1), make_episode, meta_batch_size=2, num_steps=1, chunk_size=chunk_size
         ),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"chunk_size must be an integer of at least 1, got {chunk_size!r}"):
             make()
-
-
-def default_chunk(learner, dim, num_tasks=24):
-    params = jax.ShapeDtypeStruct((dim,), jnp.float32)
-    episodes = jax.eval_shape(lambda: make_episodes(jax.random.key(0), num_tasks, dim=dim))
-    return default_chunk_size(learner, params, episodes)
-
-
-@pytest.mark.parametrize(
-    ("dim", "num_tasks", "expected"),
-    # The largest results are the 11 inputs of a task, 44 bytes a dimension: 256 KiB hold 29 tasks of 200, 5 of 1,000.
-    # 24 and 23 tasks make five chunks, 31 make seven, and six make two.
-    [(200, 24, 24), (1_000, 24, 5), (1_000, 23, 5), (1_000, 31, 5), (1_000, 6, 3), (60_000, 24, 1)],
-)
-def test_the_default_chunk_fits_in_the_cache_of_a_core(dim, num_tasks, expected):
-    assert default_chunk(LEARNER, dim, num_tasks) == expected
-
-
-def test_the_default_chunk_counts_parameters_that_a_task_copies_and_no_others():
-    # A table of 1 MB: adapted, every task has its own; looked up, all tasks share it.
-    model = Model(lambda key, inputs: jnp.zeros(2**18), lambda params, inputs: params[: inputs.shape[1]] @ inputs.T)
-    copied = maml(model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1)
-    shared = copied._replace(
-        objective=lambda params, episode: (jnp.mean(model.apply(params, episode.query.inputs)), ())
-    )
-    params = jax.ShapeDtypeStruct((2**18,), jnp.float32)
-    episodes = jax.eval_shape(lambda: make_episodes(jax.random.key(0), 24))
-    assert default_chunk_size(copied, params, episodes) == 1
-    assert default_chunk_size(shared, params, episodes) == 24
-
-
-@pytest.mark.parametrize(("limit", "expected"), [(None, 6), (2**30, 6), (4096, 1)])
-def test_the_default_chunk_of_an_accelerator_is_bounded_by_its_memory(monkeypatch, episodes, limit, expected):
-    class Device:
-        def memory_stats(self):
-            return None if limit is None else {"bytes_limit": limit}
-
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert default_chunk_size(LEARNER, THETA, episodes) == expected
 
 
 NOT_A_META_BATCH = {
@@ -153,14 +78,9 @@ def test_what_is_no_meta_batch_is_refused_at_the_door(episodes, case):
         pmap_step(state_of(optimizer), change(episodes))
 
 
-def test_episodes_may_carry_keys(episodes):
-    keyed = episodes._replace(key=jax.random.split(jax.random.key(0), 6))
-    chex.assert_trees_all_equal(gradient(keyed, 2), gradient(episodes, 2))
-
-
 def test_a_meta_step_is_the_optimiser_applied_to_the_meta_gradient(episodes):
     optimizer = optax.adam(0.1)
-    loss, grads = gradient(episodes)
+    (loss, _), grads = jax.jit(lambda episodes: meta_gradient(LEARNER, THETA, episodes))(episodes)
     updates, _ = optimizer.update(grads, optimizer.init(THETA), THETA)
     state, info = make_meta_step(LEARNER, optimizer)(
         MetaState(jnp.copy(THETA), optimizer.init(THETA), jnp.int32(7)), episodes

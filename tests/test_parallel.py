@@ -23,7 +23,7 @@ from maml_jax import (
     parallel,
     pmap_meta_step,
 )
-from maml_jax.outer import meta_gradient
+from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import sinusoid
 
 NUM_TASKS = 8
