@@ -40,11 +40,13 @@ class RunConfig:
     """Optimiser of the meta-parameters."""
     outer_lr: float = 1e-3
     """Rate of the outer optimiser."""
-    outer_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the outer rate falls to --outer-lr-end over --num-meta-steps. Only a constant rate allows to continue a
-    finished run with more steps."""
+    outer_schedule: Literal["constant", "linear", "cosine", "halved"] = "constant"
+    """How the outer rate falls: to --outer-lr-end over --num-meta-steps, or by half every --outer-half-life steps. A
+    finished linear or cosine run cannot be continued with more steps."""
     outer_lr_end: float = 0.0
     """The outer rate at the end of a linear or cosine schedule."""
+    outer_half_life: int = 2000
+    """Meta-steps after which the rate is halved, with --outer-schedule halved."""
     eval_episodes: int
     """Episodes in each validation and in the test."""
     val_every: int
@@ -74,6 +76,7 @@ class RunConfig:
             "val_every": 1,
             "log_every": 1,
             "chunk_size": 1,
+            "outer_half_life": 1,
             "seed": 0,
         }
         for name, smallest in least.items():

@@ -62,11 +62,12 @@ def outer_optimizer(config: Any) -> optax.GradientTransformation:
     """The optimiser of the meta-parameters, with the rate and the schedule of `config`."""
     start, end, num_steps = config.outer_lr, config.outer_lr_end, max(1, config.num_meta_steps)
     rates = {
-        "constant": start,
-        "linear": optax.linear_schedule(start, end, num_steps),
-        "cosine": optax.cosine_decay_schedule(start, num_steps, alpha=end / start),
+        "constant": lambda: start,
+        "linear": lambda: optax.linear_schedule(start, end, num_steps),
+        "cosine": lambda: optax.cosine_decay_schedule(start, num_steps, alpha=end / start),
+        "halved": lambda: optax.exponential_decay(start, config.outer_half_life, 0.5, staircase=True),
     }
-    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule])
+    optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule]())
     carries_state = getattr(getattr(config, "hyperparameters", None), "carry_state", False)
     return replace_inner_state(optimizer) if carries_state else optimizer
 

@@ -1,13 +1,16 @@
-"""Few-shot classification of handwritten characters (MAML paper, table 1, Omniglot).
+"""Few-shot classification of handwritten characters.
 
-Trains one of the algorithms, keeps the state with the best validation accuracy and tests it. Without
-flags this is MAML, 5-way 1-shot, with the paper's settings; the method, --way and --shot choose others.
+Trains one of the algorithms, keeps the state with the best validation accuracy and tests it. Without flags this is
+MAML, 5-way 1-shot, with the paper's settings; the method, --way and --shot choose others. --way and --shot are those of
+validation and of the first test. Methods whose parameters do not depend on the number of classes are tested in all
+four published settings.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -16,7 +19,8 @@ from rich.table import Table
 from experiments import common, figures, published, runs
 from experiments.cli import RunConfig, flag, main, methods, replace_known, stored_config, with_defaults
 from experiments.runs import RunError, console
-from maml_jax import CATALOGUE, Problem, ensemble, evaluate, losses, models
+from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, losses, models
+from maml_jax.algorithms.classifier import Head
 from maml_jax.tasks import few_shot, omniglot
 from maml_jax.types import (
     ArrayTree,
@@ -37,6 +41,8 @@ class Config(RunConfig):
     """Classes of an episode."""
     shot: int = 1
     """Support examples per class."""
+    train_way: int | None = None
+    """Classes of a training episode; by default as many as --way."""
     train_shot: int | None = None
     """Support examples per class in training; by default as many as --shot."""
     query_shot: int | None = None
@@ -47,8 +53,13 @@ class Config(RunConfig):
     """Outer updates. A run may be continued with a larger number."""
     eval_inner_steps: int | None = None
     """Inner steps in validation and test; by default the paper's, 3, or 5 with more than 5 classes."""
-    network: Literal["conv4", "mlp"] = "conv4"
-    """Four convolutions, or the fully connected network of the paper's "no conv" rows."""
+    network: Literal["conv4", "mlp", "multi-scale", "pixels"] = "conv4"
+    """Four convolutions; the fully connected network of the "no conv" rows of MAML; that of R2-D2, whose embedding
+    joins two depths; or the pixels themselves at 20x20, for MANN."""
+    filters: int = 64
+    """Filters of each convolution."""
+    pooling: bool = False
+    """Whether conv4 has stride 1 and a 2x2 maximum in each block, and not stride 2."""
     adapt_norm: bool = False
     """Whether the inner loop also adapts the offsets and scales of the normalisation."""
     norm_scale: bool = False
@@ -58,11 +69,19 @@ class Config(RunConfig):
     inductive: bool = False
     """Whether the test classifies one query at a time, with only the support set beside it. By default the queries of
     an episode are normalised together, which is transductive."""
+    population: bool = False
+    """Whether validation and test normalise by the statistics of 1,000 training images. No prediction then depends on
+    other queries, as with the running averages of other libraries."""
+    split_by: omniglot.SplitBy = "character"
+    """Which characters are for training: random ones, as in the MAML paper, or those of other alphabets than in the
+    test, as in that of ProtoNets. The latter is harder."""
     rotations: bool = True
     """Turn every class of every episode by a random multiple of 90 degrees."""
     rotated_classes: bool = False
     """In training, make the four rotations of a character four classes, and do not turn the characters of validation
     and test, as Reptile does. It replaces --rotations."""
+    rotated_test_classes: bool = False
+    """With --rotated-classes, make the four rotations of a character four classes in validation and test too."""
     ensemble: int = 1
     """States with the best validation accuracy whose outputs are averaged in the test; MAML++ publishes 5."""
     eval_episodes: int = 600
@@ -80,10 +99,20 @@ class Config(RunConfig):
         super().__post_init__()
         check_integer("--way", self.way, at_least=2)
         check_integer("--ensemble", self.ensemble, at_least=1)
-        if self.train_shot is not None:
-            check_integer(flag("train_shot"), self.train_shot, at_least=1)
-        if self.eval_inner_steps is not None:
-            check_integer(flag("eval_inner_steps"), self.eval_inner_steps, at_least=0)
+        check_integer("--filters", self.filters, at_least=1)
+        for name, least in (("train_way", 2), ("train_shot", 1), ("eval_inner_steps", 0)):
+            if getattr(self, name) is not None:
+                check_integer(flag(name), getattr(self, name), at_least=least)
+        if self.population and (self.inductive or self.ensemble > 1):
+            raise ValueError("--population excludes --inductive and --ensemble; leave them out")
+        classifies = CATALOGUE[self.algorithm].classifies
+        if self.network == ("mlp" if classifies else "pixels") or (self.network == "multi-scale" and not classifies):
+            raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
+        if self.train_way not in (None, self.way) and not CATALOGUE[self.algorithm].any_way:
+            raise ValueError(
+                f"--train-way {self.train_way} differs from --way {self.way}, and the parameters of {self.algorithm} "
+                "depend on the number of classes; leave --train-way out"
+            )
 
 
 METHODS = methods("omniglot", Config)
@@ -114,6 +143,31 @@ METHODS["maml++"] = dataclasses.replace(
 )
 METHODS["imaml"] = dataclasses.replace(METHODS["imaml"], num_meta_steps=20_000, eval_inner_steps=16)
 METHODS["cavia"] = dataclasses.replace(METHODS["cavia"], eval_inner_steps=5)
+# The networks that compare embeddings are trained and tested as ProtoNets are.
+_PROTONETS = {
+    "train_way": 60,
+    "query_shot": 5,
+    "meta_batch_size": 1,
+    "num_meta_steps": 20_000,
+    "outer_schedule": "halved",
+    "pooling": True,
+    "norm_scale": True,
+    "population": True,
+    "split_by": "alphabet",
+    "rotated_classes": True,
+    "rotated_test_classes": True,
+    "val_every": 500,
+}
+METHODS["protonets"] = dataclasses.replace(METHODS["protonets"], **_PROTONETS)
+METHODS["matching"] = dataclasses.replace(METHODS["matching"], **_PROTONETS)
+METHODS["r2d2"] = dataclasses.replace(METHODS["r2d2"], **_PROTONETS | {"network": "multi-scale", "outer_lr": 5e-3})
+METHODS["siamese"] = dataclasses.replace(METHODS["siamese"], **_PROTONETS | {"train_way": 20})
+METHODS["pretrained-classifier"] = dataclasses.replace(
+    METHODS["pretrained-classifier"],
+    **_PROTONETS | {"train_way": None, "num_meta_steps": 4_000, "eval_inner_steps": 100},
+)
+SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
+"""Way and shot of the published tables."""
 
 
 def about() -> dict[str, str]:
@@ -123,7 +177,7 @@ def about() -> dict[str, str]:
         numbers = [
             f"{way}-way {shot}-shot {accuracy}"
             for (algorithm, network, way, shot), accuracy in published.OMNIGLOT.items()
-            if (algorithm, network) == (name, "conv4")
+            if (algorithm, network) == (name, METHODS[name].network)
         ]
         entry = CATALOGUE[name]
         title = f"{entry.title} ({entry.reference})."
@@ -134,57 +188,142 @@ def about() -> dict[str, str]:
 def with_paper_defaults(config: Config) -> Config:
     """Fills in what was left to the paper's settings, which depend on the number of classes."""
     many = config.way > 5
+    num_characters = len(omniglot.splits(config.split_by)["train"])
     return with_defaults(
         config,
         {
+            "train_way": config.way,
             "train_shot": config.shot,
             "query_shot": config.shot,
             "meta_batch_size": 16 if many else 32,
             "num_inner_steps": (10 if many else 5) if config.algorithm == "reptile" else (5 if many else 1),
             "eval_inner_steps": 5 if many else 3,
+            "num_classes": num_characters * (4 if config.rotated_classes else 1),
             "run_dir": Path(f"runs/omniglot-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
         },
     )
 
 
-def make_learner(config: Config, **hyperparameters: int) -> LearnerOrSchedule:
-    """The algorithm on the paper's network, with some hyperparameters replaced."""
-    norm = functools.partial(models.BatchStatNorm, scale=True) if config.norm_scale else models.BatchStatNorm
+def make_network(config: Config, way: int | None, *, population: bool = False) -> Model:
+    """The network; without `way` its embedding.
+
+    Args:
+      config: the settings.
+      way: the number of outputs, or None.
+      population: whether it normalises by statistics that are parameters.
+    """
+    norm = models.PopulationNorm if population else models.BatchStatNorm
+    norm = functools.partial(norm, scale=True) if config.norm_scale else norm
     if config.network == "mlp":
-        model = models.omniglot_mlp(way=config.way, norm=norm)
-    else:
-        model = models.conv4(way=config.way, flatten=config.flatten, norm=norm)
+        return models.omniglot_mlp(way=way, norm=norm)
+    if config.network == "multi-scale":
+        return models.multi_scale(features=(config.filters,) * 4, norm=norm)
+    if config.network == "pixels":
+        return Model(lambda key, inputs: {}, small_pixels)
+    flatten = True if config.pooling or config.flatten or way is None else None
+    return models.conv4(way=way, features=config.filters, pooling=config.pooling, flatten=flatten, norm=norm)
+
+
+def small_pixels(params: ArrayTree, images: jax.Array) -> jax.Array:
+    """Images [S, 28, 28, 1] at 20x20, as vectors [S, 400]."""
+    return jax.image.resize(images, (len(images), 20, 20, 1), "linear").reshape(len(images), -1)
+
+
+def make_learner(
+    config: Config, *, way: int | None = None, population: bool = False, **hyperparameters: Any
+) -> LearnerOrSchedule:
+    """The algorithm on the network of the settings.
+
+    Args:
+      config: the settings.
+      way: the number of classes of an episode; by default that of training.
+      population: whether the network normalises by statistics that are parameters.
+      **hyperparameters: replace those of the settings.
+    """
+    way = way or config.train_way or config.way
+    embeds = CATALOGUE[config.algorithm].classifies
     problem = Problem(
-        model,
+        make_network(config, None if embeds else way, population=population),
         losses.cross_entropy,
         where=None if config.adapt_norm else lambda name: "norm" not in name,
         head=lambda name: name.startswith("head" if config.network == "conv4" else "dense_4"),
         norm=lambda name: "norm" in name,
+        embedding=make_network(config, None, population=population) if embeds else None,
+        way=way,
     )
     return CATALOGUE[config.algorithm].build(problem, replace_known(config.hyperparameters, **hyperparameters))
 
 
-def make_tester(config: Config) -> MetaLearner:
+def make_tester(config: Config, way: int | None = None, **hyperparameters: Any) -> MetaLearner:
     """The learner of validation and test, which does not depend on the meta-step."""
-    return learner_at(make_learner(config, num_inner_steps=config.eval_inner_steps), config.num_meta_steps)
+    hyperparameters = {"num_inner_steps": config.eval_inner_steps} | hyperparameters
+    learner = make_learner(config, way=way or config.way, population=config.population, **hyperparameters)
+    return learner_at(learner, config.num_meta_steps)
+
+
+def make_sampler(config: Config, split: str, way: int, shot: int) -> SampleEpisodeFn:
+    """The task distribution of a split."""
+    try:
+        images = omniglot.load(split, config.data_dir, config.split_by)
+        if split == "train" and config.algorithm == "pretrained-classifier":
+            return few_shot.make_batch_sampler(
+                images, batch_size=config.hyperparameters.batch_size, rotated_classes=config.rotated_classes
+            )
+        return few_shot.make_sampler(
+            images,
+            way=way,
+            shot=shot,
+            query_shot=config.query_shot,
+            rotations=config.rotations and not config.rotated_classes,
+            rotated_classes=config.rotated_classes and (split == "train" or config.rotated_test_classes),
+        )
+    except ValueError as error:
+        raise RunError(f"split {split!r} of Omniglot: {error}") from error
 
 
 def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
-    """The task distribution of each split."""
-    samplers = {}
-    for split in ("train", "val", "test"):
-        try:
-            samplers[split] = few_shot.make_sampler(
-                omniglot.load(split, config.data_dir),
-                way=config.way,
-                shot=config.train_shot if split == "train" else config.shot,
-                query_shot=config.query_shot,
-                rotations=config.rotations and not config.rotated_classes,
-                rotated_classes=config.rotated_classes and split == "train",
-            )
-        except ValueError as error:
-            raise RunError(f"split {split!r} of Omniglot: {error}") from error
-    return samplers
+    """The task distributions of training, of validation and of the first test."""
+    sizes = {"train": (config.train_way, config.train_shot)}
+    return {
+        split: make_sampler(config, split, *sizes.get(split, (config.way, config.shot)))
+        for split in ("train", "val", "test")
+    }
+
+
+def with_statistics(config: Config) -> Callable[[ArrayTree], ArrayTree]:
+    """`(params) -> params` for the test: with --population it adds the statistics of training images."""
+    if not config.population or config.network == "pixels":
+        return lambda params: params
+    embeds = CATALOGUE[config.algorithm].classifies
+    network = make_network(config, None if embeds else config.way, population=True)
+    sample = few_shot.make_batch_sampler(
+        omniglot.load("train", config.data_dir, config.split_by),
+        batch_size=1000,
+        rotated_classes=config.rotations or config.rotated_classes,
+    )
+    images = sample(runs.streams(config.seed).tune).support.inputs
+
+    @jax.jit
+    def fill(params, images):
+        if isinstance(params, dict) and "embedding" in params:
+            return params | {"embedding": models.fill_population_statistics(network, params["embedding"], images)}
+        return models.fill_population_statistics(network, params, images)
+
+    return lambda params: fill(params, images)
+
+
+def tests(config: Config) -> Iterator[tuple[dict[str, Any], MetaLearner, SampleEpisodeFn]]:
+    """What a training is tested on: a description, the learner, the tasks. The first is that of --way and --shot."""
+    entry = CATALOGUE[config.algorithm]
+    own, settings = (config.way, config.shot), []
+    if entry.classifies:
+        settings = SETTINGS if entry.any_way else [(config.way, 1), (config.way, 5)]
+    heads = get_args(Head) if config.algorithm == "pretrained-classifier" else (None,)
+    for way, shot in dict.fromkeys([own, *settings]):
+        sampler = make_sampler(config, "test", way, shot)
+        for head in sorted(heads, key=lambda head: head != getattr(config.hyperparameters, "head", None)):
+            described = {"way": way, "shot": shot} | ({} if head is None else {"head": head})
+            yield described, make_tester(config, way, **({} if head is None else {"head": head})), sampler
 
 
 def run(config: Config) -> dict:
@@ -193,20 +332,31 @@ def run(config: Config) -> dict:
     learner = make_learner(config)
     tester = make_tester(config)
     samplers = make_samplers(config)
+    complete = with_statistics(config)
     keys = runs.streams(config.seed)
     mesh = common.mesh_for(config.eval_episodes)
 
-    def score(params: ArrayTree, split: str, learner: MetaLearner) -> Evaluation:
+    def score(params: ArrayTree, sample_episode: SampleEpisodeFn, key: jax.Array, learner: MetaLearner) -> Evaluation:
         return evaluate(
             learner,
             params,
-            samplers[split],
-            getattr(keys, split),
+            sample_episode,
+            key,
             metric_fn=losses.accuracy,
             num_episodes=config.eval_episodes,
             mesh=mesh,
             one_query_at_a_time=config.inductive,
+            stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters
         )
+
+    def test(params: ArrayTree) -> dict:
+        params, evaluations = complete(params), []
+        for described, learner, sample_episode in tests(config):
+            of_members = ensemble(learner) if config.ensemble > 1 else learner
+            accuracy = runs.as_metric(score(params, sample_episode, keys.test, of_members))
+            evaluations.append(described | {"metrics": {"accuracy": accuracy}})
+        tested = {"metrics": evaluations[0]["metrics"]}
+        return tested | ({"evaluations": evaluations} if len(evaluations) > 1 else {})
 
     with runs.open_run(config.run_dir, config) as run_dir:
         trained = common.train(
@@ -214,29 +364,23 @@ def run(config: Config) -> dict:
             config,
             learner,
             samplers["train"],
-            validate=lambda params: float(score(params, "val", tester).mean[-1]),
+            validate=lambda params: float(score(complete(params), samplers["val"], keys.val, tester).mean[-1]),
             num_best=config.ensemble,
         )
-        members = ensemble(tester) if config.ensemble > 1 else tester
+        normalisation = "each query with the support set" if config.inductive else "transductive"
         protocol = {
             "way": config.way,
             "shot": config.shot,
             "query_shot": config.query_shot,
             "episodes": config.eval_episodes,
             "split": "test",
+            "split_by": config.split_by,
             "selection": "highest validation accuracy on split val",
             "selected_step": trained.best_step,
             "ensemble": config.ensemble if config.ensemble == 1 else len(jax.tree.leaves(trained.params)[0]),
-            "normalisation": "each query with the support set" if config.inductive else "transductive",
+            "normalisation": "statistics of training images" if config.population else normalisation,
         }
-        results = runs.finish(
-            run_dir,
-            "omniglot",
-            config,
-            trained,
-            protocol,
-            lambda: {"metrics": {"accuracy": runs.as_metric(score(trained.params, "test", members))}},
-        )
+        results = runs.finish(run_dir, "omniglot", config, trained, protocol, lambda: test(trained.params))
         if jax.process_index() == 0:
             figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
     show(results)
@@ -249,22 +393,30 @@ def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     learner = make_tester(config)
     inputs = np.zeros((config.way * config.shot, 28, 28, 1), np.float32)
     params = common.load_params(config.run_dir, config, make_learner(config), inputs)
-    return ensemble(learner) if config.ensemble > 1 else learner, params
+    return ensemble(learner) if config.ensemble > 1 else learner, with_statistics(config)(params)
 
 
 def show(results: dict) -> None:
-    """Prints the test accuracy after every inner step."""
+    """Prints the test accuracy: after every inner step, and in every setting if there are several."""
     protocol, accuracy = results["protocol"], results["metrics"]["accuracy"]
-    table = Table(
-        title=f"{results['algorithm']}, Omniglot {protocol['way']}-way {protocol['shot']}-shot: accuracy in % on "
-        f"{protocol['episodes']} test episodes, queries per class: {protocol['query_shot']}"
+    title = (
+        f"{results['algorithm']}, Omniglot {{}}: accuracy in % on {protocol['episodes']} test episodes, queries per "
     )
-    table.add_column("inner steps", justify="right")
-    table.add_column("accuracy", justify="right")
+    title += f"class: {protocol['query_shot']}"
     last = len(accuracy["mean"]) - 1
-    for step in sorted({step for step in (0, 1, 2, 3, 4, 5, 10, 20) if step < last} | {last}):
-        table.add_row(str(step), runs.format_mean(accuracy["mean"][step], accuracy["ci95"][step], scale=100))
-    console.print(table)
+    if last or "evaluations" not in results:
+        table = Table("inner steps", "accuracy", title=title.format(f"{protocol['way']}-way {protocol['shot']}-shot"))
+        for step in sorted({step for step in (0, 1, 2, 3, 4, 5, 10, 20) if step < last} | {last}):
+            table.add_row(str(step), runs.format_mean(accuracy["mean"][step], accuracy["ci95"][step], scale=100))
+        console.print(table)
+    if evaluations := results.get("evaluations"):
+        table = Table("task", "accuracy", title=title.format("after the last step"))
+        for evaluation in evaluations:
+            accuracy = evaluation["metrics"]["accuracy"]
+            task = f"{evaluation['way']}-way {evaluation['shot']}-shot"
+            task = ", ".join([task, *filter(None, [evaluation.get("head")])])
+            table.add_row(task, runs.format_mean(accuracy["mean"][-1], accuracy["ci95"][-1], scale=100))
+        console.print(table)
 
 
 if __name__ == "__main__":

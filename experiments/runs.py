@@ -29,7 +29,7 @@ LOCATION = ("run_dir", "distributed")
 IRRELEVANT = ("data_dir", "chunk_size")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
-"""Settings that may grow when a run is resumed; the number of meta-steps only if the outer rate is constant."""
+"""Settings that may grow when a run is resumed; --num-meta-steps only if the outer rate does not depend on it."""
 
 
 class Streams(NamedTuple):
@@ -133,8 +133,8 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
         config_file = run_dir / "config.json"
         if config_file.exists():
             found = read_json(config_file)
-            is_constant = wanted.get("outer_schedule", "constant") == "constant"
-            extendable = EXTENDABLE if is_constant else EXTENDABLE[1:]
+            is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
+            extendable = EXTENDABLE if is_fixed else EXTENDABLE[1:]
             differing = [
                 f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
                 for name in sorted((found.keys() | wanted.keys()) - set(IRRELEVANT))

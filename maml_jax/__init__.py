@@ -16,9 +16,12 @@ from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms import InnerDescent as InnerDescent
 from maml_jax.algorithms import LearnedRates as LearnedRates
 from maml_jax.algorithms import MAMLPlusPlus as MAMLPlusPlus
+from maml_jax.algorithms import Matching as Matching
 from maml_jax.algorithms import NoHyperparameters as NoHyperparameters
+from maml_jax.algorithms import PretrainedHead as PretrainedHead
 from maml_jax.algorithms import Problem as Problem
 from maml_jax.algorithms import ReptileDescent as ReptileDescent
+from maml_jax.algorithms import RidgeHead as RidgeHead
 from maml_jax.algorithms import anil as anil
 from maml_jax.algorithms import boil as boil
 from maml_jax.algorithms import cavia as cavia
@@ -29,13 +32,18 @@ from maml_jax.algorithms import hypergradient as hypergradient
 from maml_jax.algorithms import imaml as imaml
 from maml_jax.algorithms import maml as maml
 from maml_jax.algorithms import maml_plus_plus as maml_plus_plus
+from maml_jax.algorithms import matching_networks as matching_networks
 from maml_jax.algorithms import meta_curvature as meta_curvature
 from maml_jax.algorithms import meta_sgd as meta_sgd
 from maml_jax.algorithms import mldg as mldg
 from maml_jax.algorithms import multi_step_weights as multi_step_weights
 from maml_jax.algorithms import pretrained as pretrained
+from maml_jax.algorithms import pretrained_classifier as pretrained_classifier
+from maml_jax.algorithms import protonets as protonets
+from maml_jax.algorithms import r2d2 as r2d2
 from maml_jax.algorithms import replace_inner_state as replace_inner_state
 from maml_jax.algorithms import reptile as reptile
+from maml_jax.algorithms import siamese as siamese
 from maml_jax.algorithms import switch_at as switch_at
 from maml_jax.algorithms import with_context as with_context
 from maml_jax.evaluate import evaluate as evaluate
@@ -75,14 +83,17 @@ __all__ = [
     "InnerInfo",
     "LearnedRates",
     "MAMLPlusPlus",
+    "Matching",
     "MetaInfo",
     "MetaLearner",
     "MetaState",
     "Model",
     "NoHyperparameters",
     "OuterRule",
+    "PretrainedHead",
     "Problem",
     "ReptileDescent",
+    "RidgeHead",
     "anil",
     "boil",
     "cavia",
@@ -107,6 +118,7 @@ __all__ = [
     "make_train_loop",
     "maml",
     "maml_plus_plus",
+    "matching_networks",
     "meta_curvature",
     "meta_sgd",
     "mixed_mode",
@@ -116,10 +128,14 @@ __all__ = [
     "parallel",
     "pmap_meta_step",
     "pretrained",
+    "pretrained_classifier",
     "processes",
+    "protonets",
     "proximal_solution",
+    "r2d2",
     "replace_inner_state",
     "reptile",
+    "siamese",
     "switch_at",
     "tasks",
     "with_context",

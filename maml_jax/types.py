@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ArrayTree = chex.ArrayTree
 PRNGKey = chex.PRNGKey
@@ -274,6 +275,36 @@ def check_positive(name: str, value: Any) -> None:
     """Raises ValueError for a Python number that is not positive and finite; arrays may be traced and pass."""
     if isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value} must be a positive number")
+
+
+def check_classes(way: int, targets: jax.Array, name: str = "the support set") -> None:
+    """Checks the labels of a set that must hold every one of N classes.
+
+    Labels that are traced have no values yet; then only their shape and dtype are checked.
+
+    Args:
+      way: N.
+      targets: integer class indices [S].
+      name: what the set is called in the message.
+
+    Raises:
+      ValueError: if the targets are no vector of integers, a label is not in 0..N-1, or a class has no example.
+    """
+    if jnp.ndim(targets) != 1 or not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
+        raise ValueError(
+            f"the targets of {name} must be integer class indices [S], got {jnp.result_type(targets)} "
+            f"{jnp.shape(targets)}; for one-hot targets pass targets.argmax(-1)"
+        )
+    if len(targets) < way:
+        raise ValueError(f"{name} has {len(targets)} examples of way={way} classes; give at least one of each class")
+    try:
+        labels = np.asarray(targets)
+    except jax.errors.TracerArrayConversionError:
+        return
+    if wrong := sorted(set(labels.tolist()) - set(range(way))):
+        raise ValueError(f"{name} has the label {wrong[0]}, which is none of 0..{way - 1}; number its classes from 0")
+    if missing := sorted(set(range(way)) - set(labels.tolist())):
+        raise ValueError(f"{name} has no example of class {missing[0]} of way={way}; give at least one of each class")
 
 
 def as_floating(info: ArrayTree) -> ArrayTree:

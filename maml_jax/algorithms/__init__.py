@@ -8,6 +8,8 @@ from maml_jax.algorithms.catalogue import Problem as Problem
 from maml_jax.algorithms.cavia import ContextDescent as ContextDescent
 from maml_jax.algorithms.cavia import cavia as cavia
 from maml_jax.algorithms.cavia import with_context as with_context
+from maml_jax.algorithms.classifier import PretrainedHead as PretrainedHead
+from maml_jax.algorithms.classifier import pretrained_classifier as pretrained_classifier
 from maml_jax.algorithms.hypergradient import hypergradient as hypergradient
 from maml_jax.algorithms.imaml import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms.imaml import imaml as imaml
@@ -20,6 +22,8 @@ from maml_jax.algorithms.maml_plus_plus import ensemble as ensemble
 from maml_jax.algorithms.maml_plus_plus import maml_plus_plus as maml_plus_plus
 from maml_jax.algorithms.maml_plus_plus import multi_step_weights as multi_step_weights
 from maml_jax.algorithms.maml_plus_plus import switch_at as switch_at
+from maml_jax.algorithms.matching import Matching as Matching
+from maml_jax.algorithms.matching import matching_networks as matching_networks
 from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits as DomainSplits
@@ -27,9 +31,13 @@ from maml_jax.algorithms.mldg import NoHyperparameters as NoHyperparameters
 from maml_jax.algorithms.mldg import erm as erm
 from maml_jax.algorithms.mldg import mldg as mldg
 from maml_jax.algorithms.pretrained import pretrained as pretrained
+from maml_jax.algorithms.protonets import protonets as protonets
+from maml_jax.algorithms.r2d2 import RidgeHead as RidgeHead
+from maml_jax.algorithms.r2d2 import r2d2 as r2d2
 from maml_jax.algorithms.reptile import ReptileDescent as ReptileDescent
 from maml_jax.algorithms.reptile import replace_inner_state as replace_inner_state
 from maml_jax.algorithms.reptile import reptile as reptile
+from maml_jax.algorithms.siamese import siamese as siamese
 
 __all__ = [
     "CATALOGUE",
@@ -40,9 +48,12 @@ __all__ = [
     "InnerDescent",
     "LearnedRates",
     "MAMLPlusPlus",
+    "Matching",
     "NoHyperparameters",
+    "PretrainedHead",
     "Problem",
     "ReptileDescent",
+    "RidgeHead",
     "anil",
     "boil",
     "cavia",
@@ -53,13 +64,18 @@ __all__ = [
     "imaml",
     "maml",
     "maml_plus_plus",
+    "matching_networks",
     "meta_curvature",
     "meta_sgd",
     "mldg",
     "multi_step_weights",
     "pretrained",
+    "pretrained_classifier",
+    "protonets",
+    "r2d2",
     "replace_inner_state",
     "reptile",
+    "siamese",
     "switch_at",
     "with_context",
 ]

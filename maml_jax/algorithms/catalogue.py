@@ -4,6 +4,7 @@ Builders have the arguments that their papers ask for. An entry makes them alike
 and one record of hyperparameters.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,14 +14,19 @@ import jax
 from maml_jax.algorithms.anil import anil
 from maml_jax.algorithms.boil import boil
 from maml_jax.algorithms.cavia import ContextDescent, cavia, with_context
+from maml_jax.algorithms.classifier import PretrainedHead, pretrained_classifier
 from maml_jax.algorithms.imaml import ImplicitDescent, imaml
 from maml_jax.algorithms.maml import InnerDescent, LearnedRates, fomaml, maml
 from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus, maml_plus_plus, multi_step_weights, switch_at
+from maml_jax.algorithms.matching import Matching, matching_networks
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits, NoHyperparameters, erm, mldg
 from maml_jax.algorithms.pretrained import pretrained
+from maml_jax.algorithms.protonets import protonets
+from maml_jax.algorithms.r2d2 import RidgeHead, r2d2
 from maml_jax.algorithms.reptile import ReptileDescent, reptile
+from maml_jax.algorithms.siamese import siamese
 from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
 
@@ -34,6 +40,8 @@ class Problem(NamedTuple):
       where: `(name) -> bool`, the parameters that an inner loop adapts; None for all.
       head: `(name) -> bool`, the parameters of the last layer, for the algorithms that treat it differently.
       norm: `(name) -> bool`, scales and offsets of normalisations; None if there are none.
+      embedding: the network without its last layer, [S, ...] to [S, D], for the classifiers that compare embeddings.
+      way: N, the number of classes of an episode, for the same.
     """
 
     model: Model
@@ -41,6 +49,8 @@ class Problem(NamedTuple):
     where: Callable[[str], bool] | None = None
     head: Callable[[str], bool] | None = None
     norm: Callable[[str], bool] | None = None
+    embedding: Model | None = None
+    way: int | None = None
 
 
 class Entry(NamedTuple):
@@ -53,6 +63,9 @@ class Entry(NamedTuple):
       hyperparameters: a frozen dataclass; its fields become the flags of the algorithm.
       settings: the published hyperparameters by experiment ("sinusoid", "omniglot", "domains"). An experiment offers
         the algorithms that have settings for it.
+      classifies: whether it is for classification only; then its problem has an `embedding` and a `way`.
+      any_way: whether the parameters do not depend on the number of classes, so that one training can be tested with
+        any number.
     """
 
     title: str
@@ -60,6 +73,8 @@ class Entry(NamedTuple):
     build: Callable[[Problem, Any], MetaLearner | Callable[[jax.Array], MetaLearner]]
     hyperparameters: type
     settings: Mapping[str, Any]
+    classifies: bool = False
+    any_way: bool = False
 
 
 def _build(
@@ -81,6 +96,21 @@ def _build(
         if has_rule:
             arguments["inner_optimizer"] = settings.rule()
         return builder(problem.model, problem.loss_fn, **arguments)
+
+    return build
+
+
+def _build_classifier(
+    builder: Callable[..., MetaLearner], *of_settings: str, takes_loss: bool = True
+) -> Callable[[Problem, Any], MetaLearner]:
+    """The `build` of an entry that classifies by embeddings."""
+
+    def build(problem: Problem, settings: Any) -> MetaLearner:
+        if problem.embedding is None or problem.way is None:
+            raise ValueError("the problem has no embedding or no way; pass Problem(..., embedding=..., way=...)")
+        loss = (problem.loss_fn,) if takes_loss else ()
+        arguments = {name: getattr(settings, name) for name in of_settings}
+        return builder(problem.embedding, *loss, way=problem.way, **arguments)
 
     return build
 
@@ -116,6 +146,18 @@ def _maml_plus_plus(problem: Problem, settings: MAMLPlusPlus) -> MetaLearner | C
         )
 
     return at if settings.num_multi_step or settings.num_first_order else build()
+
+
+def _pretrained_classifier(problem: Problem, settings: PretrainedHead) -> MetaLearner:
+    num_steps = settings.num_finetuning_steps if settings.head == "fine-tuned" else settings.num_inner_steps
+    builder = functools.partial(pretrained_classifier, inner_optimizer=settings.rule(), num_inner_steps=num_steps)
+    return _build_classifier(builder, "num_classes", "head")(problem, settings)
+
+
+def _classifier(title: str, reference: str, build: Callable, hyperparameters: type, any_way: bool = True) -> Entry:
+    """The entry of a classifier, at its default hyperparameters."""
+    settings = {"omniglot": hyperparameters()}
+    return Entry(title, reference, build, hyperparameters, settings, classifies=True, any_way=any_way)
 
 
 # Rates are for mean losses; the code of Finn et al. sums the cross-entropy over the classes, at a rate of 0.4.
@@ -207,6 +249,25 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _build(erm, of_problem=(), of_settings=(), has_rule=False),
             NoHyperparameters,
             {"domains": NoHyperparameters()},
+        ),
+        "protonets": _classifier("ProtoNets", "Snell et al., 2017", _build_classifier(protonets), NoHyperparameters),
+        "matching": _classifier(
+            "matching networks",
+            "Vinyals et al., 2016",
+            _build_classifier(matching_networks, "scale", "num_reads"),
+            Matching,
+        ),
+        "r2d2": _classifier(
+            "R2-D2",
+            "Bertinetto et al., 2019",
+            _build_classifier(r2d2, "strength", "learn_strength", "scale"),
+            RidgeHead,
+        ),
+        "siamese": _classifier(
+            "Siamese networks", "Koch et al., 2015", _build_classifier(siamese, takes_loss=False), NoHyperparameters
+        ),
+        "pretrained-classifier": _classifier(
+            "pretrained on all classes", "Vinyals et al., 2016", _pretrained_classifier, PretrainedHead
         ),
     }
 )

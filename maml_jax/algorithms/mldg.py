@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import first_order, mixed_mode
+from maml_jax.inner.learner import observed_once
 from maml_jax.inner.loop import inner_loop
 from maml_jax.types import (
     ArrayTree,
@@ -170,7 +171,7 @@ class DomainSplits:
 
 @dataclasses.dataclass(frozen=True)
 class NoHyperparameters:
-    """For `erm`, which has none."""
+    """For the algorithms that have none."""
 
 
 def _check_beta(beta: float | jax.Array) -> None:
@@ -212,7 +213,6 @@ def _without_adaptation(model: Model, objective: ObjectiveFn) -> MetaLearner:
         return model.init(key, jax.tree.map(lambda x: x[0], inputs))
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
-        observed = None if observe_fn is None else jax.tree.map(lambda x: x[None], observe_fn(meta_params))
-        return meta_params, InnerInfo(jnp.zeros(0), observed)
+        return meta_params, observed_once(meta_params, observe_fn)
 
     return MetaLearner(init, adapt, model.apply, objective)

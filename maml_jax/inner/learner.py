@@ -1,8 +1,9 @@
-"""The learner that gradient-based algorithms share: adapt by gradient steps, score on the query set."""
+"""Two learners that algorithms share: one takes gradient steps, one reads the support set in a single pass."""
 
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
@@ -10,11 +11,15 @@ from maml_jax.inner.loop import inner_loop
 from maml_jax.inner.steps import step_keys
 from maml_jax.types import (
     ArrayTree,
+    Batch,
     InitFn,
     InnerGradFn,
+    InnerInfo,
     LossFn,
     MetaLearner,
     Model,
+    ObserveFn,
+    PRNGKey,
     check_integer,
     check_model,
 )
@@ -88,3 +93,43 @@ def gradient_based(
         return (query_loss_fn or loss_fn)(outputs, episode.query.targets), info
 
     return MetaLearner(init or model.init, adapt, model.apply, objective)
+
+
+def feed_forward(
+    init: InitFn,
+    read: Callable[[ArrayTree, Batch, PRNGKey | None], ArrayTree],
+    predict: Callable[[ArrayTree, ArrayTree, PRNGKey | None], ArrayTree],
+    loss_fn: LossFn,
+) -> MetaLearner:
+    """Builds a learner that reads the support set in one pass, without inner steps.
+
+    The objective is L_Q(read(θ, S)). With a key, `read` draws from `fold_in(key, 0)` and the query pass of the
+    objective from `fold_in(key, 1)`. `predict` of the learner draws nothing.
+
+    Args:
+      init: `(key, inputs) -> meta_params`.
+      read: `(meta_params, support, key) -> task_params`; the key may be None.
+      predict: `(task_params, inputs, key) -> outputs`; the key may be None.
+      loss_fn: `(outputs, targets) -> scalar`, the mean loss of a query set.
+
+    Returns:
+      A `MetaLearner`. Its info has an empty `support_loss`, [0], and observes once.
+    """
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        task_params = read(meta_params, support, None if key is None else jax.random.fold_in(key, 0))
+        return task_params, observed_once(task_params, observe_fn)
+
+    def objective(meta_params, episode):
+        task_params, info = adapt(meta_params, episode.support, key=episode.key)
+        query_key = None if episode.key is None else jax.random.fold_in(episode.key, 1)
+        outputs = predict(task_params, episode.query.inputs, query_key)
+        return loss_fn(outputs, episode.query.targets), info
+
+    return MetaLearner(init, adapt, lambda task_params, inputs: predict(task_params, inputs, None), objective)
+
+
+def observed_once(task_params: ArrayTree, observe_fn: ObserveFn | None) -> InnerInfo:
+    """The info of a learner that does not iterate: no loss [0], and one observation [1, ...] if there is a function."""
+    observed = None if observe_fn is None else jax.tree.map(lambda x: jnp.asarray(x)[None], observe_fn(task_params))
+    return InnerInfo(jnp.zeros(0), observed)

@@ -7,6 +7,8 @@ from maml_jax.models.from_flax import from_nnx as from_nnx
 from maml_jax.models.mlp import MLP as MLP
 from maml_jax.models.mlp import mlp as mlp
 from maml_jax.models.mlp import omniglot_mlp as omniglot_mlp
+from maml_jax.models.multi_scale import MultiScale as MultiScale
+from maml_jax.models.multi_scale import multi_scale as multi_scale
 from maml_jax.models.normalisation import BatchStatNorm as BatchStatNorm
 from maml_jax.models.normalisation import PopulationNorm as PopulationNorm
 from maml_jax.models.normalisation import fill_population_statistics as fill_population_statistics
@@ -17,6 +19,7 @@ __all__ = [
     "MLP",
     "BatchStatNorm",
     "Conv4",
+    "MultiScale",
     "PopulationNorm",
     "ResNet12",
     "conv4",
@@ -24,6 +27,7 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "mlp",
+    "multi_scale",
     "omniglot_mlp",
     "resnet12",
 ]

@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -25,13 +26,32 @@ SHA256 = "f7e8705d0a1e116fc92ace3978f29428bf69bbd0f4ba34d8e95b814ffc85e412"
 _COMMAND = "python -m maml_jax.tasks.omniglot_builder"
 
 
-def splits() -> dict[str, list[str]]:
-    """The characters, by name, of the splits "train" (1100), "val" (100) and "test" (423).
+SplitBy = Literal["character", "alphabet"]
+"""How the characters are divided; see `splits`."""
 
-    They were drawn once at random from all 1623, as in the MAML paper, and written to a file, because the
-    paper's own draw depends on the order of a directory listing.
+_SPLIT_FILES = {"character": "omniglot_splits.json", "alphabet": "omniglot_alphabet_splits.json"}
+
+
+def splits(split_by: SplitBy = "character") -> dict[str, list[str]]:
+    """The characters, by name, of the splits "train", "val" and "test". Each of the two divisions is kept in a file.
+
+    Args:
+      split_by: "character": 1100, 100 and 423 characters that were drawn once at random from all 1623, as in the MAML
+        paper. Every alphabet is in all splits. (The paper's own draw depends on the order of a directory listing.)
+        "alphabet": 1028, 172 and 423 characters of different alphabets, as in the code of ProtoNets. The background
+        alphabets, sorted by name, are followed by the evaluation alphabets; the first 1200 characters are for
+        training, and five whole alphabets of these are "val". Only Gurmukhi is in both "train" and "test". Tasks of
+        new alphabets are harder.
+
+    Raises:
+      ValueError: if the division is unknown.
+
+    References:
+      Vinyals et al., 2016, section 4.1.1; Snell et al., 2017, section 3.1.
     """
-    return json.loads(resources.files("maml_jax.tasks").joinpath("omniglot_splits.json").read_text())
+    if split_by not in _SPLIT_FILES:
+        raise ValueError(f"split_by={split_by!r} is unknown; choose one of {sorted(_SPLIT_FILES)}")
+    return json.loads(resources.files("maml_jax.tasks").joinpath(_SPLIT_FILES[split_by]).read_text())
 
 
 def downscale_to_28(pixels: np.ndarray) -> np.ndarray:
@@ -210,7 +230,7 @@ def load_npz(file: str | Path) -> np.ndarray:
         ) from error
 
 
-def load(split: str, data_dir: str | Path | None = None) -> np.ndarray:
+def load(split: str, data_dir: str | Path | None = None, split_by: SplitBy = "character") -> np.ndarray:
     """The images of one split.
 
     A prepared directory is only read the first time. The array is then cached in `$XDG_CACHE_HOME/maml_jax`
@@ -220,16 +240,17 @@ def load(split: str, data_dir: str | Path | None = None) -> np.ndarray:
       split: "train", "val" or "test", disjoint sets of characters.
       data_dir: the data directory of tensorflow-datasets (it holds `omniglot/3.0.0`), or an `.npz` file
         written by `save_npz`. By default `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`.
+      split_by: how the characters are divided; see `splits`.
 
     Returns:
-      uint8 [C, 20, 28, 28, 1], ink 255; C is 1100, 100 or 423.
+      uint8 [C, 20, 28, 28, 1], ink 255; C is 1100, 100 or 423, or 1028, 172 or 423 by alphabet.
 
     Raises:
       FileNotFoundError: if there is no Omniglot at `data_dir`.
       ModuleNotFoundError: if tensorflow-datasets is not installed, and neither an `.npz` nor the cache is read.
       ValueError: if the split is unknown or the data are damaged.
     """
-    characters = splits()
+    characters = splits(split_by)
     if split not in characters:
         raise ValueError(f"unknown split {split!r}; choose one of {sorted(characters)}")
     images = load_all(data_dir)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments import omniglot, runs
-from maml_jax import Batch, evaluate, losses
+from maml_jax import CATALOGUE, Batch, evaluate, losses
 from maml_jax.tasks import few_shot
 from maml_jax.types import learner_at
 
@@ -49,7 +49,7 @@ def drawings():
     images = np.random.default_rng(0).integers(0, 2, (30, 20, 28, 28, 1)).astype(np.uint8) * 255
     parts = {"train": images[:15], "val": images[15:22], "test": images[22:]}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(omniglot.omniglot, "load", lambda split, data_dir: parts[split])
+        patch.setattr(omniglot.omniglot, "load", lambda split, data_dir, split_by: parts[split])
         yield
 
 
@@ -85,12 +85,61 @@ def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
     images = jax.ShapeDtypeStruct((5, 28, 28, 1), np.float32)
     params = jax.eval_shape(learner.init, jax.random.key(0), images)
     support = Batch(images, jax.ShapeDtypeStruct((5,), np.int32))
+    if config.population:  # the learner of the test has the statistics of training images beside
+        params = jax.eval_shape(omniglot.make_tester(config).init, jax.random.key(0), images)
     _, info = jax.eval_shape(
         lambda params, support: omniglot.make_tester(config).adapt(params, support, observe_fn=lambda _: jnp.zeros(())),
         params,
         support,
     )
-    assert info.observed.shape == (config.eval_inner_steps + 1,)
+    assert info.observed.shape == (1 if CATALOGUE[algorithm].classifies else config.eval_inner_steps + 1,)
+
+
+@pytest.mark.parametrize("algorithm", ["protonets", "pretrained-classifier"])
+def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, tmp_path, monkeypatch):
+    monkeypatch.setattr(omniglot, "SETTINGS", ((2, 1), (2, 5), (3, 1)))
+    small = TINY | {"way": 2, "network": "conv4", "filters": 3, "pooling": False, "eval_inner_steps": 2}
+    way = {} if algorithm == "pretrained-classifier" else {"train_way": 4}
+    config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=tmp_path, **small | way)
+    results = omniglot.run(config)
+    heads = ["centroid", "neighbour", "linear", "fine-tuned"] if algorithm == "pretrained-classifier" else [None]
+    described = [(e["way"], e["shot"], e.get("head")) for e in results["evaluations"]]
+    assert described == [(way, shot, head) for way, shot in omniglot.SETTINGS for head in heads]
+    assert results["metrics"] == results["evaluations"][0]["metrics"]
+    assert results["protocol"]["normalisation"] == "statistics of training images"
+    # What comes out of the run has these statistics, and then no prediction depends on the other queries.
+    learner, params = omniglot.load(tmp_path)
+    images = np.random.default_rng(0).random((6, 28, 28, 1), np.float32)
+    task_params, _ = learner.adapt(params, Batch(images[:2], np.arange(2)))
+    together, alone = learner.predict(task_params, images[2:]), learner.predict(task_params, images[2:3])
+    chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "message"),
+    [
+        ("maml", {"population": True, "inductive": True}, "--population excludes --inductive"),
+        ("protonets", {"network": "mlp"}, "--network mlp does not fit protonets; choose conv4"),
+        ("maml", {"network": "multi-scale"}, "--network multi-scale does not fit maml"),
+        ("maml", {"train_way": 20}, "--train-way 20 differs from --way 5, and the parameters of maml depend"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(algorithm, settings, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(omniglot.METHODS[algorithm], **settings)
+
+
+def test_population_statistics_make_any_learner_inductive(drawings, tmp_path):
+    config = config_of(run_dir=tmp_path, population=True, **TINY)
+    # Statistics that stay do not stop the activations from growing, so the rate of the paper is too large.
+    slow = dataclasses.replace(config.hyperparameters, inner_lr=0.01)
+    config = dataclasses.replace(config, hyperparameters=slow)
+    assert omniglot.run(config)["protocol"]["normalisation"] == "statistics of training images"
+    learner, params = omniglot.load(tmp_path)
+    images = np.random.default_rng(0).random((9, 28, 28, 1), np.float32)
+    task_params, _ = learner.adapt(params, Batch(images[:5], np.arange(5)))
+    together, alone = learner.predict(task_params, images[5:]), learner.predict(task_params, images[5:6])
+    chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
 def test_a_finished_run_is_shown_and_not_overwritten(finished):

@@ -40,6 +40,27 @@ def test_splits_stay_as_they_are():
     assert found == "964e580cccaf11056ae4544001298cf357d6f0afbbcd1ac28168f39f8cd27283"
 
 
+def test_the_alphabet_split_is_that_of_protonets():
+    splits = omniglot.splits("alphabet")
+    assert {split: len(names) for split, names in splits.items()} == {"train": 1028, "val": 172, "test": 423}
+    by_character = omniglot.splits()
+    every, same = (sorted(name for names in found.values() for name in names) for found in (splits, by_character))
+    assert every == same
+    alphabets = {split: {name.rpartition("_")[0] for name in names} for split, names in splits.items()}
+    assert alphabets["val"] == {"Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)"}
+    assert not alphabets["val"] & (alphabets["train"] | alphabets["test"])
+    assert alphabets["train"] & alphabets["test"] == {"Gurmukhi"}
+    assert len(alphabets["test"]) == 13
+    assert sum(name.startswith("Gurmukhi") for name in splits["test"]) == 4
+    found = hashlib.sha256(json.dumps(splits, sort_keys=True).encode()).hexdigest()
+    assert found == "6c88ed60aafee14674a49284def1c8f13e19d6bc4943ee4abd5f5baa77892201"
+
+
+def test_an_unknown_division_is_refused():
+    with pytest.raises(ValueError, match=r"split_by='drawer' is unknown; choose one of \['alphabet', 'character'\]"):
+        omniglot.load("train", split_by="drawer")
+
+
 # One drawing
 
 
@@ -60,7 +81,7 @@ def test_downscaling_is_what_pillow_makes_of_a_one_bit_image(paper):
 def drawings(monkeypatch):
     """All drawings of three made-up characters, which pass for the whole of Omniglot."""
     names = {"train": ["Greek_1"], "val": ["Latin_0"], "test": ["Greek_0"]}
-    monkeypatch.setattr(omniglot, "splits", lambda: names)
+    monkeypatch.setattr(omniglot, "splits", lambda split_by="character": names)
     monkeypatch.setattr(omniglot, "NUM_CHARACTERS", 3)
     rng = np.random.default_rng(1)
     made = [(name, (rng.random((105, 105)) > 0.1).astype(np.uint8)) for (name,) in names.values() for _ in range(20)]

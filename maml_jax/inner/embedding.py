@@ -1,0 +1,37 @@
+"""What the learners that compare embeddings share: the embedding itself, class means, distances and cosines."""
+
+import jax
+import jax.numpy as jnp
+
+from maml_jax.types import ArrayTree, Model, PRNGKey
+
+
+def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey | None = None) -> jax.Array:
+    """The embeddings [S, D] of a batch of inputs [S, ...].
+
+    Raises:
+      ValueError: if the network returns anything but an array [S, D] with D ≥ 1.
+    """
+    outputs = embedding.call(params, inputs, key)
+    if jnp.ndim(outputs) != 2 or jnp.shape(outputs)[1] < 1:
+        raise ValueError(
+            f"the embedding must return [S, D] with D of at least 1, got shape {jnp.shape(outputs)}; flatten the other "
+            "axes, and leave the classification layer out, as models.conv4(way=None) does"
+        )
+    return outputs
+
+
+def class_means(embedded: jax.Array, targets: jax.Array, way: int) -> jax.Array:
+    """The mean embedding [N, D] of each class, from embeddings [S, D] with class indices [S]."""
+    one_hot = jax.nn.one_hot(targets, way, dtype=embedded.dtype)
+    return one_hot.T @ embedded / jnp.sum(one_hot, 0)[:, None]
+
+
+def squared_distances(embedded: jax.Array, others: jax.Array) -> jax.Array:
+    """|a - b|² for every pair of [M, D] and [S, D], as [M, S]."""
+    return jnp.sum(jnp.square(embedded[:, None] - others[None]), -1)
+
+
+def unit_length(vectors: jax.Array, epsilon: float = 1e-12) -> jax.Array:
+    """Vectors [..., D] divided by their length; ε is added to the square, so that a zero vector has a derivative."""
+    return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), -1, keepdims=True) + epsilon)

@@ -1,0 +1,55 @@
+"""A long short-term memory as two pure functions, for the learners that read a support set as a sequence.
+
+Hochreiter and Schmidhuber, 1997; with the forget gate of Gers et al., 2000.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maml_jax.types import ArrayTree, PRNGKey
+
+
+class LSTMState(NamedTuple):
+    """The state between two steps.
+
+    Attributes:
+      hidden: [..., H], the output of the step.
+      cell: [..., H].
+    """
+
+    hidden: jax.Array
+    cell: jax.Array
+
+
+def init_lstm(key: PRNGKey, num_inputs: int, num_units: int, *, forget_bias: float = 1.0) -> ArrayTree:
+    """The parameters of an LSTM.
+
+    Args:
+      key: the randomness.
+      num_inputs: I, the size of an input.
+      num_units: H, the size of the hidden state.
+      forget_bias: the bias that the forget gate starts from; other biases start at zero.
+
+    Returns:
+      "kernel" [I + H, 4H], Glorot uniform, and "bias" [4H], the gates in the order input, forget, cell, output.
+    """
+    kernel = jax.nn.initializers.glorot_uniform()(key, (num_inputs + num_units, 4 * num_units))
+    bias = jnp.zeros((4, num_units)).at[1].set(forget_bias).reshape(-1)
+    return {"kernel": kernel, "bias": bias}
+
+
+def lstm_step(params: ArrayTree, state: LSTMState, inputs: jax.Array) -> LSTMState:
+    """One step: c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c').
+
+    Args:
+      params: from `init_lstm`.
+      state: [..., H] each.
+      inputs: [..., I].
+    """
+    gates = jnp.concatenate([inputs, state.hidden], -1) @ params["kernel"]
+    gates = gates + params["bias"].reshape((1,) * (gates.ndim - 1) + (-1,))
+    write, forget, new, output = jnp.split(gates, 4, -1)
+    cell = jax.nn.sigmoid(forget) * state.cell + jax.nn.sigmoid(write) * jnp.tanh(new)
+    return LSTMState(jax.nn.sigmoid(output) * jnp.tanh(cell), cell)
