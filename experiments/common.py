@@ -17,9 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, Trained, console, metrics_log, streams
 from maml_jax import checkpoint, parallel, processes, replace_inner_state
+from maml_jax.cost import count_flops
 from maml_jax.meta_gradient import default_chunk_size
-from maml_jax.outer import StateProgram, init_meta_state, make_train_loop
-from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, learner_at
+from maml_jax.outer import StateProgram, init_meta_state, make_meta_step, make_train_loop
+from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, draw_episode, learner_at
 
 
 def set_up_jax(precision: str) -> None:
@@ -171,6 +172,7 @@ def train(
                 raise SystemExit(128 + requested[0])
     execution = {"devices": 1 if mesh is None else mesh.size}
     execution["chunk_size"] = config.chunk_size or chosen_chunk_size(learner, state, sample_episode, config, execution)
+    execution["flops"] = flops_of_a_meta_step(learner, optimizer, state, sample_episode, config)
     return Trained(selected(best), int(best["step"][0]), seconds, execution)
 
 
@@ -267,6 +269,21 @@ def chosen_chunk_size(
     return default_chunk_size(
         learner_at(learner, jnp.int32(0)), state.params, jax.eval_shape(jax.vmap(sample_episode), keys)
     )
+
+
+def flops_of_a_meta_step(
+    learner: LearnerOrSchedule,
+    optimizer: optax.GradientTransformation,
+    state: MetaState,
+    sample_episode: SampleEpisodeFn,
+    config: Any,
+) -> int | None:
+    """The operations of a meta-step without sampling; None if they cannot be counted."""
+    keys = jax.random.split(jax.random.key(0), config.meta_batch_size)
+    episodes = jax.eval_shape(jax.vmap(lambda key: draw_episode(sample_episode, key, state.params)), keys)
+    with contextlib.suppress(ValueError):
+        return count_flops(make_meta_step(learner, optimizer, chunk_size=1).jitted, state, episodes)
+    return None
 
 
 @contextlib.contextmanager

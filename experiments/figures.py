@@ -122,6 +122,29 @@ def accuracy(file: Path, results: dict[str, dict]) -> None:
     _save(figure, file)
 
 
+def accuracy_against_time(file: Path, records: list[dict]) -> None:
+    """Test accuracy of every method against the minutes of its training, for two settings.
+
+    Args:
+      file: the PNG to write.
+      records: as `experiments.report.all_methods` returns them.
+    """
+    settings = ((5, 1), (20, 1))
+    figure, row = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for axes, setting in zip(row, settings, strict=True):
+        for index, record in enumerate(record for record in records if setting in record["accuracy"]):
+            mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
+            marker, colour = MARKERS[index % len(MARKERS)], plt.get_cmap("tab20")(index % 20)
+            label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
+            axes.errorbar(record["minutes"], mean, ci95, fmt=marker, color=colour, capsize=3, label=label)
+        axes.set(xlabel="minutes of training", ylabel="test accuracy, %", title=f"{setting[0]}-way {setting[1]}-shot")
+        axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        if axes.containers:
+            axes.legend(fontsize=6)
+    _save(figure, file)
+
+
 def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
     """The training objective against meta-steps, and validation where there was one.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from experiments import cli, domains, figures, hyperparameters, omniglot, published, runs, sinusoid
+from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "GUIDE.md")
@@ -162,6 +163,75 @@ def omniglot_table(results: list[dict]) -> str:
     return markdown_table(header, rows)
 
 
+def evaluations(result: dict) -> list[dict]:
+    """The settings in which a training on Omniglot was tested: way, shot, metrics, and a head if there are several."""
+    own = {name: result["protocol"][name] for name in ("way", "shot")} | {"metrics": result["metrics"]}
+    return result.get("evaluations", [own])
+
+
+def all_methods(results: list[dict]) -> list[dict]:
+    """Every training on Omniglot with its accuracies by way and shot, the same recipes and seeds together.
+
+    Returns:
+      Records with "name", "first" (one of the results), "accuracy" (by (way, shot), means and intervals by seed),
+      "published" (by (way, shot)) and "minutes".
+    """
+    groups = defaultdict(list)
+    for result in results:
+        any_way = CATALOGUE[result["algorithm"]].any_way
+        trained = f"{result['config']['shot']}-shot" if any_way else ""
+        for evaluation in evaluations(result):
+            flags = tuple(variation(result))
+            key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"]
+            groups[key].append((result, evaluation))
+    records = []
+    for (algorithm, head, trained, flags, _), group in groups.items():
+        first, accuracy, paper = group[0][0], defaultdict(list), {}
+        for result, evaluation in group:
+            setting = evaluation["way"], evaluation["shot"]
+            mean, ci95 = (evaluation["metrics"]["accuracy"][name][-1] for name in ("mean", "ci95"))
+            accuracy[setting].append((mean, ci95))
+            number = published.OMNIGLOT.get((algorithm, result["config"]["network"], *setting))
+            if number and not flags and head in ("", "neighbour"):
+                paper[setting] = number
+        minutes = statistics.fmean(result["seconds"]["train"] for result, _ in group) / 60
+        parts = [head, f"trained {trained}" if trained else "", *(f"`{flag}`" for flag in flags)]
+        name = ", ".join([figures.title(algorithm), *filter(None, parts)])
+        records.append({"name": name, "first": first, "accuracy": accuracy, "published": paper, "minutes": minutes})
+    names = list(omniglot.METHODS)
+    return sorted(records, key=lambda r: (names.index(r["first"]["algorithm"]), r["name"], r["first"]["meta_steps"]))
+
+
+def all_methods_table(results: list[dict]) -> str:
+    """One row a training and head: accuracy in every setting with its interval, beside the published numbers."""
+    normalisations = {"statistics of training images": "inductive", "each query with the support set": "inductive"}
+    rows = []
+    for record in all_methods(results):
+        first, accuracy = record["first"], record["accuracy"]
+        cells = [
+            ", ".join(runs.format_mean(mean, ci95, scale=100, digits=1) for mean, ci95 in accuracy.get(setting, []))
+            for setting in omniglot.SETTINGS
+        ]
+        papers = [record["published"].get(setting, "").partition(" ")[0] or "-" for setting in omniglot.SETTINGS]
+        protocol = first["protocol"]
+        rows.append(
+            [
+                record["name"],
+                *cells,
+                " / ".join(papers) if record["published"] else "",
+                protocol.get("split_by", "character"),
+                normalisations.get(protocol["normalisation"], protocol["normalisation"]),
+                f"{first['meta_steps']:,}",
+                f"{1000 * first['seconds']['train'] / first['meta_steps']:.0f}",
+                f"{flops / 1e9:.1f}" if (flops := first.get("execution", {}).get("flops")) else "",
+                f"{record['minutes']:.0f} min",
+            ]
+        )
+    settings = [f"{way}-way {shot}-shot" for way, shot in omniglot.SETTINGS]
+    header = ["", *settings, "published", "split by", "test", "meta-steps", "ms each", "GFLOP each", "training"]
+    return markdown_table(header, rows)
+
+
 def domain_table(results: list[dict]) -> str:
     """Accuracy on the held-out domain, and in brackets that on validation examples of the source domains."""
 
@@ -240,12 +310,14 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     of = defaultdict(list)
     for result in results:
         of[result["experiment"]].append(result)
+    gradient_based = [result for result in of["omniglot"] if not CATALOGUE[result["algorithm"]].classifies]
     sections = {
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
-        "omniglot": omniglot_table([result for result in of["omniglot"] if as_published(result)]),
-        "omniglot-budget": omniglot_table([result for result in of["omniglot"] if has_smaller_budget(result)]),
-        "omniglot-variations": omniglot_table([result for result in of["omniglot"] if variation(result)]),
+        "omniglot": omniglot_table([result for result in gradient_based if as_published(result)]),
+        "omniglot-budget": omniglot_table([result for result in gradient_based if has_smaller_budget(result)]),
+        "omniglot-variations": omniglot_table([result for result in gradient_based if variation(result)]),
+        "omniglot-all": all_methods_table([result for result in of["omniglot"] if result["meta_steps"]]),
         "domains": domain_table(of["domains"]),
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
@@ -263,6 +335,12 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"
+        "### All methods\n\nAccuracy in %, with its 95 % interval over the test episodes. Methods whose parameters do "
+        "not depend on the number of classes are tested in all settings after one training. Numbers of different "
+        "splits are not comparable: by alphabet, the test has new alphabets. An inductive test classifies every query "
+        "on its own; in a transductive one the queries are normalised together. The published numbers are those of "
+        "full trainings.\n\n"
+        f"{sections['omniglot-all']}\n\n![accuracy against minutes of training](figures/omniglot_all.png)\n\n"
         "## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
         "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
@@ -287,7 +365,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     for result in of["hyperparameters"]:
         figures.schedules(report.parent / "figures" / "hyperparameters.png", result["methods"])
         figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
-    if shown := [result for result in of["omniglot"] if has_smaller_budget(result)]:
+    if records := all_methods([result for result in of["omniglot"] if result["meta_steps"]]):
+        figures.accuracy_against_time(report.parent / "figures" / "omniglot_all.png", records)
+    if shown := [result for result in gradient_based if has_smaller_budget(result)]:
         steps = statistics.mode(result["meta_steps"] for result in shown)
         equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and r["config"]["way"] == 5}
         figures.accuracy(report.parent / "figures" / "omniglot.png", equal)

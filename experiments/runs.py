@@ -171,12 +171,12 @@ def metrics_log(file: Path, step: int) -> Iterator[Callable[[dict], None]]:
 
 @dataclasses.dataclass
 class Trained:
-    """Result of training: the selected parameters, their step, timings, and device and chunk settings."""
+    """Result of training: the selected parameters, their step, timings, devices, chunks and operations of a step."""
 
     params: ArrayTree
     best_step: int
     seconds: dict[str, float]
-    execution: dict[str, int]
+    execution: dict[str, int | None]
 
 
 def as_metric(evaluation: Evaluation) -> dict[str, list[float]]:

@@ -27,7 +27,7 @@ _ARITHMETIC, _REDUCTIONS, _WINDOW_REDUCTIONS, _CUMULATIONS, _UNKNOWN = map(
         "reduce_sum reduce_max reduce_min reduce_prod",
         "reduce_window_sum reduce_window_max reduce_window_min",
         "cumsum cumprod cummax cummin cumlogsumexp",
-        "cholesky triangular_solve lu householder_product geqrf eigh eig svd schur hessenberg tridiagonal_solve fft "
+        "lu qr householder_product geqrf eigh eig svd schur hessenberg tridiagonal_solve fft "
         "ragged_dot_general custom_linear_solve reduce reduce_window select_and_scatter select_and_scatter_add",
     ),
 )
@@ -98,6 +98,7 @@ def count_flops(function: Callable, *args: Any) -> int:
 
     - An elementwise operation, such as an addition, a multiplication or an exponential, counts 1 per element.
     - A matrix product or a convolution counts 2 per term, a multiplication and an addition. Terms on padding are free.
+    - A Cholesky factorisation of [n, n] counts n³ / 3, and a triangular system with m right sides n² m.
     - A reduction of n elements to one counts n − 1.
     - Comparison, selection, conversion, data movement, integer arithmetic and random bits are free.
     - A scan counts its length times its body, a `cond` its most expensive branch, and `shard_map` all devices.
@@ -227,6 +228,10 @@ def _primitive_flops(eqn: Any) -> int:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return 2 * output.size * prod(inputs[0].shape[axis] for axis in contracted)
+    if name == "cholesky":
+        return output.size * output.shape[-1] // 3
+    if name == "triangular_solve":
+        return output.size * inputs[0].shape[-1]
     if name == "conv_general_dilated":
         return _conv_flops(params, *inputs, output)
     if name in _ARITHMETIC:
