@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: demo test lint bench install
+.PHONY: demo test lint bench install playground
 install: $(STAMP)
 
 $(STAMP): requirements.txt setup.cfg pyproject.toml
@@ -13,6 +13,9 @@ $(STAMP): requirements.txt setup.cfg pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python -m experiments.demo
+
+playground: $(STAMP)
+	$(BIN)/python -m experiments.playground
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -n auto --dist loadfile

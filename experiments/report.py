@@ -178,8 +178,8 @@ def all_methods(results: list[dict]) -> list[dict]:
     """
     groups = defaultdict(list)
     for result in results:
-        any_way = CATALOGUE[result["algorithm"]].any_way
-        trained = f"{result['config']['shot']}-shot" if any_way else ""
+        is_episodic = CATALOGUE[result["algorithm"]].any_way and result["algorithm"] != "pretrained-classifier"
+        trained = f"{result['config']['shot']}-shot" if is_episodic else ""
         for evaluation in evaluations(result):
             flags = tuple(variation(result))
             key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"]

@@ -5,6 +5,7 @@ from maml_jax import cost as cost
 from maml_jax import losses as losses
 from maml_jax import models as models
 from maml_jax import parallel as parallel
+from maml_jax import portable as portable
 from maml_jax import processes as processes
 from maml_jax import tasks as tasks
 from maml_jax._version import __version__ as __version__
@@ -61,6 +62,10 @@ from maml_jax.outer import init_meta_state as init_meta_state
 from maml_jax.outer import make_meta_step as make_meta_step
 from maml_jax.outer import make_train_loop as make_train_loop
 from maml_jax.outer import pmap_meta_step as pmap_meta_step
+from maml_jax.portable import LearnerConfig as LearnerConfig
+from maml_jax.portable import classify as classify
+from maml_jax.portable import load_learner as load_learner
+from maml_jax.portable import save_learner as save_learner
 from maml_jax.types import Batch as Batch
 from maml_jax.types import Episode as Episode
 from maml_jax.types import Evaluation as Evaluation
@@ -82,6 +87,7 @@ __all__ = [
     "InnerDescent",
     "InnerInfo",
     "LearnedRates",
+    "LearnerConfig",
     "MAMLPlusPlus",
     "Matching",
     "MetaInfo",
@@ -100,6 +106,7 @@ __all__ = [
     "check_inner_grad",
     "checkpoint",
     "checkpointed",
+    "classify",
     "cost",
     "ensemble",
     "erm",
@@ -113,6 +120,7 @@ __all__ = [
     "imaml",
     "init_meta_state",
     "inner_loop",
+    "load_learner",
     "losses",
     "make_meta_step",
     "make_train_loop",
@@ -127,6 +135,7 @@ __all__ = [
     "multi_step_weights",
     "parallel",
     "pmap_meta_step",
+    "portable",
     "pretrained",
     "pretrained_classifier",
     "processes",
@@ -135,6 +144,7 @@ __all__ = [
     "r2d2",
     "replace_inner_state",
     "reptile",
+    "save_learner",
     "siamese",
     "switch_at",
     "tasks",

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import maml_jax
-from experiments import cli, common, report, runs, sinusoid
+from experiments import cli, common, omniglot, report, runs, sinusoid
 from maml_jax import models, tasks
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +98,44 @@ def test_a_short_curve_is_reported(tmp_path):
     (tmp_path / "results" / "short.json").write_text(json.dumps(results))
     report.write(tmp_path / "results", tmp_path / "RESULTS.md")
     assert "not finite in 1 of 1" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
+    def result(algorithm, heads=(None,), **settings):
+        config = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS[algorithm], **settings))
+        evaluations = [
+            {"way": way, "shot": shot, "metrics": {"accuracy": {"mean": [0.5, 0.01 * way], "ci95": [0.1, 0.002]}}}
+            | ({"head": head} if head else {})
+            for way, shot in omniglot.SETTINGS
+            for head in heads
+        ]
+        return {
+            "experiment": "omniglot",
+            "algorithm": algorithm,
+            "config": runs.as_json(config),
+            "protocol": {"way": 5, "shot": 1, "split_by": "alphabet", "normalisation": "transductive"},
+            "metrics": evaluations[0]["metrics"],
+            "evaluations": evaluations,
+            "seconds": {"train": 60.0},
+            "meta_steps": 1000,
+            "execution": {"flops": 2_500_000_000},
+        }
+
+    heads = ("neighbour", "linear")
+    results = [result("protonets"), result("protonets", shot=5), result("pretrained-classifier", heads)]
+    lines = report.all_methods_table(results).splitlines()[2:]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [row[0] for row in rows] == [
+        "ProtoNets, trained 1-shot",
+        "ProtoNets, trained 5-shot",
+        "pretrained on all classes, linear",
+        "pretrained on all classes, neighbour",
+    ]
+    for row in rows:
+        assert row[1:5] == ["5.0 ± 0.2", "5.0 ± 0.2", "20.0 ± 0.2", "20.0 ± 0.2"]
+        assert row[6:] == ["alphabet", "transductive", "1,000", "60", "2.5", "1 min"]
+    # Published numbers stand beside the head that they are of.
+    assert [row[5] for row in rows] == ["98.8 / 99.7 / 96.0 / 98.9"] * 2 + ["", "80.0 / 95.0 / 69.5 / 89.1"]
 
 
 def test_adding_never_replaces_other_results(tmp_path):
