@@ -19,7 +19,7 @@ from rich.table import Table
 from experiments import common, figures, published, runs
 from experiments.cli import RunConfig, flag, main, methods, replace_known, stored_config, with_defaults
 from experiments.runs import RunError, console
-from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, losses, models
+from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
 from maml_jax.tasks import few_shot, omniglot
 from maml_jax.types import (
@@ -167,6 +167,22 @@ METHODS["pretrained-classifier"] = dataclasses.replace(
     METHODS["pretrained-classifier"],
     **_PROTONETS | {"train_way": None, "num_meta_steps": 4_000, "eval_inner_steps": 100},
 )
+# Sequences of 50 images: 10 of each of 5 classes.
+_MANN = {
+    "network": "pixels",
+    "train_shot": 5,
+    "query_shot": 5,
+    "meta_batch_size": 16,
+    "chunk_size": 16,
+    "num_meta_steps": 100_000,
+    "rotated_classes": True,
+    "rotated_test_classes": True,
+    "val_every": 2000,
+}
+METHODS["mann"] = dataclasses.replace(METHODS["mann"], **_MANN)
+METHODS["lstm"] = dataclasses.replace(METHODS["lstm"], **_MANN)
+# Every class is shown six times. The test characters are not turned, as in the authors' code.
+METHODS["memory-module"] = dataclasses.replace(METHODS["memory-module"], **_PROTONETS | {"rotated_test_classes": False})
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Way and shot of the published tables."""
 
@@ -357,7 +373,15 @@ def run(config: Config) -> dict:
             accuracy = runs.as_metric(score(params, sample_episode, keys.test, of_members))
             evaluations.append(described | {"metrics": {"accuracy": accuracy}})
         tested = {"metrics": evaluations[0]["metrics"]}
+        if config.algorithm in ("mann", "lstm"):
+            tested["instances"] = instance_accuracy(params)
         return tested | ({"evaluations": evaluations} if len(evaluations) > 1 else {})
+
+    def instance_accuracy(params: ArrayTree) -> dict[str, list[float]]:
+        """The accuracy on the 1st, 2nd, ... image of a class in a sequence as long as those of the training."""
+        sequences = make_sampler(config, "test", config.way, config.train_shot)
+        found = evaluate_objective(learner, params, sequences, keys.test, num_episodes=config.eval_episodes, mesh=mesh)
+        return {name: np.asarray(getattr(found, name)[1].instance_accuracy).tolist() for name in ("mean", "ci95")}
 
     with runs.open_run(config.run_dir, config) as run_dir:
         trained = common.train(
@@ -417,6 +441,11 @@ def show(results: dict) -> None:
             task = f"{evaluation['way']}-way {evaluation['shot']}-shot"
             task = ", ".join([task, *filter(None, [evaluation.get("head")])])
             table.add_row(task, runs.format_mean(accuracy["mean"][-1], accuracy["ci95"][-1], scale=100))
+        console.print(table)
+    if instances := results.get("instances"):
+        table = Table("image of its class in a sequence", "accuracy", title=title.format("sequences"))
+        for number, (mean, ci95) in enumerate(zip(instances["mean"], instances["ci95"], strict=True), 1):
+            table.add_row(str(number), runs.format_mean(mean, ci95, scale=100))
         console.print(table)
 
 

@@ -13,16 +13,20 @@ from maml_jax.algorithms import CATALOGUE as CATALOGUE
 from maml_jax.algorithms import ContextDescent as ContextDescent
 from maml_jax.algorithms import DomainSplits as DomainSplits
 from maml_jax.algorithms import Entry as Entry
+from maml_jax.algorithms import ExternalMemory as ExternalMemory
 from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms import InnerDescent as InnerDescent
 from maml_jax.algorithms import LearnedRates as LearnedRates
 from maml_jax.algorithms import MAMLPlusPlus as MAMLPlusPlus
 from maml_jax.algorithms import Matching as Matching
+from maml_jax.algorithms import NeighbourMemory as NeighbourMemory
 from maml_jax.algorithms import NoHyperparameters as NoHyperparameters
 from maml_jax.algorithms import PretrainedHead as PretrainedHead
 from maml_jax.algorithms import Problem as Problem
+from maml_jax.algorithms import RecurrentUnits as RecurrentUnits
 from maml_jax.algorithms import ReptileDescent as ReptileDescent
 from maml_jax.algorithms import RidgeHead as RidgeHead
+from maml_jax.algorithms import SequenceInfo as SequenceInfo
 from maml_jax.algorithms import anil as anil
 from maml_jax.algorithms import boil as boil
 from maml_jax.algorithms import cavia as cavia
@@ -31,9 +35,12 @@ from maml_jax.algorithms import erm as erm
 from maml_jax.algorithms import fomaml as fomaml
 from maml_jax.algorithms import hypergradient as hypergradient
 from maml_jax.algorithms import imaml as imaml
+from maml_jax.algorithms import lstm as lstm
 from maml_jax.algorithms import maml as maml
 from maml_jax.algorithms import maml_plus_plus as maml_plus_plus
+from maml_jax.algorithms import mann as mann
 from maml_jax.algorithms import matching_networks as matching_networks
+from maml_jax.algorithms import memory_module as memory_module
 from maml_jax.algorithms import meta_curvature as meta_curvature
 from maml_jax.algorithms import meta_sgd as meta_sgd
 from maml_jax.algorithms import mldg as mldg
@@ -83,6 +90,7 @@ __all__ = [
     "Entry",
     "Episode",
     "Evaluation",
+    "ExternalMemory",
     "ImplicitDescent",
     "InnerDescent",
     "InnerInfo",
@@ -94,12 +102,15 @@ __all__ = [
     "MetaLearner",
     "MetaState",
     "Model",
+    "NeighbourMemory",
     "NoHyperparameters",
     "OuterRule",
     "PretrainedHead",
     "Problem",
+    "RecurrentUnits",
     "ReptileDescent",
     "RidgeHead",
+    "SequenceInfo",
     "anil",
     "boil",
     "cavia",
@@ -122,11 +133,14 @@ __all__ = [
     "inner_loop",
     "load_learner",
     "losses",
+    "lstm",
     "make_meta_step",
     "make_train_loop",
     "maml",
     "maml_plus_plus",
+    "mann",
     "matching_networks",
+    "memory_module",
     "meta_curvature",
     "meta_sgd",
     "mixed_mode",

@@ -22,8 +22,15 @@ from maml_jax.algorithms.maml_plus_plus import ensemble as ensemble
 from maml_jax.algorithms.maml_plus_plus import maml_plus_plus as maml_plus_plus
 from maml_jax.algorithms.maml_plus_plus import multi_step_weights as multi_step_weights
 from maml_jax.algorithms.maml_plus_plus import switch_at as switch_at
+from maml_jax.algorithms.mann import ExternalMemory as ExternalMemory
+from maml_jax.algorithms.mann import RecurrentUnits as RecurrentUnits
+from maml_jax.algorithms.mann import SequenceInfo as SequenceInfo
+from maml_jax.algorithms.mann import lstm as lstm
+from maml_jax.algorithms.mann import mann as mann
 from maml_jax.algorithms.matching import Matching as Matching
 from maml_jax.algorithms.matching import matching_networks as matching_networks
+from maml_jax.algorithms.memory_module import NeighbourMemory as NeighbourMemory
+from maml_jax.algorithms.memory_module import memory_module as memory_module
 from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits as DomainSplits
@@ -44,16 +51,20 @@ __all__ = [
     "ContextDescent",
     "DomainSplits",
     "Entry",
+    "ExternalMemory",
     "ImplicitDescent",
     "InnerDescent",
     "LearnedRates",
     "MAMLPlusPlus",
     "Matching",
+    "NeighbourMemory",
     "NoHyperparameters",
     "PretrainedHead",
     "Problem",
+    "RecurrentUnits",
     "ReptileDescent",
     "RidgeHead",
+    "SequenceInfo",
     "anil",
     "boil",
     "cavia",
@@ -62,9 +73,12 @@ __all__ = [
     "fomaml",
     "hypergradient",
     "imaml",
+    "lstm",
     "maml",
     "maml_plus_plus",
+    "mann",
     "matching_networks",
+    "memory_module",
     "meta_curvature",
     "meta_sgd",
     "mldg",

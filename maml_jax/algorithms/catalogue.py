@@ -18,7 +18,9 @@ from maml_jax.algorithms.classifier import PretrainedHead, pretrained_classifier
 from maml_jax.algorithms.imaml import ImplicitDescent, imaml
 from maml_jax.algorithms.maml import InnerDescent, LearnedRates, fomaml, maml
 from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus, maml_plus_plus, multi_step_weights, switch_at
+from maml_jax.algorithms.mann import ExternalMemory, RecurrentUnits, lstm, mann
 from maml_jax.algorithms.matching import Matching, matching_networks
+from maml_jax.algorithms.memory_module import NeighbourMemory, memory_module
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.meta_sgd import meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits, NoHyperparameters, erm, mldg
@@ -265,6 +267,22 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         ),
         "siamese": _classifier(
             "Siamese networks", "Koch et al., 2015", _build_classifier(siamese, takes_loss=False), NoHyperparameters
+        ),
+        "mann": _classifier(
+            "MANN",
+            "Santoro et al., 2016",
+            _build_classifier(mann, "num_units", "num_slots", "slot_size", "num_reads", "usage_decay"),
+            ExternalMemory,
+            any_way=False,
+        ),
+        "lstm": _classifier(
+            "LSTM", "Santoro et al., 2016", _build_classifier(lstm, "num_units"), RecurrentUnits, any_way=False
+        ),
+        "memory-module": _classifier(
+            "memory module",
+            "Kaiser et al., 2017",
+            _build_classifier(memory_module, "key_size", "num_slots", "num_neighbours", "margin", takes_loss=False),
+            NeighbourMemory,
         ),
         "pretrained-classifier": _classifier(
             "pretrained on all classes", "Vinyals et al., 2016", _pretrained_classifier, PretrainedHead
