@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from maml_jax.inner.embedding import embed
 from maml_jax.inner.learner import observed_once
-from maml_jax.inner.recurrent import LSTMState, init_lstm, lstm_step
+from maml_jax.inner.recurrent import LSTMState, init_lstm, lstm_step, split_inputs
 from maml_jax.losses import accuracy
 from maml_jax.types import (
     ArrayTree,
@@ -64,7 +64,10 @@ class MemoryState(NamedTuple):
 
 
 class _Cell(NamedTuple):
-    """A recurrent network: init(key, num_inputs, way), start(params), step(params, state, inputs [I])."""
+    """A recurrent network: init(key, num_inputs, way), start(params), step(params, state, added).
+
+    `added` [4H] is what the example and the label before add to the gates of the controller; see `split_inputs`.
+    """
 
     init: Callable[[PRNGKey, int, int], dict]
     start: Callable[[ArrayTree], ArrayTree]
@@ -162,16 +165,13 @@ def mann(
             usage=first_slot,
         )
 
-    def step(params, state, inputs):
-        controller = lstm_step(
-            params["controller"], state.controller, jnp.concatenate([inputs, state.read_vectors], -1)
-        )
+    def step(params, state, added):
+        controller = lstm_step(params["controller"], state.controller, state.read_vectors, added)
         read_key = jnp.tanh(_per_head(params["key"], controller.hidden))  # [num_reads, slot_size]
         write = jnp.tanh(_per_head(params["write"], controller.hidden))
         gate = jax.nn.sigmoid(_per_head(params["gate"], controller.hidden))  # [num_reads, 1]
 
-        _, slots = jax.lax.top_k(-state.usage, num_reads)
-        least_used = jax.nn.one_hot(slots, num_slots, dtype=gate.dtype)  # [num_reads, num_slots], the least used first
+        least_used = _least_used(state.usage, num_reads).astype(gate.dtype)  # [num_reads, num_slots]
         write_weights = gate * state.read_weights + (1.0 - gate) * least_used
         memory = state.memory * (1.0 - least_used[0])[:, None] + write_weights.T @ write
 
@@ -220,8 +220,8 @@ def lstm(embedding: Model, loss_fn: LossFn, *, way: int, num_units: int = 200) -
     def start(params):
         return _zero_state(num_units, params["controller"]["kernel"].dtype)
 
-    def step(params, state, inputs):
-        state = lstm_step(params["controller"], state, inputs)
+    def step(params, state, added):
+        state = lstm_step(params["controller"], state, None, added)
         return state, _affine(params["output"], state.hidden)
 
     return _sequence_learner(embedding, loss_fn, way, _Cell(init, start, step))
@@ -274,6 +274,11 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
     def embedded(params, inputs, key=None):
         return embed(embedding, params["embedding"], inputs, key).astype(params["controller"]["kernel"].dtype)
 
+    def split(params, inputs):
+        """The parameters without the part of the controller's kernel for `inputs` [L, I], and its product with them."""
+        controller, added = split_inputs(params["controller"], inputs)
+        return params | {"controller": controller}, added
+
     def run(params, inputs, targets, order_key, embedding_key):
         """The state after the last step, its label [N], and the outputs [L, N] and targets [L] in their order."""
         features = embedded(params, inputs, embedding_key)
@@ -282,11 +287,8 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
             features, targets = features[order], targets[order]
         labels = jax.nn.one_hot(targets, way, dtype=features.dtype)
         label_before = jnp.concatenate([jnp.zeros_like(labels[:1]), labels[:-1]])
-        state, outputs = jax.lax.scan(
-            lambda state, x: cell.step(params, state, x),
-            cell.start(params),
-            jnp.concatenate([features, label_before], -1),
-        )
+        rest, added = split(params, jnp.concatenate([features, label_before], -1))
+        state, outputs = jax.lax.scan(lambda state, x: cell.step(rest, state, x), cell.start(params), added)
         return state, labels[-1], outputs, targets
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
@@ -299,7 +301,9 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
     def predict(task_params, inputs):
         params, state, label = (task_params[name] for name in ("params", "state", "label"))
         features = embedded(params, inputs)
-        return jax.vmap(lambda x: cell.step(params, state, jnp.concatenate([x, label]))[1])(features)
+        labels = jnp.broadcast_to(label, (len(features), way))
+        rest, added = split(params, jnp.concatenate([features, labels], -1))
+        return jax.vmap(lambda x: cell.step(rest, state, x)[1])(added)
 
     def objective(meta_params, episode):
         if episode.key is None:
@@ -315,6 +319,15 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
         return loss_fn(outputs, targets), SequenceInfo(jnp.zeros(0), _instance_accuracy(outputs, targets, way))
 
     return MetaLearner(init, adapt, predict, objective)
+
+
+def _least_used(usage: jax.Array, number: int) -> jax.Array:
+    """One-hot rows [number, num_slots], the least used slot first; the first of equal ones."""
+    rows = []
+    for _ in range(number):  # faster than a sort, because there are few
+        rows.append(jnp.arange(len(usage)) == jnp.argmin(usage))
+        usage = jnp.where(rows[-1], jnp.inf, usage)
+    return jnp.stack(rows)
 
 
 def _instance_accuracy(outputs: jax.Array, targets: jax.Array, way: int) -> jax.Array:

@@ -17,6 +17,7 @@ from maml_jax.inner.loop import inner_loop as inner_loop
 from maml_jax.inner.recurrent import LSTMState as LSTMState
 from maml_jax.inner.recurrent import init_lstm as init_lstm
 from maml_jax.inner.recurrent import lstm_step as lstm_step
+from maml_jax.inner.recurrent import split_inputs as split_inputs
 
 __all__ = [
     "LSTMState",
@@ -34,6 +35,7 @@ __all__ = [
     "mixed_mode",
     "observed_once",
     "proximal_solution",
+    "split_inputs",
     "squared_distances",
     "unit_length",
 ]

@@ -40,16 +40,35 @@ def init_lstm(key: PRNGKey, num_inputs: int, num_units: int, *, forget_bias: flo
     return {"kernel": kernel, "bias": bias}
 
 
-def lstm_step(params: ArrayTree, state: LSTMState, inputs: jax.Array) -> LSTMState:
-    """One step: c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c').
+def split_inputs(params: ArrayTree, inputs: jax.Array) -> tuple[ArrayTree, jax.Array]:
+    """Multiplies inputs that are known before a scan by their part of the kernel, all steps in one product.
 
     Args:
       params: from `init_lstm`.
-      state: [..., H] each.
-      inputs: [..., I].
+      inputs: [..., J], the first J of the I inputs of each step.
+
+    Returns:
+      The parameters for the I - J other inputs, and what these inputs add to the gates, [..., 4H].
     """
-    gates = jnp.concatenate([inputs, state.hidden], -1) @ params["kernel"]
+    size = inputs.shape[-1]
+    return params | {"kernel": params["kernel"][size:]}, inputs @ params["kernel"][:size]
+
+
+def lstm_step(
+    params: ArrayTree, state: LSTMState, inputs: jax.Array | None, added: jax.Array | None = None
+) -> LSTMState:
+    """One step: c' = σ(f) c + σ(i) tanh(g), h' = σ(o) tanh(c').
+
+    Args:
+      params: from `init_lstm`, or from `split_inputs`.
+      state: [..., H] each.
+      inputs: [..., I]; None if `split_inputs` has taken all of them.
+      added: what the inputs that `split_inputs` has taken add to the gates, [..., 4H].
+    """
+    joined = state.hidden if inputs is None else jnp.concatenate([inputs, state.hidden], -1)
+    gates = joined @ params["kernel"]
     gates = gates + params["bias"].reshape((1,) * (gates.ndim - 1) + (-1,))
+    gates = gates if added is None else gates + added
     write, forget, new, output = jnp.split(gates, 4, -1)
     cell = jax.nn.sigmoid(forget) * state.cell + jax.nn.sigmoid(write) * jnp.tanh(new)
     return LSTMState(jax.nn.sigmoid(output) * jnp.tanh(cell), cell)
