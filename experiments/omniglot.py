@@ -21,7 +21,9 @@ from experiments.cli import RunConfig, flag, main, methods, replace_known, store
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
+from maml_jax.inner import unit_length
 from maml_jax.tasks import few_shot, omniglot
+from maml_jax.tasks.pixels import scale_pixels
 from maml_jax.types import (
     ArrayTree,
     Evaluation,
@@ -53,9 +55,12 @@ class Config(RunConfig):
     """Outer updates. A run may be continued with a larger number."""
     eval_inner_steps: int | None = None
     """Inner steps in validation and test; by default the paper's, 3, or 5 with more than 5 classes."""
-    network: Literal["conv4", "mlp", "multi-scale", "pixels"] = "conv4"
+    network: Literal["conv4", "mlp", "multi-scale", "pixels", "features"] = "conv4"
     """Four convolutions; the fully connected network of the "no conv" rows of MAML; that of R2-D2, whose embedding
-    joins two depths; or the pixels themselves at 20x20, for MANN."""
+    joins two depths; the pixels themselves at 20x20, for MANN; or the embeddings of --pretrained-run, for LEO."""
+    pretrained_run: Path | None = None
+    """With --network features: the directory of a finished run of pretrained-classifier. Its embeddings, scaled to unit
+    length, are the inputs, and its network is not trained further."""
     filters: int = 64
     """Filters of each convolution."""
     pooling: bool = False
@@ -106,8 +111,10 @@ class Config(RunConfig):
         if self.population and (self.inductive or self.ensemble > 1):
             raise ValueError("--population excludes --inductive and --ensemble; leave them out")
         classifies = CATALOGUE[self.algorithm].classifies
-        if self.network == ("mlp" if classifies else "pixels") or (self.network == "multi-scale" and not classifies):
+        if self.network == "mlp" if classifies else self.network not in ("conv4", "mlp"):
             raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
+        if (self.network == "features") != (self.pretrained_run is not None):
+            raise ValueError("--network features and --pretrained-run belong together; give both or neither")
         if self.train_way not in (None, self.way) and not CATALOGUE[self.algorithm].any_way:
             raise ValueError(
                 f"--train-way {self.train_way} differs from --way {self.way}, and the parameters of {self.algorithm} "
@@ -182,6 +189,21 @@ _MANN = {
 METHODS["mann"] = dataclasses.replace(METHODS["mann"], **_MANN)
 METHODS["lstm"] = dataclasses.replace(METHODS["lstm"], **_MANN)
 # Every class is shown six times. The test characters are not turned, as in the authors' code.
+METHODS["leo"] = dataclasses.replace(
+    METHODS["leo"],
+    **_PROTONETS
+    | {
+        "network": "features",
+        "pretrained_run": Path("runs/omniglot-pretrained-classifier-5w1s-0"),
+        "train_way": 5,
+        "query_shot": 15,
+        "meta_batch_size": 12,
+        "num_meta_steps": 100_000,
+    },
+)
+METHODS["meta-lstm"] = dataclasses.replace(
+    METHODS["meta-lstm"], filters=32, query_shot=15, meta_batch_size=2, num_meta_steps=75_000, eval_inner_steps=8
+)
 METHODS["memory-module"] = dataclasses.replace(METHODS["memory-module"], **_PROTONETS | {"rotated_test_classes": False})
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Way and shot of the published tables."""
@@ -235,8 +257,8 @@ def make_network(config: Config, way: int | None, *, population: bool = False) -
         return models.omniglot_mlp(way=way, norm=norm)
     if config.network == "multi-scale":
         return models.multi_scale(features=(config.filters,) * 4, norm=norm)
-    if config.network == "pixels":
-        return Model(lambda key, inputs: {}, small_pixels)
+    if config.network in ("pixels", "features"):
+        return Model(lambda key, inputs: {}, small_pixels if config.network == "pixels" else lambda params, x: x)
     flatten = True if config.pooling or config.flatten or way is None else None
     return models.conv4(way=way, features=config.filters, pooling=config.pooling, flatten=flatten, norm=norm)
 
@@ -280,8 +302,12 @@ def make_tester(config: Config, way: int | None = None, **hyperparameters: Any) 
 
 def make_sampler(config: Config, split: str, way: int, shot: int) -> SampleEpisodeFn:
     """The task distribution of a split."""
+    has_rotated_classes = config.rotated_classes and (split == "train" or config.rotated_test_classes)
     try:
         images = omniglot.load(split, config.data_dir, config.split_by)
+        if config.network == "features":
+            features = features_of(images, config, has_rotated_classes)
+            return few_shot.make_sampler(features, way=way, shot=shot, query_shot=config.query_shot)
         if split == "train" and config.algorithm == "pretrained-classifier":
             return few_shot.make_batch_sampler(
                 images, batch_size=config.hyperparameters.batch_size, rotated_classes=config.rotated_classes
@@ -292,10 +318,42 @@ def make_sampler(config: Config, split: str, way: int, shot: int) -> SampleEpiso
             shot=shot,
             query_shot=config.query_shot,
             rotations=config.rotations and not config.rotated_classes,
-            rotated_classes=config.rotated_classes and (split == "train" or config.rotated_test_classes),
+            rotated_classes=has_rotated_classes,
         )
     except ValueError as error:
         raise RunError(f"split {split!r} of Omniglot: {error}") from error
+
+
+def features_of(images: np.ndarray, config: Config, rotated_classes: bool) -> np.ndarray:
+    """The embeddings of unit length of all drawings by the network of `--pretrained-run`.
+
+    Args:
+      images: uint8 [C, n, 28, 28, 1].
+      config: the settings.
+      rotated_classes: whether the four rotations of a class are four classes.
+
+    Returns:
+      [C, n, D], or [4C, n, D].
+
+    Raises:
+      RunError: if that run trained on characters that are in the test of this one.
+    """
+    source = with_paper_defaults(stored_config(METHODS, Path(config.pretrained_run)))
+    if (source.algorithm, source.split_by) != ("pretrained-classifier", config.split_by):
+        raise RunError(
+            f"{config.pretrained_run} is a run of {source.algorithm} with --split-by {source.split_by}; give a run of "
+            f"pretrained-classifier with --split-by {config.split_by}"
+        )
+    _, params = load(source.run_dir)
+    network = make_network(source, None, population=source.population)
+    if rotated_classes:
+        images = np.concatenate([np.rot90(images, turns, (2, 3)) for turns in range(4)])
+
+    @jax.jit
+    def embed_class(params, drawings):
+        return unit_length(network.apply(params["embedding"], scale_pixels(drawings)))
+
+    return np.stack([embed_class(params, drawings) for drawings in images])
 
 
 def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
@@ -309,7 +367,7 @@ def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
 
 def with_statistics(config: Config) -> Callable[[ArrayTree], ArrayTree]:
     """`(params) -> params` for the test: with --population it adds the statistics of training images."""
-    if not config.population or config.network == "pixels":
+    if not config.population or config.network in ("pixels", "features"):
         return lambda params: params
     embeds = CATALOGUE[config.algorithm].classifies
     network = make_network(config, None if embeds else config.way, population=True)
@@ -417,6 +475,8 @@ def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     config = stored_config(METHODS, Path(run_dir))
     learner = make_tester(config)
     inputs = np.zeros((config.way * config.shot, 28, 28, 1), np.float32)
+    if config.network == "features":
+        inputs = jax.eval_shape(make_sampler(config, "val", config.way, config.shot), jax.random.key(0)).support.inputs
     params = common.load_params(config.run_dir, config, make_learner(config), inputs)
     return ensemble(learner) if config.ensemble > 1 else learner, with_statistics(config)(params)
 

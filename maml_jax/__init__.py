@@ -16,6 +16,8 @@ from maml_jax.algorithms import Entry as Entry
 from maml_jax.algorithms import ExternalMemory as ExternalMemory
 from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms import InnerDescent as InnerDescent
+from maml_jax.algorithms import LatentDescent as LatentDescent
+from maml_jax.algorithms import LearnedOptimizer as LearnedOptimizer
 from maml_jax.algorithms import LearnedRates as LearnedRates
 from maml_jax.algorithms import MAMLPlusPlus as MAMLPlusPlus
 from maml_jax.algorithms import Matching as Matching
@@ -35,6 +37,7 @@ from maml_jax.algorithms import erm as erm
 from maml_jax.algorithms import fomaml as fomaml
 from maml_jax.algorithms import hypergradient as hypergradient
 from maml_jax.algorithms import imaml as imaml
+from maml_jax.algorithms import leo as leo
 from maml_jax.algorithms import lstm as lstm
 from maml_jax.algorithms import maml as maml
 from maml_jax.algorithms import maml_plus_plus as maml_plus_plus
@@ -42,6 +45,7 @@ from maml_jax.algorithms import mann as mann
 from maml_jax.algorithms import matching_networks as matching_networks
 from maml_jax.algorithms import memory_module as memory_module
 from maml_jax.algorithms import meta_curvature as meta_curvature
+from maml_jax.algorithms import meta_lstm as meta_lstm
 from maml_jax.algorithms import meta_sgd as meta_sgd
 from maml_jax.algorithms import mldg as mldg
 from maml_jax.algorithms import multi_step_weights as multi_step_weights
@@ -94,6 +98,8 @@ __all__ = [
     "ImplicitDescent",
     "InnerDescent",
     "InnerInfo",
+    "LatentDescent",
+    "LearnedOptimizer",
     "LearnedRates",
     "LearnerConfig",
     "MAMLPlusPlus",
@@ -131,6 +137,7 @@ __all__ = [
     "imaml",
     "init_meta_state",
     "inner_loop",
+    "leo",
     "load_learner",
     "losses",
     "lstm",
@@ -142,6 +149,7 @@ __all__ = [
     "matching_networks",
     "memory_module",
     "meta_curvature",
+    "meta_lstm",
     "meta_sgd",
     "mixed_mode",
     "mldg",

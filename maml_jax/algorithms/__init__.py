@@ -13,6 +13,8 @@ from maml_jax.algorithms.classifier import pretrained_classifier as pretrained_c
 from maml_jax.algorithms.hypergradient import hypergradient as hypergradient
 from maml_jax.algorithms.imaml import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms.imaml import imaml as imaml
+from maml_jax.algorithms.leo import LatentDescent as LatentDescent
+from maml_jax.algorithms.leo import leo as leo
 from maml_jax.algorithms.maml import InnerDescent as InnerDescent
 from maml_jax.algorithms.maml import LearnedRates as LearnedRates
 from maml_jax.algorithms.maml import fomaml as fomaml
@@ -32,6 +34,8 @@ from maml_jax.algorithms.matching import matching_networks as matching_networks
 from maml_jax.algorithms.memory_module import NeighbourMemory as NeighbourMemory
 from maml_jax.algorithms.memory_module import memory_module as memory_module
 from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
+from maml_jax.algorithms.meta_lstm import LearnedOptimizer as LearnedOptimizer
+from maml_jax.algorithms.meta_lstm import meta_lstm as meta_lstm
 from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits as DomainSplits
 from maml_jax.algorithms.mldg import NoHyperparameters as NoHyperparameters
@@ -54,6 +58,8 @@ __all__ = [
     "ExternalMemory",
     "ImplicitDescent",
     "InnerDescent",
+    "LatentDescent",
+    "LearnedOptimizer",
     "LearnedRates",
     "MAMLPlusPlus",
     "Matching",
@@ -73,6 +79,7 @@ __all__ = [
     "fomaml",
     "hypergradient",
     "imaml",
+    "leo",
     "lstm",
     "maml",
     "maml_plus_plus",
@@ -80,6 +87,7 @@ __all__ = [
     "matching_networks",
     "memory_module",
     "meta_curvature",
+    "meta_lstm",
     "meta_sgd",
     "mldg",
     "multi_step_weights",

@@ -4,6 +4,7 @@ Builders have the arguments that their papers ask for. An entry makes them alike
 and one record of hyperparameters.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -16,12 +17,14 @@ from maml_jax.algorithms.boil import boil
 from maml_jax.algorithms.cavia import ContextDescent, cavia, with_context
 from maml_jax.algorithms.classifier import PretrainedHead, pretrained_classifier
 from maml_jax.algorithms.imaml import ImplicitDescent, imaml
+from maml_jax.algorithms.leo import LatentDescent, leo
 from maml_jax.algorithms.maml import InnerDescent, LearnedRates, fomaml, maml
 from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus, maml_plus_plus, multi_step_weights, switch_at
 from maml_jax.algorithms.mann import ExternalMemory, RecurrentUnits, lstm, mann
 from maml_jax.algorithms.matching import Matching, matching_networks
 from maml_jax.algorithms.memory_module import NeighbourMemory, memory_module
 from maml_jax.algorithms.meta_curvature import meta_curvature
+from maml_jax.algorithms.meta_lstm import LearnedOptimizer, meta_lstm
 from maml_jax.algorithms.meta_sgd import meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits, NoHyperparameters, erm, mldg
 from maml_jax.algorithms.pretrained import pretrained
@@ -230,6 +233,13 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             InnerDescent,
             _FINN,
         ),
+        "meta-lstm": Entry(
+            "meta-learner LSTM",
+            "Ravi and Larochelle, 2017",
+            _build(meta_lstm, of_settings=("num_inner_steps", "num_units"), has_rule=False),
+            LearnedOptimizer,
+            {"omniglot": LearnedOptimizer()},
+        ),
         "pretrained": Entry(
             "pretrained on all tasks",
             "Finn et al., 2017",
@@ -267,6 +277,12 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         ),
         "siamese": _classifier(
             "Siamese networks", "Koch et al., 2015", _build_classifier(siamese, takes_loss=False), NoHyperparameters
+        ),
+        "leo": _classifier(
+            "LEO",
+            "Rusu et al., 2019",
+            _build_classifier(leo, *(field.name for field in dataclasses.fields(LatentDescent))),
+            LatentDescent,
         ),
         "mann": _classifier(
             "MANN",

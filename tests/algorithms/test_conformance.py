@@ -28,6 +28,7 @@ from maml_jax import (
     models,
     parallel,
 )
+from maml_jax.inner import unit_length
 from maml_jax.tasks import sinusoid
 from maml_jax.types import learner_at
 
@@ -45,15 +46,30 @@ def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=None, **hyperparameter
     hyperparameters = SMALL.get(name, {}) | hyperparameters
     known = {field.name for field in dataclasses.fields(entry.hyperparameters)}
     hyperparameters = {field: value for field, value in hyperparameters.items() if field in known}
-    problem = Problem(model, loss_fn or loss_of(name), head=is_head, embedding=model, way=WAY)
+    embedding = of_unit_length(model) if name == "leo" else model
+    problem = Problem(model, loss_fn or loss_of(name), head=is_head, embedding=embedding, way=WAY)
     return learner_at(entry.build(problem, entry.hyperparameters(**hyperparameters)), jnp.int32(0))
 
 
 # Networks of their own in a size that compiles in no time.
-SMALL = {"mann": {"num_units": 16, "num_slots": 12, "slot_size": 8, "num_reads": 2}, "lstm": {"num_units": 16}}
-NEEDS_KEY = {"mldg", "mann", "lstm"}
+SMALL = {
+    "mann": {"num_units": 16, "num_slots": 12, "slot_size": 8, "num_reads": 2},
+    "lstm": {"num_units": 16},
+    "leo": {"num_latent": 4, "num_latent_steps": 1, "num_finetuning_steps": 1, "train_embedding": True},
+}
+NEEDS_KEY = {"mldg", "mann", "lstm", "leo"}
 DRAWS_AN_ORDER = {"mann", "lstm", "memory-module"}
 """Their `adapt` draws the order of the support set from its key."""
+
+
+def of_unit_length(model):
+    """The embeddings that LEO asks for. What is no embedding stays as it is."""
+
+    def apply(params, inputs, **key):
+        outputs = model.apply(params, inputs, **key)
+        return unit_length(outputs) if outputs.ndim == 2 and outputs.shape[1] else outputs
+
+    return model._replace(apply=apply)
 
 
 def classifies(name):
@@ -182,7 +198,7 @@ def test_gradients_are_finite_and_the_same_with_and_without_jit(name):
 @EVERY_ALGORITHM
 @pytest.mark.parametrize("num_steps", [0, 3])
 def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
-    num_steps = num_steps if iterates(name) else 0
+    num_steps = num_steps if iterates(name) else 2 if name == "leo" else 0
     learner = build(name, affine_model(Affine), num_inner_steps=num_steps)
     support = episode(name).support
     observed = episode(name).query if of_domains(name) else support

@@ -82,17 +82,18 @@ def test_an_algorithm_runs(algorithm, drawings, tmp_path):
 def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
     config = omniglot.with_paper_defaults(omniglot.METHODS[algorithm])
     learner = learner_at(omniglot.make_learner(config), 0)
-    images = jax.ShapeDtypeStruct((5, 28, 28, 1), np.float32)
+    images = jax.ShapeDtypeStruct((5, 64) if config.network == "features" else (5, 28, 28, 1), np.float32)
     params = jax.eval_shape(learner.init, jax.random.key(0), images)
     support = Batch(images, jax.ShapeDtypeStruct((5,), np.int32))
-    if config.population:  # the learner of the test has the statistics of training images beside
+    if config.population and config.network != "features":  # the statistics of training images are beside the others
         params = jax.eval_shape(omniglot.make_tester(config).init, jax.random.key(0), images)
     _, info = jax.eval_shape(
         lambda params, support: omniglot.make_tester(config).adapt(params, support, observe_fn=lambda _: jnp.zeros(())),
         params,
         support,
     )
-    assert info.observed.shape == (1 if CATALOGUE[algorithm].classifies else config.eval_inner_steps + 1,)
+    num_steps = 10 if algorithm == "leo" else 0 if CATALOGUE[algorithm].classifies else config.eval_inner_steps
+    assert info.observed.shape == (num_steps + 1,)
 
 
 @pytest.mark.parametrize("algorithm", ["protonets", "pretrained-classifier"])
