@@ -29,6 +29,7 @@ from maml_jax.algorithms import RecurrentUnits as RecurrentUnits
 from maml_jax.algorithms import ReptileDescent as ReptileDescent
 from maml_jax.algorithms import RidgeHead as RidgeHead
 from maml_jax.algorithms import SequenceInfo as SequenceInfo
+from maml_jax.algorithms import SetStatistics as SetStatistics
 from maml_jax.algorithms import anil as anil
 from maml_jax.algorithms import boil as boil
 from maml_jax.algorithms import cavia as cavia
@@ -49,6 +50,7 @@ from maml_jax.algorithms import meta_lstm as meta_lstm
 from maml_jax.algorithms import meta_sgd as meta_sgd
 from maml_jax.algorithms import mldg as mldg
 from maml_jax.algorithms import multi_step_weights as multi_step_weights
+from maml_jax.algorithms import neural_statistician as neural_statistician
 from maml_jax.algorithms import pretrained as pretrained
 from maml_jax.algorithms import pretrained_classifier as pretrained_classifier
 from maml_jax.algorithms import protonets as protonets
@@ -117,6 +119,7 @@ __all__ = [
     "ReptileDescent",
     "RidgeHead",
     "SequenceInfo",
+    "SetStatistics",
     "anil",
     "boil",
     "cavia",
@@ -155,6 +158,7 @@ __all__ = [
     "mldg",
     "models",
     "multi_step_weights",
+    "neural_statistician",
     "parallel",
     "pmap_meta_step",
     "portable",

@@ -49,6 +49,8 @@ from maml_jax.algorithms.reptile import ReptileDescent as ReptileDescent
 from maml_jax.algorithms.reptile import replace_inner_state as replace_inner_state
 from maml_jax.algorithms.reptile import reptile as reptile
 from maml_jax.algorithms.siamese import siamese as siamese
+from maml_jax.algorithms.statistician import SetStatistics as SetStatistics
+from maml_jax.algorithms.statistician import neural_statistician as neural_statistician
 
 __all__ = [
     "CATALOGUE",
@@ -71,6 +73,7 @@ __all__ = [
     "ReptileDescent",
     "RidgeHead",
     "SequenceInfo",
+    "SetStatistics",
     "anil",
     "boil",
     "cavia",
@@ -91,6 +94,7 @@ __all__ = [
     "meta_sgd",
     "mldg",
     "multi_step_weights",
+    "neural_statistician",
     "pretrained",
     "pretrained_classifier",
     "protonets",

@@ -32,6 +32,7 @@ from maml_jax.algorithms.protonets import protonets
 from maml_jax.algorithms.r2d2 import RidgeHead, r2d2
 from maml_jax.algorithms.reptile import ReptileDescent, reptile
 from maml_jax.algorithms.siamese import siamese
+from maml_jax.algorithms.statistician import SetStatistics, neural_statistician
 from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
 
@@ -157,6 +158,15 @@ def _pretrained_classifier(problem: Problem, settings: PretrainedHead) -> MetaLe
     num_steps = settings.num_finetuning_steps if settings.head == "fine-tuned" else settings.num_inner_steps
     builder = functools.partial(pretrained_classifier, inner_optimizer=settings.rule(), num_inner_steps=num_steps)
     return _build_classifier(builder, "num_classes", "head")(problem, settings)
+
+
+def _neural_statistician(problem: Problem, settings: SetStatistics) -> Callable[[jax.Array], MetaLearner]:
+    def at(step: jax.Array) -> MetaLearner:
+        builder = functools.partial(neural_statistician, alpha=settings.alpha(step))
+        names = "num_context", "num_latent", "num_hidden", "sample_dropout"
+        return _build_classifier(builder, *names, takes_loss=False)(problem, settings)
+
+    return at
 
 
 def _classifier(title: str, reference: str, build: Callable, hyperparameters: type, any_way: bool = True) -> Entry:
@@ -299,6 +309,9 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Kaiser et al., 2017",
             _build_classifier(memory_module, "key_size", "num_slots", "num_neighbours", "margin", takes_loss=False),
             NeighbourMemory,
+        ),
+        "neural-statistician": _classifier(
+            "neural statistician", "Edwards and Storkey, 2017", _neural_statistician, SetStatistics
         ),
         "pretrained-classifier": _classifier(
             "pretrained on all classes", "Vinyals et al., 2016", _pretrained_classifier, PretrainedHead

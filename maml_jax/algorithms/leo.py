@@ -282,7 +282,7 @@ def orthogonality_penalty(decoder: jax.Array) -> jax.Array:
 
 
 def dropout(key: PRNGKey | None, features: jax.Array, rate: float) -> jax.Array:
-    """Features with entries set to zero at a rate, and the others scaled up; unchanged without a key."""
+    """Features with entries set to zero at a rate and the others divided by 1 − rate; unchanged without a key."""
     if key is None or rate == 0:
         return features
     keep = jax.random.bernoulli(key, 1.0 - rate, features.shape)

@@ -9,6 +9,8 @@ from pathlib import Path
 import chex
 import jax
 import optax
+import PIL.Image
+import PIL.ImageDraw
 import pytest
 
 import maml_jax
@@ -28,6 +30,20 @@ def test_report_and_pages_are_those_of_the_committed_results(tmp_path):
         assert copy.read_text() == page.read_text()
 
 
+def draw_symbols(directory):
+    """A stroke that stands and one that lies, as examples of two classes, and another one that stands."""
+
+    def draw(file, *line):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image = PIL.Image.new("L", (105, 105), 255)
+        PIL.ImageDraw.Draw(image).line(line, fill=0, width=4)
+        image.save(file)
+
+    draw(directory / "my_symbols" / "lying" / "1.png", 20, 50, 85, 52)
+    draw(directory / "my_symbols" / "standing" / "1.png", 50, 20, 52, 85)
+    draw(directory / "new.png", 55, 15, 52, 88)
+
+
 def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     # The examples write to the working directory, and one reads a run of `make demo` from it.
     monkeypatch.chdir(tmp_path)
@@ -39,7 +55,9 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
         trained = common.train(config.run_dir, config, learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 11
+    assert len(blocks) == 12
+    draw_symbols(tmp_path)
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     found, of_block = {}, []
     for block in blocks:
         exec(block, found)
@@ -57,6 +75,8 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     assert lines["model"].stochastic
     assert found["episode"].support.inputs.shape == (2, 28, 28, 1)
     chex.assert_trees_all_equal(found["params"], trained.params)
+    chex.assert_shape(found["probabilities"], (1, 2))
+    assert found["names"][int(found["probabilities"][0].argmax())] == "standing"
 
     # Meta-SGD with equal rates is MAML.
     episode = lines["sample_line"](jax.random.key(0))
