@@ -5,13 +5,13 @@ The file holds the selected parameters and all that builds the learner again.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import tyro
 
 from experiments import omniglot
-from experiments.cli import Precision, flag, main, stored_config
-from experiments.runs import LOCATION, RunError, console, read_json
+from experiments.cli import Precision, main, stored_config
+from experiments.report import changed_flags
+from experiments.runs import RunError, console, read_json
 from maml_jax import CATALOGUE
 from maml_jax.portable import LearnerConfig, save_learner
 from maml_jax.types import ArrayTree
@@ -68,7 +68,7 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
         norm="population" if config.population else "batch",
         norm_scale=config.norm_scale,
         adapt_norm=config.adapt_norm,
-        made_by=made_by(run_dir, config),
+        made_by=made_by(run_dir, config.algorithm),
     )
 
 
@@ -82,27 +82,16 @@ def params_of_run(run_dir: Path) -> ArrayTree:
     return omniglot.load(run_dir)[1]
 
 
-def made_by(run_dir: Path, config: Any) -> str:
-    """The command of a run, without where it was kept, and its test accuracy if it is finished."""
-    command = f"python -m experiments.omniglot {config.algorithm}"
-    default = omniglot.METHODS[config.algorithm]
-    for record, usual in ((config, default), (config.hyperparameters, default.hyperparameters)):
-        for field in dataclasses.fields(record):
-            value = getattr(record, field.name)
-            if field.name not in (*LOCATION, "data_dir", "hyperparameters") and value != getattr(usual, field.name):
-                command += " " + as_flag(field.name, value)
+def made_by(run_dir: Path, algorithm: str) -> str:
+    """The command of a run, and its test accuracy if it is finished."""
+    stored = read_json(run_dir / "config.json")
+    flags = changed_flags({"experiment": "omniglot", "algorithm": algorithm, "config": stored})
+    line = " ".join(["python -m experiments.omniglot", algorithm, *flags])
     results = run_dir / "results.json"
     if not results.is_file():
-        return command
+        return line
     accuracy = read_json(results)["metrics"]["accuracy"]["mean"][-1]
-    return f"{command} (test accuracy {100 * accuracy:.1f} %)"
-
-
-def as_flag(name: str, value: Any) -> str:
-    """A setting as it is given on the command line."""
-    if isinstance(value, bool):
-        return flag(name) if value else flag(f"no_{name}")
-    return f"{flag(name)} {value}"
+    return f"{line} (test accuracy {100 * accuracy:.1f} %)"
 
 
 if __name__ == "__main__":

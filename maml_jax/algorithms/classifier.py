@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maml_jax.inner.embedding import class_means, embed, unit_length
+from maml_jax.inner.embedding import best_of_class, class_means, embed, embedding_size, unit_length
 from maml_jax.inner.gradients import first_order
 from maml_jax.inner.learner import observed_once
 from maml_jax.inner.loop import inner_loop
@@ -87,7 +87,7 @@ def pretrained_classifier(
     def init(key, inputs):
         embedding_key, head_key = jax.random.split(key)
         params = embedding.init(embedding_key, inputs)
-        (_, size) = jax.eval_shape(lambda params: embed(embedding, params, inputs), params).shape
+        size = embedding_size(embedding, params, inputs)
         kernel = jax.nn.initializers.glorot_uniform()(head_key, (size, num_classes))
         return {"embedding": params, "kernel": kernel, "bias": jnp.zeros(num_classes)}
 
@@ -115,7 +115,7 @@ def pretrained_classifier(
     def cosines(task_params, inputs):
         embedded = unit_length(embed(embedding, task_params["params"]["embedding"], inputs))
         pairs = embedded @ task_params["references"].T
-        return jnp.max(pairs[:, :, None], axis=1, initial=-jnp.inf, where=task_params["one_hot"][None])
+        return best_of_class(pairs, task_params["one_hot"])
 
     def train(meta_params, support, *, key=None, observe_fn=None):
         check_classes(way, support.targets)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maml_jax.inner.embedding import embed
+from maml_jax.inner.embedding import embed, embedding_size
 from maml_jax.inner.learner import observed_once
 from maml_jax.inner.recurrent import LSTMState, init_lstm, lstm_step, split_inputs
 from maml_jax.losses import accuracy
@@ -268,7 +268,7 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
     def init(key, inputs):
         embedding_key, cell_key = jax.random.split(key)
         params = embedding.init(embedding_key, inputs)
-        num_features = jax.eval_shape(lambda params: embed(embedding, params, inputs), params).shape[1]
+        num_features = embedding_size(embedding, params, inputs)
         return {"embedding": params, **cell.init(cell_key, num_features + way, way)}
 
     def embedded(params, inputs, key=None):

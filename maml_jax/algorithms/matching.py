@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from maml_jax.inner.embedding import embed, unit_length
+from maml_jax.inner.embedding import embed, embedding_size, unit_length
 from maml_jax.inner.learner import feed_forward
 from maml_jax.inner.recurrent import LSTMState, init_lstm, lstm_step
 from maml_jax.types import (
@@ -58,7 +58,7 @@ def matching_networks(
         [S, D] or labels do not fit.
 
     References:
-      Vinyals et al., 2016, equations 1 and 2, and appendix A for full context embeddings.
+      Vinyals et al., 2016, equation 1, and appendix A for full context embeddings.
     """
     check_model(embedding)
     way = check_integer("way", way, at_least=1)
@@ -72,7 +72,7 @@ def matching_networks(
         if scale is not None:
             params["log_scale"] = jnp.zeros(()) + math.log(scale)
         if num_reads:
-            (_, size) = jax.eval_shape(lambda params: embed(embedding, params, inputs), params["embedding"]).shape
+            size = embedding_size(embedding, params["embedding"], inputs)
             forward, backward, query = jax.random.split(context_key, 3)
             params["context"] = {
                 "forward": init_lstm(forward, size, size),

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maml_jax.inner.embedding import embed, unit_length
+from maml_jax.inner.embedding import embed, embedding_size, unit_length
 from maml_jax.inner.learner import observed_once
 from maml_jax.types import (
     InnerInfo,
@@ -97,7 +97,7 @@ def memory_module(
     def init(key, inputs):
         embedding_key, projection_key = jax.random.split(key)
         params = embedding.init(embedding_key, inputs)
-        num_features = jax.eval_shape(lambda params: embed(embedding, params, inputs), params).shape[1]
+        num_features = embedding_size(embedding, params, inputs)
         # The deviation is that of the authors' code.
         projection = jax.nn.initializers.truncated_normal(0.01)(projection_key, (num_features, key_size))
         return {"embedding": params, "projection": projection}

@@ -57,7 +57,7 @@ def r2d2(
         when it is used, if embeddings are no [S, D] or labels do not fit.
 
     References:
-      Bertinetto et al., 2019, equations 4 to 6. https://arxiv.org/abs/1805.08136
+      Bertinetto et al., 2019, section 3.2. https://arxiv.org/abs/1805.08136
     """
     check_model(embedding)
     way = check_integer("way", way, at_least=1)

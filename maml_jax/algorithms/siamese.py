@@ -7,7 +7,7 @@ https://www.cs.toronto.edu/~rsalakhu/papers/oneshot1.pdf
 import jax
 import jax.numpy as jnp
 
-from maml_jax.inner.embedding import embed
+from maml_jax.inner.embedding import best_of_class, embed, embedding_size
 from maml_jax.inner.learner import observed_once
 from maml_jax.types import MetaLearner, Model, check_classes, check_integer, check_model
 
@@ -44,7 +44,7 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
 
     def init(key, inputs):
         params = embedding.init(key, inputs)
-        (_, size) = jax.eval_shape(lambda params: embed(embedding, params, inputs), params).shape
+        size = embedding_size(embedding, params, inputs)
         return {"embedding": params, "weights": jnp.zeros(size) - 8.0 / size, "offset": jnp.zeros(()) + 2.0}
 
     def logits(params, embedded, others):
@@ -61,7 +61,7 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
     def predict(task_params, inputs):
         params = task_params["params"]
         pairs = logits(params, embed(embedding, params["embedding"], inputs), task_params["support"])
-        return jnp.max(pairs[:, :, None], axis=1, initial=-jnp.inf, where=task_params["one_hot"][None])
+        return best_of_class(pairs, task_params["one_hot"])
 
     def objective(meta_params, episode):
         inputs, targets = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), *episode[:2])

@@ -1,7 +1,9 @@
 """The inner loop and how it is differentiated."""
 
+from maml_jax.inner.embedding import best_of_class as best_of_class
 from maml_jax.inner.embedding import class_means as class_means
 from maml_jax.inner.embedding import embed as embed
+from maml_jax.inner.embedding import embedding_size as embedding_size
 from maml_jax.inner.embedding import squared_distances as squared_distances
 from maml_jax.inner.embedding import unit_length as unit_length
 from maml_jax.inner.gradients import check_inner_grad as check_inner_grad
@@ -21,11 +23,13 @@ from maml_jax.inner.recurrent import split_inputs as split_inputs
 
 __all__ = [
     "LSTMState",
+    "best_of_class",
     "check_inner_grad",
     "checkpointed",
     "class_means",
     "conjugate_gradients",
     "embed",
+    "embedding_size",
     "feed_forward",
     "first_order",
     "gradient_based",

@@ -21,10 +21,28 @@ def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey |
     return outputs
 
 
+def embedding_size(embedding: Model, params: ArrayTree, inputs: ArrayTree) -> int:
+    """D, the size of the embeddings of inputs like these, without computing one."""
+    return jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs).shape[1]
+
+
 def class_means(embedded: jax.Array, targets: jax.Array, way: int) -> jax.Array:
     """The mean embedding [N, D] of each class, from embeddings [S, D] with class indices [S]."""
     one_hot = jax.nn.one_hot(targets, way, dtype=embedded.dtype)
     return one_hot.T @ embedded / jnp.sum(one_hot, 0)[:, None]
+
+
+def best_of_class(scores: jax.Array, is_class: jax.Array) -> jax.Array:
+    """The largest score with an example of each class.
+
+    Args:
+      scores: [M, S], of M queries with S examples.
+      is_class: booleans [S, N], whether an example is of a class.
+
+    Returns:
+      [M, N]; -inf for a class without an example.
+    """
+    return jnp.max(scores[:, :, None], axis=1, initial=-jnp.inf, where=is_class[None])
 
 
 def squared_distances(embedded: jax.Array, others: jax.Array) -> jax.Array:

@@ -68,7 +68,7 @@ def multi_scale(
       ValueError: if there are not four numbers of filters, or one is no positive integer.
 
     References:
-      Bertinetto et al., 2019, section 5.1 and appendix B.
+      Bertinetto et al., 2019, and the authors' code. https://github.com/bertinetto/r2d2
     """
     if len(features) != 4:
         raise ValueError(f"features={tuple(features)} must be the filters of four convolutions")
