@@ -9,8 +9,10 @@ import binascii
 import dataclasses
 import json
 import os
+import sys
 import threading
 import time
+import webbrowser
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -51,6 +53,8 @@ class Config:
     """ProtoNets: a file that experiments.export made."""
     port: int = 8000
     """The port of the page; 0 for any that is free."""
+    open_browser: bool = True
+    """Whether to open the page in the browser, where there is a screen."""
     precision: Precision = "float32"
     """Of matrix products, on devices that have a choice."""
 
@@ -311,6 +315,9 @@ def run(config: Config) -> None:
             server.playground.warm_up(min(3, server.playground.max_classes), 1)
             threading.Thread(target=warm_up, args=(server.playground,), daemon=True).start()
             console.print(f"The page is at {server.address} (stop with Ctrl-C)")
+            has_screen = sys.platform != "linux" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+            if config.open_browser and has_screen:
+                webbrowser.open(server.address)
             server.serve_forever()
         except KeyboardInterrupt:
             server.playground.stop()

@@ -352,7 +352,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "not depend on the number of classes are tested in all settings after one training. Numbers of different "
         "splits are not comparable: by alphabet, the test has new alphabets. An inductive test classifies every query "
         "on its own; in a transductive one the queries are normalised together. The published numbers are those of "
-        "full trainings.\n\n"
+        "full trainings. Times are of two cores that often did other work too, so compare operations.\n\n"
         f"{sections['omniglot-all']}\n\n![accuracy against minutes of training](figures/omniglot_all.png)\n\n"
         "### Sequences\n\nAccuracy in % on the 1st, 2nd, ... image of a class in a sequence of 50 images of 5 classes. "
         "The label of an image is shown with the next one, so the first image of a class can only be guessed. The "
