@@ -129,19 +129,21 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
       file: the PNG to write.
       records: as `experiments.report.all_methods` returns them.
     """
-    settings = ((5, 1), (20, 1))
-    figure, row = plt.subplots(1, 2, figsize=(12, 5), layout="constrained")
-    for axes, setting in zip(row, settings, strict=True):
-        for index, record in enumerate(record for record in records if setting in record["accuracy"]):
-            mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
-            marker, colour = MARKERS[index % len(MARKERS)], plt.get_cmap("tab20")(index % 20)
-            label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
-            axes.errorbar(record["minutes"], mean, ci95, fmt=marker, color=colour, capsize=3, label=label)
-        axes.set(xlabel="minutes of training", ylabel="test accuracy, %", title=f"{setting[0]}-way {setting[1]}-shot")
-        axes.set_xscale("log")
-        axes.grid(alpha=0.3)
-        if axes.containers:
-            axes.legend(fontsize=6)
+    figure, row = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
+    drawn = {}
+    for index, record in enumerate(records):
+        for axes, setting in zip(row, ((5, 1), (20, 1)), strict=True):
+            if setting in record["accuracy"]:
+                mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
+                label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
+                style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
+                drawn[label] = axes.errorbar(record["minutes"], mean, ci95, capsize=3, **style)
+            axes.set(xlabel="minutes of training", ylabel="test accuracy, %", xscale="log")
+            axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
+            axes.grid(alpha=0.3)
+    if drawn:
+        title_of_legend = "method, meta-steps"
+        figure.legend(drawn.values(), drawn, loc="outside right center", fontsize=7, title=title_of_legend)
     _save(figure, file)
 
 
