@@ -210,6 +210,20 @@ METHODS["neural-statistician"] = dataclasses.replace(
     **_PROTONETS | {"train_way": 20, "train_shot": 5, "pooling": False, "query_shot": 1, "split_by": "character"},
 )
 METHODS["memory-module"] = dataclasses.replace(METHODS["memory-module"], **_PROTONETS | {"rotated_test_classes": False})
+HALF_AN_HOUR = {
+    "protonets": 3000,
+    "matching": 3000,
+    "r2d2": 2000,
+    "siamese": 8000,
+    "pretrained-classifier": 4000,
+    "leo": 50_000,
+    "mann": 15_000,
+    "lstm": 60_000,
+    "memory-module": 3000,
+    "meta-lstm": 5000,
+    "neural-statistician": 20_000,
+}
+"""Meta-steps that two cores take in about half an hour, where a full training takes much longer."""
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Way and shot of the published tables."""
 
@@ -224,8 +238,12 @@ def about() -> dict[str, str]:
             if (algorithm, network) == (name, METHODS[name].network)
         ]
         entry = CATALOGUE[name]
-        title = f"{entry.title} ({entry.reference})."
-        lines[name] = f"{title} Published accuracy, %: {', '.join(numbers)}." if numbers else title
+        line = f"{entry.title} ({entry.reference})."
+        if numbers:
+            line += f" Published accuracy, %: {', '.join(numbers)}."
+        if name in HALF_AN_HOUR:
+            line += f" Two cores take {HALF_AN_HOUR[name]:,} meta-steps in about half an hour."
+        lines[name] = line
     return lines
 
 

@@ -116,12 +116,46 @@ def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, tmp_path, m
     chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
+def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monkeypatch):
+    monkeypatch.setattr(omniglot, "SETTINGS", ((2, 1), (3, 1)))
+    small = TINY | {"way": 2, "filters": 3, "pooling": False, "eval_inner_steps": 1}
+    pretrained = dataclasses.replace(
+        omniglot.METHODS["pretrained-classifier"], run_dir=tmp_path / "pretrained", **small | {"network": "conv4"}
+    )
+    omniglot.run(pretrained)
+    settings = small | {"network": "features", "train_way": 2, "query_shot": 2}
+    config = dataclasses.replace(
+        omniglot.METHODS["leo"], run_dir=tmp_path / "leo", pretrained_run=tmp_path / "pretrained", **settings
+    )
+    results = omniglot.run(config)
+    assert len(results["metrics"]["accuracy"]["mean"]) == 1 + 5 + 5
+    assert len(results["evaluations"]) == 2
+    # Four rotations of 15 characters; each drawing is a vector of unit length.
+    (data,) = omniglot.make_sampler(omniglot.with_paper_defaults(config), "train", 2, 1).args
+    assert len(data.counts) == 60
+    np.testing.assert_allclose(np.linalg.norm(data.examples, axis=1), 1.0, rtol=1e-4)
+    learner, params = omniglot.load(tmp_path / "leo")
+    support = Batch(data.examples[:2], np.arange(2))
+    assert learner.predict(learner.adapt(params, support)[0], data.examples[:5]).shape == (5, 2)
+    with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):
+        omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=tmp_path / "leo"))
+
+
+def test_sequences_are_scored_by_instance(drawings, tmp_path):
+    settings = TINY | {"network": "pixels", "train_shot": 2, "query_shot": 1, "chunk_size": None}
+    config = dataclasses.replace(omniglot.METHODS["lstm"], run_dir=tmp_path, **settings)
+    results = omniglot.run(config)
+    assert [(e["way"], e["shot"]) for e in results["evaluations"]] == [(5, 1), (5, 5)]
+    assert len(results["instances"]["mean"]) == len(results["instances"]["ci95"]) == 3
+
+
 @pytest.mark.parametrize(
     ("algorithm", "settings", "message"),
     [
         ("maml", {"population": True, "inductive": True}, "--population excludes --inductive"),
         ("protonets", {"network": "mlp"}, "--network mlp does not fit protonets; choose conv4"),
         ("maml", {"network": "multi-scale"}, "--network multi-scale does not fit maml"),
+        ("leo", {"pretrained_run": None}, "--network features and --pretrained-run belong together"),
         ("maml", {"train_way": 20}, "--train-way 20 differs from --way 5, and the parameters of maml depend"),
     ],
 )
