@@ -21,7 +21,7 @@ from experiments.cli import RunConfig, flag, main, methods, replace_known, store
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
-from maml_jax.inner import unit_length
+from maml_jax.inner import observed_once, unit_length
 from maml_jax.tasks import few_shot, omniglot
 from maml_jax.tasks.pixels import scale_pixels
 from maml_jax.types import (
@@ -320,7 +320,21 @@ def make_tester(config: Config, way: int | None = None, **hyperparameters: Any) 
     """The learner of validation and test, which does not depend on the meta-step."""
     hyperparameters = {"num_inner_steps": config.eval_inner_steps} | hyperparameters
     learner = make_learner(config, way=way or config.way, population=config.population, **hyperparameters)
-    return learner_at(learner, config.num_meta_steps)
+    learner = learner_at(learner, config.num_meta_steps)
+    return observed_at_the_end(learner) if config.algorithm == "pretrained-classifier" else learner
+
+
+def observed_at_the_end(learner: MetaLearner) -> MetaLearner:
+    """The learner with one observation, after its last inner step.
+
+    A curve over the steps that train a new last layer would cost far more than the steps.
+    """
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        task_params, info = learner.adapt(meta_params, support, key=key)
+        return task_params, info._replace(observed=observed_once(task_params, observe_fn).observed)
+
+    return learner._replace(adapt=adapt)
 
 
 def make_sampler(config: Config, split: str, way: int, shot: int) -> SampleEpisodeFn:
