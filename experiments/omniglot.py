@@ -341,10 +341,10 @@ def make_sampler(config: Config, split: str, way: int, shot: int) -> SampleEpiso
     """The task distribution of a split."""
     has_rotated_classes = config.rotated_classes and (split == "train" or config.rotated_test_classes)
     try:
-        images = omniglot.load(split, config.data_dir, config.split_by)
         if config.network == "features":
-            features = features_of(images, config, has_rotated_classes)
+            features = features_of(config, split, has_rotated_classes)
             return few_shot.make_sampler(features, way=way, shot=shot, query_shot=config.query_shot)
+        images = omniglot.load(split, config.data_dir, config.split_by)
         if split == "train" and config.algorithm == "pretrained-classifier":
             return few_shot.make_batch_sampler(
                 images, batch_size=config.hyperparameters.batch_size, rotated_classes=config.rotated_classes
@@ -361,12 +361,13 @@ def make_sampler(config: Config, split: str, way: int, shot: int) -> SampleEpiso
         raise RunError(f"split {split!r} of Omniglot: {error}") from error
 
 
-def features_of(images: np.ndarray, config: Config, rotated_classes: bool) -> np.ndarray:
-    """The embeddings of unit length of all drawings by the network of `--pretrained-run`.
+@functools.lru_cache(maxsize=3)
+def features_of(config: Config, split: str, rotated_classes: bool) -> np.ndarray:
+    """The embeddings of unit length of all drawings of a split by the network of `--pretrained-run`.
 
     Args:
-      images: uint8 [C, n, 28, 28, 1].
       config: the settings.
+      split: "train", "val" or "test".
       rotated_classes: whether the four rotations of a class are four classes.
 
     Returns:
@@ -383,6 +384,7 @@ def features_of(images: np.ndarray, config: Config, rotated_classes: bool) -> np
         )
     _, params = load(source.run_dir)
     network = make_network(source, None, population=source.population)
+    images = omniglot.load(split, config.data_dir, config.split_by)
     if rotated_classes:
         images = np.concatenate([np.rot90(images, turns, (2, 3)) for turns in range(4)])
 
