@@ -16,7 +16,7 @@ from rich.markup import escape
 from experiments.common import set_up_jax
 from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, read_json
 from maml_jax import CATALOGUE, processes
-from maml_jax.types import check_integer
+from maml_jax.types import check_integer, check_positive
 
 ConfigT = TypeVar("ConfigT")
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
@@ -47,6 +47,8 @@ class RunConfig:
     """The outer rate at the end of a linear or cosine schedule."""
     outer_half_life: int = 2000
     """Meta-steps after which the rate is halved, with --outer-schedule halved."""
+    outer_clip: float | None = None
+    """Every entry of the meta-gradient is bounded by this number before the outer optimiser; by default it is not."""
     eval_episodes: int
     """Episodes in each validation and in the test."""
     val_every: int
@@ -86,6 +88,8 @@ class RunConfig:
             raise ValueError(f"--seed {self.seed} does not fit into 32 bits; choose a smaller one")
         if not (self.outer_lr > 0 and math.isfinite(self.outer_lr)):
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
+        if self.outer_clip is not None:
+            check_positive("--outer-clip", self.outer_clip)
         if not 0 <= self.outer_lr_end <= self.outer_lr:
             raise ValueError(
                 f"--outer-lr-end {self.outer_lr_end} must be between 0 and --outer-lr {self.outer_lr}; the schedules "

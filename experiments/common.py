@@ -69,6 +69,8 @@ def outer_optimizer(config: Any) -> optax.GradientTransformation:
         "halved": lambda: optax.exponential_decay(start, config.outer_half_life, 0.5, staircase=True),
     }
     optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule]())
+    if (bound := getattr(config, "outer_clip", None)) is not None:
+        optimizer = optax.chain(optax.clip(bound), optimizer)
     carries_state = getattr(getattr(config, "hyperparameters", None), "carry_state", False)
     return replace_inner_state(optimizer) if carries_state else optimizer
 

@@ -199,6 +199,7 @@ METHODS["leo"] = dataclasses.replace(
         "query_shot": 15,
         "meta_batch_size": 12,
         "num_meta_steps": 100_000,
+        "outer_clip": 0.1,
     },
 )
 METHODS["meta-lstm"] = dataclasses.replace(

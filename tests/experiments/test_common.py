@@ -30,6 +30,8 @@ class Config:
     outer_lr: float = 1e-2
     outer_schedule: str = "constant"
     outer_lr_end: float = 0.0
+    outer_half_life: int = 2
+    outer_clip: float | None = None
     hyperparameters: InnerDescent = dataclasses.field(default_factory=InnerDescent)
     val_every: int = 4
     log_every: int = 2
@@ -218,7 +220,16 @@ def test_the_step_that_is_not_finite_is_named(tmp_path):
         common.check_finite(info, 5, tmp_path)
 
 
-@pytest.mark.parametrize(("schedule", "halfway"), [("constant", 0.5), ("linear", 0.3), ("cosine", 0.3)])
+def test_entries_of_the_meta_gradient_are_bounded_before_the_optimiser():
+    optimizer = common.outer_optimizer(Config(outer_optimizer="sgd", outer_lr=1.0, outer_clip=0.1))
+    gradient = jnp.array([0.05, -3.0, 7.0])
+    updates, _ = optimizer.update(gradient, optimizer.init(gradient))
+    np.testing.assert_allclose(updates, [-0.05, 0.1, -0.1], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "halfway"), [("constant", 0.5), ("linear", 0.3), ("cosine", 0.3), ("halved", 0.25)]
+)
 def test_the_outer_rate_falls_to_its_end(schedule, halfway):
     config = Config(outer_optimizer="sgd", outer_lr=0.5, outer_schedule=schedule, outer_lr_end=0.1, num_meta_steps=4)
     optimizer = common.outer_optimizer(config)
@@ -226,7 +237,7 @@ def test_the_outer_rate_falls_to_its_end(schedule, halfway):
     for _ in range(5):
         update, state = optimizer.update(jnp.ones(1), state)
         rates.append(-float(update[0]))
-    end = 0.5 if schedule == "constant" else 0.1
+    end = {"constant": 0.5, "halved": 0.125}.get(schedule, 0.1)
     np.testing.assert_allclose([rates[0], rates[2], rates[4]], [0.5, halfway, end], rtol=1e-6)
 
 
