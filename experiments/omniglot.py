@@ -211,20 +211,19 @@ METHODS["neural-statistician"] = dataclasses.replace(
     **_PROTONETS | {"train_way": 20, "train_shot": 5, "pooling": False, "query_shot": 1, "split_by": "character"},
 )
 METHODS["memory-module"] = dataclasses.replace(METHODS["memory-module"], **_PROTONETS | {"rotated_test_classes": False})
-HALF_AN_HOUR = {
+TWO_CORES = {
     "protonets": 3000,
-    "matching": 3000,
-    "r2d2": 2000,
-    "siamese": 8000,
-    "pretrained-classifier": 4000,
-    "leo": 50_000,
-    "mann": 15_000,
-    "lstm": 60_000,
-    "memory-module": 3000,
-    "meta-lstm": 5000,
-    "neural-statistician": 20_000,
+    "matching": 1500,
+    "r2d2": 1500,
+    "siamese": 1500,
+    "pretrained-classifier": 1500,
+    "leo": 5000,
+    "mann": 4000,
+    "lstm": 4000,
+    "memory-module": 2000,
+    "neural-statistician": 8000,
 }
-"""Meta-steps that two cores take in about half an hour, where a full training takes much longer."""
+"""Meta-steps behind the results of RESULTS.md, which two cores take in 1 to 20 minutes if they do nothing else."""
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Way and shot of the published tables."""
 
@@ -242,8 +241,8 @@ def about() -> dict[str, str]:
         line = f"{entry.title} ({entry.reference})."
         if numbers:
             line += f" Published accuracy, %: {', '.join(numbers)}."
-        if name in HALF_AN_HOUR:
-            line += f" Two cores take {HALF_AN_HOUR[name]:,} meta-steps in about half an hour."
+        if name in TWO_CORES:
+            line += f" The results in RESULTS.md are of {TWO_CORES[name]:,} meta-steps, minutes on two cores."
         lines[name] = line
     return lines
 
