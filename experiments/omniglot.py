@@ -218,7 +218,6 @@ TWO_CORES = {
     "siamese": 1500,
     "pretrained-classifier": 1500,
     "leo": 5000,
-    "mann": 4000,
     "lstm": 4000,
     "memory-module": 2000,
     "neural-statistician": 8000,
