@@ -33,7 +33,7 @@ from maml_jax.inner import unit_length
 from maml_jax.tasks import sinusoid
 from maml_jax.types import learner_at
 
-NUM_STEPS, WAY = 2, 3
+NUM_STEPS, WAY, BLOB_SIZE = 2, 3, 4
 EVERY_ALGORITHM = pytest.mark.parametrize("name", CATALOGUE)
 DEVICES = pytest.mark.parametrize("num_devices", [1, 2])
 
@@ -102,8 +102,8 @@ class Affine(NamedTuple):
 
 
 def affine_init(key, inputs):
-    """One output for sinusoids, three for an embedding."""
-    num_outputs = 1 if inputs.shape[-1] == 1 else 3
+    """Three outputs for blobs, one for sinusoids, beside which CAVIA has a context."""
+    num_outputs = 3 if inputs.shape[-1] == BLOB_SIZE else 1
     return jax.random.normal(key, (inputs.shape[-1], num_outputs)), jnp.zeros(num_outputs)
 
 
@@ -136,7 +136,7 @@ def sample_blobs(key, shot):
     deviations = jnp.array([[0.2, 0.2, 3.0, 3.0]])
     noise_key, episode_key = jax.random.split(key)
     targets = jnp.tile(jnp.arange(WAY), 2 * shot)
-    noise = jax.random.normal(noise_key, (len(targets), 4))
+    noise = jax.random.normal(noise_key, (len(targets), BLOB_SIZE))
     both = Batch(centres[targets] + deviations * noise, targets)
     support = jax.tree.map(lambda x: x[: WAY * shot], both)
     return Episode(support, jax.tree.map(lambda x: x[WAY * shot :], both), episode_key)
