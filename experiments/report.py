@@ -179,7 +179,7 @@ def all_methods(results: list[dict]) -> list[dict]:
     groups = defaultdict(list)
     for result in results:
         is_episodic = CATALOGUE[result["algorithm"]].any_way and result["algorithm"] != "pretrained-classifier"
-        trained = f"{result['config']['shot']}-shot" if is_episodic else ""
+        trained = f"{result['config']['train_shot']}-shot" if is_episodic else ""
         for evaluation in evaluations(result):
             flags = tuple(variation(result))
             key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"]
