@@ -19,6 +19,7 @@ from maml_jax.types import (
     check_learner,
     draw_episode,
     function_and_data,
+    predict_beside_support,
     with_data,
 )
 
@@ -103,13 +104,9 @@ def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stoc
     """The metric [K+1] of one query set."""
     support, query = episode.support, episode.query
 
-    def beside_support(task_params, inputs):
-        batch = jax.tree.map(lambda s, q: jnp.concatenate([s, q[None]]), support.inputs, inputs)
-        return jax.tree.map(lambda outputs: outputs[-1], learner.predict(task_params, batch))
-
     def observe(task_params):
         if one_query_at_a_time:
-            outputs = jax.lax.map(functools.partial(beside_support, task_params), query.inputs)
+            outputs = predict_beside_support(learner.predict, task_params, support.inputs, query.inputs)
         else:
             outputs = learner.predict(task_params, query.inputs)
         return jax.tree.map(jnp.asarray, metric_fn(outputs, query.targets))

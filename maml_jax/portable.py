@@ -24,7 +24,16 @@ import numpy as np
 from maml_jax import losses, models
 from maml_jax._version import __version__
 from maml_jax.algorithms import CATALOGUE, Problem
-from maml_jax.types import ArrayTree, Batch, MetaLearner, check_classes, check_integer, check_positive, learner_at
+from maml_jax.types import (
+    ArrayTree,
+    Batch,
+    MetaLearner,
+    check_classes,
+    check_integer,
+    check_positive,
+    learner_at,
+    predict_beside_support,
+)
 
 FORMAT = 1
 """The version of the file's content that this library writes, and the newest that it reads."""
@@ -274,12 +283,9 @@ def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_ti
 @functools.lru_cache(maxsize=32)
 def _program(learner: MetaLearner, one_at_a_time: bool) -> Callable[[ArrayTree, Batch, jax.Array], jax.Array]:
     def outputs(params, support, inputs):
-        def beside_support(task_params, one_input):
-            return learner.predict(task_params, jnp.concatenate([support.inputs, one_input[None]]))[-1]
-
         def observe(task_params):
             if one_at_a_time:
-                return jax.lax.map(functools.partial(beside_support, task_params), inputs)
+                return predict_beside_support(learner.predict, task_params, support.inputs, inputs)
             return learner.predict(task_params, inputs)
 
         return learner.adapt(params, support, observe_fn=observe)[1].observed

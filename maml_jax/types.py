@@ -277,6 +277,12 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value} must be a positive number")
 
 
+def check_not_negative(name: str, value: Any) -> None:
+    """Raises ValueError for a Python number that is negative or not finite; arrays may be traced and pass."""
+    if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value} must be a number of at least 0")
+
+
 def check_classes(way: int, targets: jax.Array, name: str = "the support set") -> None:
     """Checks the labels of a set that must hold every one of N classes.
 
@@ -333,6 +339,21 @@ def with_data(function: Callable, data: tuple) -> Callable:
     """The inverse of `function_and_data`."""
     args, keywords = data
     return functools.partial(function, *args, **keywords)
+
+
+def predict_beside_support(
+    predict: PredictFn, task_params: ArrayTree, support_inputs: ArrayTree, inputs: ArrayTree
+) -> ArrayTree:
+    """The outputs [M, ...] for inputs [M, ...], each predicted with only the support set [S, ...] beside it.
+
+    No output depends on another input then, whatever statistics of a batch the network uses.
+    """
+
+    def one(one_input):
+        batch = jax.tree.map(lambda s, x: jnp.concatenate([s, x[None]]), support_inputs, one_input)
+        return jax.tree.map(lambda outputs: outputs[-1], predict(task_params, batch))
+
+    return jax.lax.map(one, inputs)
 
 
 def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTree) -> Episode:

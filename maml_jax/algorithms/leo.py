@@ -30,6 +30,7 @@ from maml_jax.types import (
     check_classes,
     check_integer,
     check_model,
+    check_not_negative,
     check_positive,
 )
 
@@ -345,8 +346,6 @@ class LatentDescent:
         check_positive("latent_lr", self.latent_lr)
         check_positive("finetuning_lr", self.finetuning_lr)
         for name in ("kl_weight", "encoder_penalty_weight", "l2_weight", "orthogonality_weight"):
-            value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
-                raise ValueError(f"{name}={value} must be a number of at least 0")
+            check_not_negative(name, getattr(self, name))
         if not 0 <= self.dropout_rate < 1:
             raise ValueError(f"dropout_rate={self.dropout_rate} must be at least 0 and below 1")

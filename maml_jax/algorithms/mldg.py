@@ -9,7 +9,6 @@ https://arxiv.org/abs/1710.03463
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -31,6 +30,7 @@ from maml_jax.types import (
     PRNGKey,
     check_integer,
     check_model,
+    check_not_negative,
     check_optimizer,
     check_positive,
 )
@@ -82,7 +82,7 @@ def mldg(
     """
     check_optimizer("inner_optimizer", inner_optimizer)
     num_held_out = check_integer("num_held_out", num_held_out, at_least=1)
-    _check_beta(beta)
+    check_not_negative("beta", beta)
     mean_loss = _mean_over_domains(model, loss_fn)
 
     def objective(meta_params, episode):
@@ -156,7 +156,7 @@ class DomainSplits:
     def __post_init__(self):
         """Raises ValueError for a rate, a weight or a number of domains that cannot be."""
         check_positive("inner_lr", self.inner_lr)
-        _check_beta(self.beta)
+        check_not_negative("beta", self.beta)
         check_integer("num_held_out", self.num_held_out, at_least=1)
 
     def rule(self) -> optax.GradientTransformation:
@@ -172,11 +172,6 @@ class DomainSplits:
 @dataclasses.dataclass(frozen=True)
 class NoHyperparameters:
     """For the algorithms that have none."""
-
-
-def _check_beta(beta: float | jax.Array) -> None:
-    if isinstance(beta, int | float) and not (beta >= 0 and math.isfinite(beta)):
-        raise ValueError(f"beta={beta} must be a number of at least 0")
 
 
 def _count_domains(support: Batch) -> int:

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 
 from maml_jax.inner.embedding import embed
 from maml_jax.inner.learner import observed_once
-from maml_jax.types import ArrayTree, MetaLearner, Model, PRNGKey, check_classes, check_integer, check_model
+from maml_jax.types import (
+    ArrayTree,
+    MetaLearner,
+    Model,
+    PRNGKey,
+    check_classes,
+    check_integer,
+    check_model,
+    check_not_negative,
+)
 
 
 def neural_statistician(
@@ -81,7 +90,7 @@ def neural_statistician(
         check_model(decoder)
     way = check_integer("way", way, at_least=1)
     _check_settings(num_context, num_latent, num_hidden, sample_dropout)
-    _check_alpha("alpha", alpha)
+    check_not_negative("alpha", alpha)
 
     def init(key, inputs):
         embedding_key, pooled_key, statistic_key, inference_key, prior_key, decoder_key = jax.random.split(key, 6)
@@ -282,11 +291,6 @@ def _check_settings(num_context: int, num_latent: int, num_hidden: int, sample_d
         raise ValueError(f"sample_dropout={sample_dropout} must be at least 0 and below 1")
 
 
-def _check_alpha(name: str, alpha: float | jax.Array) -> None:
-    if isinstance(alpha, int | float) and not (alpha >= 0 and math.isfinite(alpha)):
-        raise ValueError(f"{name}={alpha} must be a number of at least 0")
-
-
 @dataclasses.dataclass(frozen=True)
 class SetStatistics:
     """Hyperparameters of the neural statistician."""
@@ -307,7 +311,7 @@ class SetStatistics:
     def __post_init__(self):
         """Raises ValueError for a number that is out of range."""
         _check_settings(self.num_context, self.num_latent, self.num_hidden, self.sample_dropout)
-        _check_alpha("initial_alpha", self.initial_alpha)
+        check_not_negative("initial_alpha", self.initial_alpha)
         check_integer("alpha_half_life", self.alpha_half_life, at_least=1)
 
     def alpha(self, step: int | jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from jax.test_util import check_grads
 
-from maml_jax import Batch, Episode, Model, evaluate, init_meta_state, losses, make_train_loop, parallel
+from maml_jax import Batch, Episode, Model, evaluate, init_meta_state, losses, make_train_loop
 from maml_jax.algorithms.mann import ExternalMemory, RecurrentUnits, lstm, mann
 
 WAY, DIM = 2, 3
@@ -365,21 +365,6 @@ def test_it_learns_to_bind_labels(name):
     ).mean
     chex.assert_shape(accuracy, (1,))
     assert accuracy[0] > 0.85
-
-
-@EVERY_LEARNER
-def test_one_device_and_two_take_the_same_path(name):
-    learner, optimizer, sample_episode = build(name, smooth), optax.adam(1e-2), blob_sampler(2)
-
-    def train(mesh):
-        loop = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=2, num_steps=2, mesh=mesh)
-        inputs = sample_episode(jax.random.key(0)).support.inputs
-        return jax.device_get(
-            loop(init_meta_state(learner, optimizer, jax.random.key(0), inputs), jax.random.key(1))[0]
-        )
-
-    mesh = parallel.task_mesh(jax.devices()[:2])
-    chex.assert_trees_all_close(train(mesh).params, train(None).params, rtol=1e-4, atol=1e-5)
 
 
 @EVERY_LEARNER

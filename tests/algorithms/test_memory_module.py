@@ -9,7 +9,7 @@ import pytest
 from flax import linen as nn
 from jax.test_util import check_grads
 
-from maml_jax import Batch, Episode, Model, evaluate, init_meta_state, losses, make_train_loop, models, parallel
+from maml_jax import Batch, Episode, Model, evaluate, init_meta_state, losses, make_train_loop, models
 from maml_jax.algorithms.memory_module import NeighbourMemory, memory_module
 
 WAY, DIM, KEY_SIZE = 3, 4, 3
@@ -405,18 +405,6 @@ def test_it_learns_what_tells_classes_apart():
     assert info.finite.all()
     assert before < 0.6
     assert accuracy(state.params) > 0.75
-
-
-def test_one_device_and_two_take_the_same_path():
-    learner, optimizer, sample_episode = build(way=4), optax.adam(1e-2), blob_sampler(1)
-
-    def train(mesh):
-        loop = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=2, num_steps=2, mesh=mesh)
-        state = init_meta_state(learner, optimizer, jax.random.key(0), sample_episode(KEY).support.inputs)
-        return jax.device_get(loop(state, jax.random.key(1))[0])
-
-    mesh = parallel.task_mesh(jax.devices()[:2])
-    chex.assert_trees_all_close(train(mesh).params, train(None).params, rtol=1e-4, atol=1e-5)
 
 
 def test_labels_that_do_not_fit_are_refused():
