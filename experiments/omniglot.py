@@ -6,18 +6,18 @@ validation and of the first test. Methods whose parameters do not depend on the 
 four published settings.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import common, figures, published, runs
-from experiments.cli import RunConfig, flag, main, methods, replace_known, stored_config, with_defaults
+from experiments import common, figures, runs
+from experiments.cli import main, replace_known, stored_config
+from experiments.omniglot_recipes import METHODS, SETTINGS, Config, about, with_paper_defaults
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
@@ -30,240 +30,8 @@ from maml_jax.types import (
     LearnerOrSchedule,
     MetaLearner,
     SampleEpisodeFn,
-    check_integer,
     learner_at,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
-    """The settings of one run. Rates are for losses that are means over the batch."""
-
-    way: int = 5
-    """Classes of an episode."""
-    shot: int = 1
-    """Support examples per class."""
-    train_way: int | None = None
-    """Classes of a training episode; by default as many as --way."""
-    train_shot: int | None = None
-    """Support examples per class in training; by default as many as --shot."""
-    query_shot: int | None = None
-    """Query examples per class; by default as many as --shot, as in the paper."""
-    meta_batch_size: int | None = None
-    """Episodes per meta-step; by default the paper's, 32, or 16 with more than 5 classes."""
-    num_meta_steps: int = 60_000
-    """Outer updates. A run may be continued with a larger number."""
-    eval_inner_steps: int | None = None
-    """Inner steps in validation and test; by default the paper's, 3, or 5 with more than 5 classes."""
-    network: Literal["conv4", "mlp", "multi-scale", "pixels", "features"] = "conv4"
-    """Four convolutions; the fully connected network of the "no conv" rows of MAML; that of R2-D2, whose embedding
-    joins two depths; the pixels themselves at 20x20, for MANN; or the embeddings of --pretrained-run, for LEO."""
-    pretrained_run: Path | None = None
-    """With --network features: the directory of a finished run of pretrained-classifier. Its embeddings, scaled to unit
-    length, are the inputs, and its network is not trained further."""
-    filters: int = 64
-    """Filters of each convolution."""
-    pooling: bool = False
-    """Whether conv4 has stride 1 and a 2x2 maximum in each block, and not stride 2."""
-    adapt_norm: bool = False
-    """Whether the inner loop also adapts the offsets and scales of the normalisation."""
-    norm_scale: bool = False
-    """Whether the normalisation has a scale beside its offset."""
-    flatten: bool = False
-    """Whether the last layer of conv4 sees all four positions, and not their mean."""
-    inductive: bool = False
-    """Whether the test classifies one query at a time, with only the support set beside it. By default the queries of
-    an episode are normalised together, which is transductive."""
-    population: bool = False
-    """Whether validation and test normalise by the statistics of 1,000 training images. No prediction then depends on
-    other queries, as with the running averages of other libraries."""
-    split_by: omniglot.SplitBy = "character"
-    """Which characters are for training: random ones, as in the MAML paper, or those of other alphabets than in the
-    test, as in that of ProtoNets. The latter is harder."""
-    rotations: bool = True
-    """Turn every class of every episode by a random multiple of 90 degrees."""
-    rotated_classes: bool = False
-    """In training, make the four rotations of a character four classes, and do not turn the characters of validation
-    and test, as Reptile does. It replaces --rotations."""
-    rotated_test_classes: bool = False
-    """With --rotated-classes, make the four rotations of a character four classes in validation and test too."""
-    ensemble: int = 1
-    """States with the best validation accuracy whose outputs are averaged in the test; MAML++ publishes 5."""
-    eval_episodes: int = 600
-    """Episodes in each validation and in the test."""
-    val_every: int = 1000
-    """Meta-steps between validations; a checkpoint is written at each."""
-    log_every: int = 50
-    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
-    data_dir: Path | None = None
-    """The tensorflow-datasets directory that holds omniglot/3.0.0, or the .npz made from it; by default
-    $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, before anything expensive, for a setting that cannot be."""
-        super().__post_init__()
-        check_integer("--way", self.way, at_least=2)
-        check_integer("--ensemble", self.ensemble, at_least=1)
-        check_integer("--filters", self.filters, at_least=1)
-        for name, least in (("train_way", 2), ("train_shot", 1), ("eval_inner_steps", 0)):
-            if getattr(self, name) is not None:
-                check_integer(flag(name), getattr(self, name), at_least=least)
-        if self.population and (self.inductive or self.ensemble > 1):
-            raise ValueError("--population excludes --inductive and --ensemble; leave them out")
-        classifies = CATALOGUE[self.algorithm].classifies
-        if self.network == "mlp" if classifies else self.network not in ("conv4", "mlp"):
-            raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
-        if (self.network == "features") != (self.pretrained_run is not None):
-            raise ValueError("--network features and --pretrained-run belong together; give both or neither")
-        if self.train_way not in (None, self.way) and not CATALOGUE[self.algorithm].any_way:
-            raise ValueError(
-                f"--train-way {self.train_way} differs from --way {self.way}, and the parameters of {self.algorithm} "
-                "depend on the number of classes; leave --train-way out"
-            )
-
-
-METHODS = methods("omniglot", Config)
-# What is peculiar to the recipes of their papers.
-METHODS["reptile"] = dataclasses.replace(
-    METHODS["reptile"],
-    train_shot=10,
-    meta_batch_size=5,
-    num_meta_steps=100_000,
-    outer_optimizer="sgd",
-    outer_lr=1.0,
-    outer_schedule="linear",
-    eval_inner_steps=50,
-    adapt_norm=True,
-    norm_scale=True,
-    flatten=True,
-    rotated_classes=True,
-)
-METHODS["maml++"] = dataclasses.replace(
-    METHODS["maml++"],
-    meta_batch_size=8,
-    num_meta_steps=50_000,
-    outer_schedule="cosine",
-    outer_lr_end=1e-5,
-    eval_inner_steps=5,
-    norm_scale=True,
-    ensemble=5,
-)
-METHODS["imaml"] = dataclasses.replace(METHODS["imaml"], num_meta_steps=20_000, eval_inner_steps=16)
-METHODS["cavia"] = dataclasses.replace(METHODS["cavia"], eval_inner_steps=5)
-# The networks that compare embeddings are trained and tested as ProtoNets are.
-_PROTONETS = {
-    "train_way": 60,
-    "query_shot": 5,
-    "meta_batch_size": 1,
-    "num_meta_steps": 20_000,
-    "outer_schedule": "halved",
-    "pooling": True,
-    "norm_scale": True,
-    "population": True,
-    "split_by": "alphabet",
-    "rotated_classes": True,
-    "rotated_test_classes": True,
-    "val_every": 500,
-}
-METHODS["protonets"] = dataclasses.replace(METHODS["protonets"], **_PROTONETS)
-# How matching networks were trained is not published; the rate is that of R2-D2.
-METHODS["matching"] = dataclasses.replace(METHODS["matching"], **_PROTONETS | {"outer_lr": 5e-3})
-METHODS["r2d2"] = dataclasses.replace(METHODS["r2d2"], **_PROTONETS | {"network": "multi-scale", "outer_lr": 5e-3})
-METHODS["siamese"] = dataclasses.replace(METHODS["siamese"], **_PROTONETS | {"train_way": 20})
-METHODS["pretrained-classifier"] = dataclasses.replace(
-    METHODS["pretrained-classifier"],
-    **_PROTONETS | {"train_way": None, "num_meta_steps": 4_000, "eval_inner_steps": 100},
-)
-# Sequences of 50 images: 10 of each of 5 classes.
-_MANN = {
-    "network": "pixels",
-    "train_shot": 5,
-    "query_shot": 5,
-    "meta_batch_size": 16,
-    "chunk_size": 16,
-    "num_meta_steps": 100_000,
-    "rotated_classes": True,
-    "rotated_test_classes": True,
-    "val_every": 2000,
-}
-METHODS["mann"] = dataclasses.replace(METHODS["mann"], **_MANN)
-METHODS["lstm"] = dataclasses.replace(METHODS["lstm"], **_MANN)
-# Every class is shown six times. The test characters are not turned, as in the authors' code.
-METHODS["leo"] = dataclasses.replace(
-    METHODS["leo"],
-    **_PROTONETS
-    | {
-        "network": "features",
-        "pretrained_run": Path("runs/omniglot-pretrained-classifier-5w1s-0"),
-        "train_way": 5,
-        "query_shot": 15,
-        "meta_batch_size": 12,
-        "num_meta_steps": 100_000,
-        "outer_clip": 0.1,
-        "val_every": 1000,
-    },
-)
-METHODS["meta-lstm"] = dataclasses.replace(
-    METHODS["meta-lstm"], filters=32, query_shot=15, meta_batch_size=2, num_meta_steps=75_000, eval_inner_steps=8
-)
-# Sets of five drawings, in a far smaller network than the published one and without its dilated images.
-METHODS["neural-statistician"] = dataclasses.replace(
-    METHODS["neural-statistician"],
-    **_PROTONETS | {"train_way": 20, "train_shot": 5, "pooling": False, "query_shot": 1, "split_by": "character"},
-)
-METHODS["memory-module"] = dataclasses.replace(METHODS["memory-module"], **_PROTONETS | {"rotated_test_classes": False})
-TWO_CORES = {
-    "protonets": 3000,
-    "matching": 1500,
-    "r2d2": 1500,
-    "siamese": 1500,
-    "pretrained-classifier": 1500,
-    "leo": 5000,
-    "lstm": 4000,
-    "memory-module": 2000,
-    "neural-statistician": 3000,
-}
-"""Meta-steps behind the results of RESULTS.md, which two cores take in 1 to 20 minutes if they do nothing else."""
-SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
-"""Way and shot of the published tables."""
-
-
-def about() -> dict[str, str]:
-    """A line on each method for --help, with its published accuracies."""
-    lines = {}
-    for name in METHODS:
-        numbers = [
-            f"{way}-way {shot}-shot {accuracy}"
-            for (algorithm, network, way, shot), accuracy in published.OMNIGLOT.items()
-            if (algorithm, network) == (name, METHODS[name].network)
-        ]
-        entry = CATALOGUE[name]
-        line = f"{entry.title} ({entry.reference})."
-        if numbers:
-            line += f" Published accuracy, %: {', '.join(numbers)}."
-        if name in TWO_CORES:
-            line += f" The results in RESULTS.md are of {TWO_CORES[name]:,} meta-steps, minutes on two cores."
-        lines[name] = line
-    return lines
-
-
-def with_paper_defaults(config: Config) -> Config:
-    """Fills in what was left to the paper's settings, which depend on the number of classes."""
-    many = config.way > 5
-    num_characters = len(omniglot.splits(config.split_by)["train"])
-    return with_defaults(
-        config,
-        {
-            "train_way": config.way,
-            "train_shot": config.shot,
-            "query_shot": config.shot,
-            "meta_batch_size": 16 if many else 32,
-            "num_inner_steps": (10 if many else 5) if config.algorithm == "reptile" else (5 if many else 1),
-            "eval_inner_steps": 5 if many else 3,
-            "num_classes": num_characters * (4 if config.rotated_classes else 1),
-            "run_dir": Path(f"runs/omniglot-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
-        },
-    )
 
 
 def make_network(config: Config, way: int | None, *, population: bool = False) -> Model:
@@ -489,7 +257,6 @@ def run(config: Config) -> dict:
             validate=lambda params: float(score(complete(params), samplers["val"], keys.val, tester).mean[-1]),
             num_best=config.ensemble,
         )
-        normalisation = "each query with the support set" if config.inductive else "transductive"
         protocol = {
             "way": config.way,
             "shot": config.shot,
@@ -500,13 +267,22 @@ def run(config: Config) -> dict:
             "selection": "highest validation accuracy on split val",
             "selected_step": trained.best_step,
             "ensemble": config.ensemble if config.ensemble == 1 else len(jax.tree.leaves(trained.params)[0]),
-            "normalisation": "statistics of training images" if config.population else normalisation,
+            "normalisation": normalisation(config),
         }
         results = runs.finish(run_dir, "omniglot", config, trained, protocol, lambda: test(trained.params))
         if jax.process_index() == 0:
             figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
     show(results)
     return results
+
+
+def normalisation(config: Config) -> str:
+    """How the test normalises, for the protocol of the results."""
+    if config.network == "pixels":
+        return "none"
+    if config.population:
+        return "statistics of training images"
+    return "each query with the support set" if config.inductive else "transductive"
 
 
 def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:

@@ -204,7 +204,6 @@ def all_methods(results: list[dict]) -> list[dict]:
 
 def all_methods_table(results: list[dict]) -> str:
     """One row a training and head: accuracy in every setting with its interval, beside the published numbers."""
-    normalisations = {"statistics of training images": "inductive", "each query with the support set": "inductive"}
     rows = []
     for record in all_methods(results):
         first, accuracy = record["first"], record["accuracy"]
@@ -220,8 +219,8 @@ def all_methods_table(results: list[dict]) -> str:
                 *cells,
                 " / ".join(papers) if record["published"] else "",
                 protocol.get("split_by", "character"),
-                normalisations.get(protocol["normalisation"], protocol["normalisation"]),
-                f"{first['meta_steps']:,}",
+                "transductive" if protocol["normalisation"] == "transductive" else "inductive",
+                f"{first['meta_steps']:,} of {omniglot.METHODS[first['algorithm']].num_meta_steps:,}",
                 f"{1000 * first['seconds']['train'] / first['meta_steps']:.0f}",
                 f"{flops / 1e9:.1f}" if (flops := first.get("execution", {}).get("flops")) else "",
                 f"{record['minutes']:.0f} min",
