@@ -100,6 +100,13 @@ def test_finite_differences(drawn):
     check_grads(jax.jit(lambda params: built().objective(params, episode)[0]), (params,), order=1, modes=["rev"])
 
 
+def test_fine_tuning_has_a_rate_and_steps_of_its_own():
+    for head, expected in (("linear", 0.5), ("fine-tuned", 0.25)):
+        rule = PretrainedHead(head=head, inner_lr=0.5, finetuning_lr=0.25).rule()
+        updates, _ = rule.update(jnp.ones(1), rule.init(jnp.ones(1)))
+        chex.assert_trees_all_close(updates, jnp.array([-expected]))
+
+
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="head='svm' is unknown; choose one of neighbour, centroid, linear"):
         built("svm")
