@@ -5,6 +5,7 @@ The file holds the selected parameters and all that builds the learner again.
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -21,9 +22,9 @@ from maml_jax.types import ArrayTree
 class Config:
     """What is written where."""
 
-    run_dir: tyro.conf.Positional[Path]
+    run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIRECTORY")]
     """The directory of a finished run of experiments.omniglot."""
-    file: tyro.conf.Positional[Path]
+    file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The file to write; its name ends in .npz."""
     overwrite: bool = False
     """Whether an existing file is replaced."""

@@ -142,8 +142,14 @@ def features_of(config: Config, split: str, rotated_classes: bool) -> np.ndarray
       [C, n, D], or [4C, n, D].
 
     Raises:
-      RunError: if that run trained on characters that are in the test of this one.
+      RunError: if there is no such run, or it is none of a pretrained classifier on the same characters.
     """
+    if not (Path(config.pretrained_run) / "config.json").exists():
+        raise RunError(
+            f"there is no run in {config.pretrained_run}; make it with `python -m experiments.omniglot "
+            f"pretrained-classifier --split-by {config.split_by} --run-dir {config.pretrained_run}`, or name another one "
+            "with --pretrained-run"
+        )
     source = with_paper_defaults(stored_config(METHODS, Path(config.pretrained_run)))
     if (source.algorithm, source.split_by) != ("pretrained-classifier", config.split_by):
         raise RunError(

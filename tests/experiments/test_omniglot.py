@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from pathlib import Path
 
 import chex
 import jax
@@ -137,6 +138,8 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monk
     learner, params = omniglot.load(tmp_path / "leo")
     support = Batch(data.examples[:2], np.arange(2))
     assert learner.predict(learner.adapt(params, support)[0], data.examples[:5]).shape == (5, 2)
+    with pytest.raises(runs.RunError, match=r"there is no run in nowhere; make it with `python -m experiments\.omni"):
+        omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=Path("nowhere")))
     with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=tmp_path / "leo"))
 
