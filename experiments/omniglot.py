@@ -147,8 +147,8 @@ def features_of(config: Config, split: str, rotated_classes: bool) -> np.ndarray
     if not (Path(config.pretrained_run) / "config.json").exists():
         raise RunError(
             f"there is no run in {config.pretrained_run}; make it with `python -m experiments.omniglot "
-            f"pretrained-classifier --split-by {config.split_by} --run-dir {config.pretrained_run}`, or name another one "
-            "with --pretrained-run"
+            f"pretrained-classifier --split-by {config.split_by} --run-dir {config.pretrained_run}`, or name another "
+            "one with --pretrained-run"
         )
     source = with_paper_defaults(stored_config(METHODS, Path(config.pretrained_run)))
     if (source.algorithm, source.split_by) != ("pretrained-classifier", config.split_by):

@@ -191,8 +191,9 @@ def all_methods(results: list[dict]) -> list[dict]:
             setting = evaluation["way"], evaluation["shot"]
             mean, ci95 = (evaluation["metrics"]["accuracy"][name][-1] for name in ("mean", "ci95"))
             accuracy[setting].append((mean, ci95))
-            number = published.OMNIGLOT.get((algorithm, result["config"]["network"], *setting))
-            if number and not flags and head in ("", "neighbour"):
+            of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
+            number = published.OMNIGLOT.get((of_head, result["config"]["network"], *setting))
+            if number and not flags:
                 paper[setting] = number
         minutes = statistics.fmean(result["seconds"]["train"] for result, _ in group) / 60
         parts = [head, f"trained {trained}" if trained else "", *(f"`{flag}`" for flag in flags)]
