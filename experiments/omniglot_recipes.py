@@ -5,54 +5,29 @@ from pathlib import Path
 from typing import Literal
 
 from experiments import published
-from experiments.cli import RunConfig, flag, methods, with_defaults
+from experiments.classification import ClassificationConfig
+from experiments.cli import methods, with_defaults
 from maml_jax import CATALOGUE
 from maml_jax.tasks import omniglot
-from maml_jax.types import check_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(ClassificationConfig):
     """The settings of one run. Rates are for losses that are means over the batch."""
 
-    way: int = 5
-    """Classes of an episode."""
-    shot: int = 1
-    """Support examples per class."""
-    train_way: int | None = None
-    """Classes of a training episode; by default as many as --way."""
-    train_shot: int | None = None
-    """Support examples per class in training; by default as many as --shot."""
     query_shot: int | None = None
     """Query examples per class; by default as many as --shot, as in the paper."""
     meta_batch_size: int | None = None
     """Episodes per meta-step; by default the paper's, 32, or 16 with more than 5 classes."""
-    num_meta_steps: int = 60_000
-    """Outer updates. A run may be continued with a larger number."""
     eval_inner_steps: int | None = None
     """Inner steps in validation and test; by default the paper's, 3, or 5 with more than 5 classes."""
     network: Literal["conv4", "mlp", "multi-scale", "pixels", "features"] = "conv4"
     """Four convolutions; the fully connected network of the "no conv" rows of MAML; that of R2-D2, whose embedding
     joins two depths; the pixels themselves at 20x20, for MANN; or the embeddings of --pretrained-run, for LEO."""
-    pretrained_run: Path | None = None
-    """With --network features: the directory of a finished run of pretrained-classifier. Its embeddings, scaled to unit
-    length, are the inputs, and its network is not trained further."""
     filters: int = 64
     """Filters of each convolution."""
     pooling: bool = False
     """Whether conv4 has stride 1 and a 2x2 maximum in each block, and not stride 2."""
-    adapt_norm: bool = False
-    """Whether the inner loop also adapts the offsets and scales of the normalisation."""
-    norm_scale: bool = False
-    """Whether the normalisation has a scale beside its offset."""
-    flatten: bool = False
-    """Whether the last layer of conv4 sees all four positions, and not their mean."""
-    inductive: bool = False
-    """Whether the test classifies one query at a time, with only the support set beside it. By default the queries of
-    an episode are normalised together, which is transductive."""
-    population: bool = False
-    """Whether validation and test normalise by the statistics of 1,000 training images. No prediction then depends on
-    other queries, as with the running averages of other libraries."""
     split_by: omniglot.SplitBy = "character"
     """Which characters are for training: random ones, as in the MAML paper, or those of other alphabets than in the
     test, as in that of ProtoNets. The latter is harder."""
@@ -63,39 +38,9 @@ class Config(RunConfig):
     and test, as Reptile does. It replaces --rotations."""
     rotated_test_classes: bool = False
     """With --rotated-classes, make the four rotations of a character four classes in validation and test too."""
-    ensemble: int = 1
-    """States with the best validation accuracy whose outputs are averaged in the test; MAML++ publishes 5."""
-    eval_episodes: int = 600
-    """Episodes in each validation and in the test."""
-    val_every: int = 1000
-    """Meta-steps between validations; a checkpoint is written at each."""
-    log_every: int = 50
-    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
     data_dir: Path | None = None
     """The tensorflow-datasets directory that holds omniglot/3.0.0, or the .npz made from it; by default
     $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError, before anything expensive, for a setting that cannot be."""
-        super().__post_init__()
-        check_integer("--way", self.way, at_least=2)
-        check_integer("--ensemble", self.ensemble, at_least=1)
-        check_integer("--filters", self.filters, at_least=1)
-        for name, least in (("train_way", 2), ("train_shot", 1), ("eval_inner_steps", 0)):
-            if getattr(self, name) is not None:
-                check_integer(flag(name), getattr(self, name), at_least=least)
-        if self.population and (self.inductive or self.ensemble > 1):
-            raise ValueError("--population excludes --inductive and --ensemble; leave them out")
-        classifies = CATALOGUE[self.algorithm].classifies
-        if self.network == "mlp" if classifies else self.network not in ("conv4", "mlp"):
-            raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
-        if (self.network == "features") != (self.pretrained_run is not None):
-            raise ValueError("--network features and --pretrained-run belong together; give both or neither")
-        if self.train_way not in (None, self.way) and not CATALOGUE[self.algorithm].any_way:
-            raise ValueError(
-                f"--train-way {self.train_way} differs from --way {self.way}, and the parameters of {self.algorithm} "
-                "depend on the number of classes; leave --train-way out"
-            )
 
 
 METHODS = methods("omniglot", Config)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import omniglot, runs
+from experiments import classification, omniglot, runs
 from maml_jax import CATALOGUE, Batch, evaluate, losses
 from maml_jax.tasks import few_shot
 from maml_jax.types import learner_at
@@ -99,14 +99,15 @@ def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
 
 @pytest.mark.parametrize("algorithm", ["protonets", "pretrained-classifier"])
 def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, tmp_path, monkeypatch):
-    monkeypatch.setattr(omniglot, "SETTINGS", ((2, 1), (2, 5), (3, 1)))
+    settings = ((2, 1), (2, 5), (3, 1))
+    monkeypatch.setattr(omniglot, "DATA", dataclasses.replace(omniglot.DATA, settings=settings))
     small = TINY | {"way": 2, "network": "conv4", "filters": 3, "pooling": False, "eval_inner_steps": 2}
     way = {} if algorithm == "pretrained-classifier" else {"train_way": 4}
     config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=tmp_path, **small | way)
     results = omniglot.run(config)
     heads = ["centroid", "neighbour", "linear", "fine-tuned"] if algorithm == "pretrained-classifier" else [None]
     described = [(e["way"], e["shot"], e.get("head")) for e in results["evaluations"]]
-    assert described == [(way, shot, head) for way, shot in omniglot.SETTINGS for head in heads]
+    assert described == [(way, shot, head) for way, shot in settings for head in heads]
     assert results["metrics"] == results["evaluations"][0]["metrics"]
     assert results["protocol"]["normalisation"] == "statistics of training images"
     # What comes out of the run has these statistics, and then no prediction depends on the other queries.
@@ -118,7 +119,7 @@ def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, tmp_path, m
 
 
 def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monkeypatch):
-    monkeypatch.setattr(omniglot, "SETTINGS", ((2, 1), (3, 1)))
+    monkeypatch.setattr(omniglot, "DATA", dataclasses.replace(omniglot.DATA, settings=((2, 1), (3, 1))))
     small = TINY | {"way": 2, "filters": 3, "pooling": False, "eval_inner_steps": 1}
     pretrained = dataclasses.replace(
         omniglot.METHODS["pretrained-classifier"], run_dir=tmp_path / "pretrained", **small | {"network": "conv4"}
@@ -132,7 +133,7 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monk
     assert len(results["metrics"]["accuracy"]["mean"]) == 1 + 5 + 5
     assert len(results["evaluations"]) == 2
     # Four rotations of 15 characters; each drawing is a vector of unit length.
-    (data,) = omniglot.make_sampler(omniglot.with_paper_defaults(config), "train", 2, 1).args
+    (data,) = classification.make_sampler(omniglot.DATA, omniglot.with_paper_defaults(config), "train", 2, 1).args
     assert len(data.counts) == 60
     np.testing.assert_allclose(np.linalg.norm(data.examples, axis=1), 1.0, rtol=1e-4)
     learner, params = omniglot.load(tmp_path / "leo")
@@ -281,7 +282,7 @@ def test_validation_and_test_have_classes_and_keys_of_their_own(drawings, tmp_pa
         seen.append((len(sample_episode.args[0].counts), key))
         return evaluate(learner, params, sample_episode, key, **kwargs)
 
-    monkeypatch.setattr(omniglot, "evaluate", record)
+    monkeypatch.setattr(classification, "evaluate", record)
     omniglot.run(config_of(run_dir=tmp_path, **TINY))
     keys = runs.streams(0)
     assert seen == [(7, keys.val), (7, keys.val), (8, keys.test)]  # the numbers of classes of the splits
