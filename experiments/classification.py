@@ -16,8 +16,8 @@ import numpy as np
 from rich.table import Table
 
 from experiments import common, figures, runs
-from experiments.cli import RunConfig, flag, replace_known, stored_config
-from experiments.runs import RunError, console
+from experiments.cli import RunConfig, flag
+from experiments.runs import RunError, console, replace_known, stored_config
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
 from maml_jax.inner import observed_once, unit_length

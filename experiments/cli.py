@@ -1,12 +1,16 @@
 """The command line: settings that experiments share, one subcommand for each method of the catalogue."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import jax
 import tyro
@@ -14,11 +18,32 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.common import set_up_jax
-from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, read_json
+from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console
+from experiments.tracking import Tracking
 from maml_jax import CATALOGUE, processes
 from maml_jax.types import check_integer, check_positive
 
 ConfigT = TypeVar("ConfigT")
+GROUPS = {
+    "task": (),
+    "network": (
+        "network", "filters", "features", "pooling", "flatten", "norm_scale", "adapt_norm", "pretrained_run",
+    ),
+    "outer_loop": (
+        "meta_batch_size", "num_meta_steps", "outer_optimizer", "outer_lr", "outer_schedule", "outer_lr_end",
+        "outer_half_life", "outer_clip", "on_nonfinite",
+    ),
+    "test": (
+        "eval_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive", "population", "ensemble",
+        "tune_inner_lr", "inner_lr_grid", "val_every",
+    ),
+    "run": (
+        "seed", "num_seeds", "run_dir", "log_every", "chunk_size", "precision", "distributed",
+    ),
+}  # fmt: skip
+"""The settings by the groups in which --help shows them. The others are about the tasks."""
+_OWN_GROUPS = ("algorithm", "hyperparameters", "tracking")
+_METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
 
@@ -63,6 +88,11 @@ class RunConfig:
     """Seed of initial parameters, tasks and evaluation."""
     run_dir: Path | None = None
     """Where the run is kept, and resumed from; by default a directory in runs/ named after the settings."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What happens when a meta-gradient is not finite: the run stops at its last checkpoint, or it goes on without that
+    update and counts it."""
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
+    """Where metrics go besides RUN/metrics.jsonl."""
     distributed: str = "auto"
     """Processes. "auto" joins those that SLURM, Open MPI, Kubernetes or a TPU pod started, if any. HOST:PORT is the
     address of process 0, with $JAX_NUM_PROCESSES and $JAX_PROCESS_ID. "off" is one process."""
@@ -126,33 +156,6 @@ def with_defaults(config: ConfigT, defaults: Mapping[str, Any]) -> ConfigT:
     return filled(config, hyperparameters=filled(config.hyperparameters))
 
 
-def stored_config(configs: Mapping[str, ConfigT], run_dir: Path) -> ConfigT:
-    """The settings that a run directory was made with.
-
-    Args:
-      configs: the default of each method of the experiment.
-      run_dir: the directory of the run.
-
-    Raises:
-      RunError: if it holds no settings of this experiment.
-    """
-    file = run_dir / "config.json"
-    if not file.exists():
-        raise RunError(f"{run_dir} is no run directory: it holds no config.json")
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(file).items()}
-    if stored.get("algorithm") not in configs:
-        raise RunError(f"{file} belongs to another experiment")
-    config = configs[stored["algorithm"]]
-    hyperparameters = replace_known(config.hyperparameters, **stored)
-    return replace_known(config, **stored | {"run_dir": run_dir, "hyperparameters": hyperparameters})
-
-
-def replace_known(record: Any, **values: Any) -> Any:
-    """`dataclasses.replace` with those of `values` that are fields of the record."""
-    known = {field.name for field in dataclasses.fields(record)}
-    return dataclasses.replace(record, **{name: value for name, value in values.items() if name in known})
-
-
 def parse(
     configs: type[ConfigT] | Mapping[str, ConfigT],
     description: str,
@@ -172,13 +175,73 @@ def parse(
       program: the name of the program in messages.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if isinstance(configs, Mapping):
-        arguments = _with_method(arguments, list(configs))
-        configs = tyro.extras.subcommand_type_from_defaults(
-            dict(configs), dict(about or {}), prefix_names=False, sort_subcommands=False
-        )
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
-    return tyro.cli(configs, prog=program, description=description, args=arguments, config=style)
+    if not isinstance(configs, Mapping):
+        return tyro.cli(configs, prog=program, description=description, args=arguments, config=style)
+    grouped = tyro.extras.subcommand_type_from_defaults(
+        {name: _grouped(config) for name, config in configs.items()},
+        dict(about or {}),
+        prefix_names=False,
+        sort_subcommands=False,
+    )
+    arguments = _with_method(arguments, list(configs))
+    parsed = tyro.cli(grouped, prog=program, description=description, args=arguments, config=style)
+    return _ungrouped(parsed, configs)
+
+
+def _grouped(config: Any) -> Any:
+    """The settings in groups, as --help shows them: a dataclass of dataclasses with the values of `config`."""
+    types, texts = get_type_hints(type(config), include_extras=True), _field_texts(type(config))
+    of_group: dict[str, list[str]] = {group: [] for group in GROUPS}
+    for name in (field.name for field in dataclasses.fields(config) if field.name not in _OWN_GROUPS):
+        group = next((group for group, members in GROUPS.items() if name in members), "task")
+        of_group[group].append(name)
+
+    def described(name: str) -> tuple[str, Any, Any]:
+        value, hint = getattr(config, name), types[name]
+        rest = [kind for kind in get_args(hint) if kind is not type(None)]
+        settings: dict[str, Any] = {"help": " ".join(texts.get(name, "").split())}
+        if value is None:  # the text says what that means
+            settings |= {"help_behavior_hint": ""}
+        if type(None) in get_args(hint) and len(rest) == 1 and rest[0] in _METAVARS:
+            settings |= {"metavar": _METAVARS[rest[0]]}
+        return name, Annotated[hint, tyro.conf.arg(**settings)], dataclasses.field(default=value)
+
+    def as_group(group: str, members: list[str]) -> tuple[str, type, Any]:
+        kind = dataclasses.make_dataclass(group, [described(name) for name in members], frozen=True)
+        return group, kind, dataclasses.field(default=kind())
+
+    task, *others = [as_group(group, members) for group, members in of_group.items() if members]
+    method, tracking = (
+        (name, type(getattr(config, field)), dataclasses.field(default=getattr(config, field)))
+        for name, field in (("method", "hyperparameters"), ("tracking", "tracking"))
+    )
+    algorithm = ("algorithm", Annotated[str, tyro.conf.Suppress], dataclasses.field(default=config.algorithm))
+    return dataclasses.make_dataclass(config.algorithm, [algorithm, task, method, *others, tracking], frozen=True)()
+
+
+def _ungrouped(parsed: Any, configs: Mapping[str, ConfigT]) -> ConfigT:
+    """The inverse of `_grouped`."""
+    values = {"hyperparameters": parsed.method, "tracking": parsed.tracking}
+    for field in dataclasses.fields(parsed):
+        if field.name in GROUPS:
+            group = getattr(parsed, field.name)
+            values |= {member.name: getattr(group, member.name) for member in dataclasses.fields(group)}
+    return dataclasses.replace(configs[parsed.algorithm], **values)
+
+
+def _field_texts(kind: type) -> dict[str, str]:
+    """The docstrings under the fields of a dataclass and of those that it extends, by the name of the field."""
+    texts: dict[str, str] = {}
+    for parent in reversed(kind.__mro__):
+        if not dataclasses.is_dataclass(parent):
+            continue
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        for statement, after in itertools.pairwise(body):
+            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+            if isinstance(statement, ast.AnnAssign) and is_text:
+                texts[statement.target.id] = after.value.value
+    return texts
 
 
 def _with_method(arguments: list[str], names: list[str]) -> list[str]:

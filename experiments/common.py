@@ -3,7 +3,8 @@
 import contextlib
 import math
 import os
-import signal
+import resource
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,12 +16,25 @@ import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, Trained, console, metrics_log, streams
+from experiments.runs import (
+    PROCESS_TIMEOUT_SECONDS,
+    RunError,
+    Trained,
+    console,
+    device_name,
+    metrics_log,
+    on_signal,
+    streams,
+)
+from experiments.tracking import OFF, profiled, trackers
 from maml_jax import checkpoint, parallel, processes, replace_inner_state
 from maml_jax.cost import count_flops
 from maml_jax.meta_gradient import default_chunk_size
 from maml_jax.outer import StateProgram, init_meta_state, make_meta_step, make_train_loop
 from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, draw_episode, learner_at
+
+STOP_SECONDS = 25.0
+"""How long a compiled call may go on after SIGTERM or SIGINT. Clusters kill a job 30 s or more after the signal."""
 
 
 def set_up_jax(precision: str) -> None:
@@ -71,6 +85,8 @@ def outer_optimizer(config: Any) -> optax.GradientTransformation:
     optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule]())
     if (bound := getattr(config, "outer_clip", None)) is not None:
         optimizer = optax.chain(optax.clip(bound), optimizer)
+    if getattr(config, "on_nonfinite", "stop") == "skip":
+        optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
     carries_state = getattr(getattr(config, "hyperparameters", None), "carry_state", False)
     return replace_inner_state(optimizer) if carries_state else optimizer
 
@@ -88,7 +104,8 @@ def train(
 
     Every `config.val_every` steps the state is validated and checkpointed. With `validate` the parameters
     with the highest scores are returned, else the last. The result does not depend on interruptions. On SIGTERM and
-    SIGINT the compiled call is finished and its state is checkpointed.
+    SIGINT the compiled call is finished and its state is checkpointed; if that takes more than `STOP_SECONDS`, the
+    process ends without, and the run resumes from the checkpoint before.
 
     Args:
       run_dir: claimed by `open_run`.
@@ -100,7 +117,8 @@ def train(
         as many as there were validations.
 
     Raises:
-      RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays.
+      RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays. With
+        `config.on_nonfinite` "skip" only if that happens in every step of a compiled call.
       SystemExit: after a signal, with the code 128 plus its number.
     """
     keys = streams(config.seed)
@@ -132,10 +150,13 @@ def train(
         )
 
     programs: dict[int, Callable] = {}
+    tracking, num_calls = getattr(config, "tracking", OFF), 0
+    is_skipped = getattr(config, "on_nonfinite", "stop") == "skip"
     with (
         metrics_log(run_dir / "metrics.jsonl", step) as log,
+        trackers(run_dir, config, step) as track,
         progress_bar(config.num_meta_steps) as show,
-        stop_requests() as requested,
+        stop_requests(lambda: step) as requested,
     ):
         while step < config.num_meta_steps:
             boundary = min(config.num_meta_steps, (step // config.val_every + 1) * config.val_every)
@@ -145,19 +166,23 @@ def train(
                     start = time.perf_counter()
                     programs[num_steps] = compiled(loop_of(num_steps), state, keys.train)
                     seconds["compile"] += time.perf_counter() - start
-                start = time.perf_counter()
-                state, info = programs[num_steps](state, keys.train)
-                info = jax.tree.map(np.asarray, info)
-                elapsed = time.perf_counter() - start
-            check_finite(info, step, run_dir)
+                with profiled(run_dir / "profile", tracking.profile and num_calls == 1):
+                    start = time.perf_counter()
+                    state, info = programs[num_steps](state, keys.train)
+                    info = jax.tree.map(np.asarray, info)
+                    elapsed = time.perf_counter() - start
+                num_calls += 1
+            check_finite(info, step, run_dir, is_skipped=is_skipped)
             seconds["train"] += elapsed
             step += num_steps
             record = {
                 "step": step,
-                "loss": float(info.loss.mean()),
-                "grad_norm": float(info.grad_norm.mean()),
+                "loss": float(info.loss[info.finite].mean()),
+                "grad_norm": float(info.grad_norm[info.finite].mean()),
                 "steps_per_second": num_steps / elapsed,
             }
+            if is_skipped:
+                record["skipped"] = int(np.sum(~np.isfinite(info.grad_norm)))
             if step == boundary:
                 score = 0.0
                 if validate is not None:
@@ -166,12 +191,16 @@ def train(
                 best = keep_best(best, state.params, score, step, always=validate is None)
                 save()
             log(record)
+            track(record)
             show(record)
             if requested and step < config.num_meta_steps:
                 if step != boundary:
                     save()
                 console.print(f"stopped after step {step}; the same command resumes from there")
                 raise SystemExit(128 + requested[0])
+    if is_skipped:
+        num_skipped = int(optax.tree.get(state.opt_state, "total_notfinite"))
+        console.print(f"{num_skipped} of {step} meta-gradients were not finite and left out")
     execution = {"devices": 1 if mesh is None else mesh.size}
     execution["chunk_size"] = config.chunk_size or chosen_chunk_size(learner, state, sample_episode, config, execution)
     execution["flops"] = flops_of_a_meta_step(learner, optimizer, state, sample_episode, config)
@@ -241,21 +270,48 @@ def load_params(run_dir: Path, config: Any, learner: LearnerOrSchedule, inputs: 
     return selected(best)
 
 
-def check_finite(info: MetaInfo, step: int, run_dir: Path) -> None:
-    """Raises RunError naming the first meta-step after `step` that is not finite."""
-    if info.finite.all():
+def check_finite(info: MetaInfo, step: int, run_dir: Path, *, is_skipped: bool = False) -> None:
+    """Raises RunError naming the first meta-step after `step` that is not finite, and where it ceased to be.
+
+    Args:
+      info: of the meta-steps of one compiled call.
+      step: the meta-steps before the call.
+      run_dir: the directory of the run.
+      is_skipped: whether meta-gradients that are not finite are left out. Then only a call without any other raises,
+        and a finite meta-gradient with a loss or parameters that are not finite.
+    """
+    bad = ~info.finite
+    if is_skipped and not bad.all():
+        bad &= np.isfinite(info.grad_norm)  # the others had no update
+    if not bad.any():
         return
-    first = int(np.argmin(info.finite))
+    first = int(np.argmax(bad))
     what = "the parameters are"
     if not np.isfinite(info.grad_norm[first]):
         what = "the meta-gradient is"
     if not np.isfinite(info.loss[first]):
         what = "the loss is"
+    norms = ", ".join(f"{norm:g}" for norm in info.grad_norm[max(0, first - 3) : first + 1])
     raise RunError(
-        f"{what} not finite at meta-step {step + first} (loss {info.loss[first]:g}, norm of the meta-gradient "
-        f"{info.grad_norm[first]:g}). If the inner optimiser is adaptive, set its eps_root to 1e-8; else lower "
-        f"--inner-lr or --outer-lr. The checkpoints in {run_dir} are from before; choose another --run-dir for other "
-        "settings"
+        f"{what} not finite at meta-step {step + first} (loss {info.loss[first]:g}, norms of the meta-gradient up to "
+        f"it {norms}). {_inner_losses(info.objective, first)}If the inner optimiser is adaptive, set its eps_root to "
+        "1e-8; else lower --inner-lr or --outer-lr, or bound the meta-gradient by --outer-clip. "
+        + ("" if is_skipped else "--on-nonfinite skip leaves such meta-steps out. ")
+        + f"The checkpoints in {run_dir} are from before; choose another --run-dir for other settings"
+    )
+
+
+def _inner_losses(objective: Any, first: int) -> str:
+    """A sentence on the support losses of the meta-step with the index `first`; nothing if it has none."""
+    losses = np.asarray(getattr(objective, "support_loss", ()))
+    if losses.ndim < 2 or not losses.shape[-1]:
+        return ""
+    losses = losses[first]
+    shown = ", ".join(f"{loss:g}" for loss in losses[:10])
+    if np.isfinite(losses).all():
+        return f"Its support losses are all finite: {shown}. "
+    return (
+        f"Its support loss ceased to be finite before inner step {int(np.argmin(np.isfinite(losses))) + 1}: {shown}. "
     )
 
 
@@ -289,25 +345,41 @@ def flops_of_a_meta_step(
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects the numbers of SIGTERM and SIGINT; a second signal interrupts at once. Not with several processes."""
+def stop_requests(reached: Callable[[], int]) -> Iterator[list[int]]:
+    """Collects the numbers of SIGTERM and SIGINT. Not with several processes.
+
+    A second signal ends the process at once, and so does the first after `STOP_SECONDS`. Its exit code is 128 plus the
+    number of the signal.
+
+    Args:
+      reached: `() -> int`, the meta-step that the process has reached, for the message.
+    """
     requested: list[int] = []
 
-    def request(number: int, frame: Any) -> None:
+    def give_up() -> None:
+        console.print(
+            f"the compiled call after step {reached()} takes too long; stopped without it. The same command resumes "
+            "from the last checkpoint. A smaller --log-every makes calls shorter"
+        )
+        os._exit(128 + requested[0])
+
+    def handle(number: int) -> None:
         if requested:
-            raise KeyboardInterrupt
+            os._exit(128 + number)
         requested.append(number)
+        timer.start()
         console.print("stopping after this compiled call; interrupt again to stop at once")
 
+    timer = threading.Timer(STOP_SECONDS, give_up)
+    timer.daemon = True
     if jax.process_count() > 1:
         yield requested
         return
-    handlers = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield requested
+        with on_signal(handle):
+            yield requested
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        timer.cancel()
 
 
 def keep_best(best: dict[str, Any], params: ArrayTree, score: float, step: int, *, always: bool) -> dict[str, Any]:
@@ -338,15 +410,16 @@ def selected(best: dict[str, Any]) -> ArrayTree:
 
 @contextlib.contextmanager
 def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
-    """A bar with speed, time left, loss and validation. Without a terminal, a line for each validation."""
+    """A bar with speed, time left, loss, validation and memory. Without a terminal, a line for each validation."""
     bar = Progress(
-        TextColumn("meta-steps"),
+        TextColumn(f"meta-steps on {device_name().partition(',')[0]}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]:.1f}/s"),
         TimeRemainingColumn(elapsed_when_finished=True),
         TextColumn("loss {task.fields[loss]:.4f}"),
         TextColumn("{task.fields[val]}"),
+        TextColumn("{task.fields[memory]}"),
         console=console,
         disable=console.quiet or not console.is_terminal,
     )
@@ -356,6 +429,7 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
         if "val" in record:
             latest["val"] = f"validation {record['val']:.4f}"
         fields = {"loss": record["loss"], "speed": record["steps_per_second"], "val": latest["val"]}
+        fields["memory"] = memory_in_use()
         bar.update(task, completed=record["step"], **fields)
         if "val" in record and not console.is_terminal:
             console.print(
@@ -364,5 +438,13 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
             )
 
     with bar:
-        task = bar.add_task("", total=num_steps, speed=0.0, loss=math.nan, val="")
+        task = bar.add_task("", total=num_steps, speed=0.0, loss=math.nan, val="", memory="")
         yield show
+
+
+def memory_in_use() -> str:
+    """The largest memory so far: of a device if it says so, else of this process."""
+    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is None:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"{peak / 1e9:.1f} GB"

@@ -13,7 +13,7 @@ import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,8 @@ from scipy import ndimage
 from scipy.special import stdtrit
 
 from experiments import common, figures, runs
-from experiments.cli import RunConfig, flag, main, methods, stored_config, with_defaults
-from experiments.runs import console
+from experiments.cli import RunConfig, flag, main, methods, with_defaults
+from experiments.runs import console, stored_config
 from maml_jax import CATALOGUE, Batch, Problem, losses, models
 from maml_jax.tasks import domains, omniglot
 from maml_jax.tasks.pixels import scale_pixels
@@ -49,6 +49,8 @@ SPLIT_SEED = 0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """The settings of one run. Of the numbers, only the weight of MLDG is the authors'."""
+
+    experiment: ClassVar[str] = "domains"
 
     data: DataSet = "rotated-omniglot"
     """Characters at six angles, or the photographs, paintings, cartoons and sketches of PACS."""

@@ -10,9 +10,9 @@ from typing import Annotated
 import tyro
 
 from experiments import omniglot
-from experiments.cli import Precision, main, stored_config
+from experiments.cli import Precision, main
 from experiments.report import changed_flags
-from experiments.runs import RunError, console, read_json
+from experiments.runs import RunError, console, read_json, stored_config
 from maml_jax import CATALOGUE
 from maml_jax.portable import LearnerConfig, save_learner
 from maml_jax.types import ArrayTree

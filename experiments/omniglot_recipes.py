@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from experiments import published
 from experiments.classification import ClassificationConfig
@@ -14,6 +14,8 @@ from maml_jax.tasks import omniglot
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(ClassificationConfig):
     """The settings of one run. Rates are for losses that are means over the batch."""
+
+    experiment: ClassVar[str] = "omniglot"
 
     query_shot: int | None = None
     """Query examples per class; by default as many as --shot, as in the paper."""

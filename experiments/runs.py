@@ -3,12 +3,16 @@
 import contextlib
 import dataclasses
 import fcntl
+import importlib
 import json
 import math
 import os
 import platform
+import signal
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,16 +22,18 @@ import numpy as np
 from rich.console import Console
 
 from maml_jax import processes
-from maml_jax.types import ArrayTree, Evaluation
+from maml_jax.types import ArrayTree, Evaluation, MetaLearner
 
 console = Console(soft_wrap=True)
 """Where experiments print; silent in every process but the first."""
 PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS", 600))
 """How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
-LOCATION = ("run_dir", "distributed")
-"""Settings that say where a run is kept and made. They are not stored."""
+LOCATION = ("run_dir", "distributed", "tracking")
+"""Settings that say where a run is kept, made and watched. They are not stored."""
 IRRELEVANT = ("data_dir", "chunk_size")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
+EXPERIMENTS = ("sinusoid", "omniglot", "images", "domains")
+"""Experiments whose runs hold a learner that can be loaded."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed; --num-meta-steps only if the outer rate does not depend on it."""
 
@@ -85,7 +91,81 @@ def as_json(config: Any) -> dict[str, Any]:
     """A configuration as it is stored: one flat record, without the settings in `LOCATION`."""
     content = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     content |= content.pop("hyperparameters", {})
+    if experiment := getattr(config, "experiment", None):
+        content = {"experiment": experiment} | content
     return {name: value for name, value in content.items() if name not in LOCATION}
+
+
+class Loaded(NamedTuple):
+    """What a run has trained.
+
+    Attributes:
+      learner: the algorithm, as it was tested.
+      params: the selected meta-parameters.
+      config: the settings of the run.
+    """
+
+    learner: MetaLearner
+    params: ArrayTree
+    config: Any
+
+
+def load(run_dir: str | Path) -> Loaded:
+    """What a run has trained, to adapt it to tasks of your own or to evaluate it on other tasks.
+
+    Args:
+      run_dir: the directory of a run, finished or not. Its best validated state is loaded, else its last one.
+
+    Raises:
+      CheckpointError: if every checkpoint is damaged.
+      RunError: if there is no such run, or it has no checkpoint.
+    """
+    module = experiment_of(run_dir)
+    return Loaded(*module.load(run_dir), stored_config(module.METHODS, Path(run_dir)))
+
+
+def experiment_of(run_dir: str | Path) -> Any:
+    """The module of the experiment that made a run.
+
+    Raises:
+      RunError: if the directory holds no run, or one that cannot be loaded.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.json").exists():
+        raise RunError(f"{run_dir} is no run directory: it holds no config.json")
+    # Runs made before config.json named the experiment have it in their results.
+    files = [file for file in (run_dir / "config.json", run_dir / "results.json") if file.exists()]
+    name = next(filter(None, (read_json(file).get("experiment") for file in files)), None)
+    if name not in EXPERIMENTS:
+        raise RunError(f"{run_dir} is a run of {name}; only runs of {', '.join(EXPERIMENTS)} can be loaded")
+    return importlib.import_module(f"experiments.{name}")
+
+
+def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
+    """The settings that a run directory was made with.
+
+    Args:
+      configs: the default of each method of the experiment.
+      run_dir: the directory of the run.
+
+    Raises:
+      RunError: if it holds no settings of this experiment.
+    """
+    file = run_dir / "config.json"
+    if not file.exists():
+        raise RunError(f"{run_dir} is no run directory: it holds no config.json")
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(file).items()}
+    if stored.get("algorithm") not in configs:
+        raise RunError(f"{file} belongs to another experiment")
+    config = configs[stored["algorithm"]]
+    hyperparameters = replace_known(config.hyperparameters, **stored)
+    return replace_known(config, **stored | {"run_dir": run_dir, "hyperparameters": hyperparameters})
+
+
+def replace_known(record: Any, **values: Any) -> Any:
+    """`dataclasses.replace` with those of `values` that are fields of the record."""
+    known = {field.name for field in dataclasses.fields(record)}
+    return dataclasses.replace(record, **{name: value for name, value in values.items() if name in known})
 
 
 def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 2, scale: float = 1.0) -> str:
@@ -132,7 +212,7 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
         wanted = as_json(config)
         config_file = run_dir / "config.json"
         if config_file.exists():
-            found = read_json(config_file)
+            found = {"experiment": wanted.get("experiment")} | read_json(config_file)
             is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
             extendable = EXTENDABLE if is_fixed else EXTENDABLE[1:]
             differing = [
@@ -167,6 +247,46 @@ def metrics_log(file: Path, step: int) -> Iterator[Callable[[dict], None]]:
     os.replace(partial, file)
     with open(file, "a") as stream:
         yield lambda record: (stream.write(json.dumps(finite(record), allow_nan=False) + "\n"), stream.flush())
+
+
+@contextlib.contextmanager
+def on_signal(handle: Callable[[int], None]) -> Iterator[None]:
+    """Calls `handle(number)` for every SIGTERM and SIGINT, from another thread.
+
+    Python runs its own handlers between two instructions of the main thread, so not during a compiled call.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    handled = threading.Event()
+
+    def watch() -> None:
+        while number := reader.recv(1):
+            if number[0] in (signal.SIGTERM, signal.SIGINT):
+                handle(number[0])
+            handled.set()
+
+    def wait(number: int, frame: Any) -> None:
+        handled.wait(1.0)  # what the main thread does next already sees what `handle` has done
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    handlers = {number: signal.signal(number, wait) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = signal.set_wakeup_fd(writer.fileno())
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        writer.close()
+        thread.join(1.0)
+        reader.close()
+
+
+def stop_at_once(number: int) -> None:
+    """Ends the process with the code 128 plus the number of the signal."""
+    console.print("stopped during the test; the training is kept, and the same command does the test")
+    os._exit(128 + number)
 
 
 @dataclasses.dataclass
@@ -226,7 +346,11 @@ def finish(
     if results is not None:
         console.print(f"{run_dir} is finished; these are its results")
         return results
-    with processes.watchdog("the test", PROCESS_TIMEOUT_SECONDS):
+    is_alone = jax.process_count() == 1
+    with (
+        processes.watchdog("the test", PROCESS_TIMEOUT_SECONDS),
+        on_signal(stop_at_once) if is_alone else contextlib.nullcontext(),
+    ):
         start = time.perf_counter()
         tested = test()
     packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")

@@ -8,6 +8,7 @@ behind the published table: rate 0.001, the default of the authors' code, where 
 import dataclasses
 import math
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,8 @@ from flax import linen as nn
 from rich.table import Table
 
 from experiments import common, figures, published, runs
-from experiments.cli import RunConfig, flag, main, methods, replace_known, stored_config, with_defaults
-from experiments.runs import console
+from experiments.cli import RunConfig, flag, main, methods, with_defaults
+from experiments.runs import console, replace_known, stored_config
 from maml_jax import CATALOGUE, Problem, evaluate, losses, models
 from maml_jax.tasks import sinusoid
 from maml_jax.types import (
@@ -39,6 +40,8 @@ DIVERGED = 100.0
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     """The settings of one run; the defaults are those behind the published table."""
+
+    experiment: ClassVar[str] = "sinusoid"
 
     shot: int = 10
     """Support points of a training task."""

@@ -57,6 +57,7 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
       keep: how many checkpoints are kept of those up to `step`, at least 1.
 
     Raises:
+      OSError: if it cannot be written. Earlier checkpoints stay as they are.
       ValueError: if `step` or `keep` is out of range, `tree` has a leaf that cannot be stored or no values at
         all, or there is an undamaged checkpoint of that step. Nothing is written then.
     """
@@ -76,15 +77,21 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
             shutil.rmtree(path)
         else:
             raise ValueError(f"{path} already exists and is not overwritten; delete it or save to another directory")
-    with _checkpointer() as checkpointer:
-        checkpointer.save(
-            incomplete,
-            {name: value for name, value in values.items() if value.size},  # orbax refuses arrays of size zero
-            force=True,  # an interrupted save may have left one
-            custom_metadata={"leaves": {name: _describe(leaf) for name, leaf in leaves.items()}},
-        )
-    (incomplete / _CHECKSUMS).write_text(json.dumps(_checksums(incomplete)))
-    incomplete.rename(path)
+    try:
+        with _checkpointer() as checkpointer:
+            checkpointer.save(
+                incomplete,
+                {name: value for name, value in values.items() if value.size},  # orbax refuses arrays of size zero
+                force=True,  # an interrupted save may have left one
+                custom_metadata={"leaves": {name: _describe(leaf) for name, leaf in leaves.items()}},
+            )
+        (incomplete / _CHECKSUMS).write_text(json.dumps(_checksums(incomplete)))
+        incomplete.rename(path)
+    except Exception as error:  # tensorstore reports a full disk as a ValueError
+        raise OSError(
+            f"the checkpoint {path} cannot be written ({str(error).strip()[-300:]}); free some space, or choose "
+            "another directory. Earlier checkpoints are as they were"
+        ) from error
     for old in [saved for saved in _steps(directory) if saved <= step][:-keep]:
         shutil.rmtree(directory / str(old))
 

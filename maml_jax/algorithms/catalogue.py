@@ -67,8 +67,8 @@ class Entry(NamedTuple):
       reference: authors and year.
       build: `(problem, hyperparameters) -> MetaLearner`, or a function from the meta-step to one.
       hyperparameters: a frozen dataclass; its fields become the flags of the algorithm.
-      settings: the published hyperparameters by experiment ("sinusoid", "omniglot", "domains"). An experiment offers
-        the algorithms that have settings for it.
+      settings: the published hyperparameters by experiment ("sinusoid", "omniglot", "images", "domains"). An
+        experiment offers the algorithms that have settings for it.
       classifies: whether it is for classification only; then its problem has an `embedding` and a `way`.
       any_way: whether the parameters do not depend on the number of classes, so that one training can be tested with
         any number.
@@ -169,14 +169,20 @@ def _neural_statistician(problem: Problem, settings: SetStatistics) -> Callable[
     return at
 
 
-def _classifier(title: str, reference: str, build: Callable, hyperparameters: type, any_way: bool = True) -> Entry:
-    """The entry of a classifier, at its default hyperparameters."""
-    settings = {"omniglot": hyperparameters()}
+def _classifier(
+    title: str, reference: str, build: Callable, hyperparameters: type, any_way: bool = True, photographs: bool = True
+) -> Entry:
+    """The entry of a classifier, at its default hyperparameters; `photographs` if it is not for characters only."""
+    settings = {"omniglot": hyperparameters()} | ({"images": hyperparameters()} if photographs else {})
     return Entry(title, reference, build, hyperparameters, settings, classifies=True, any_way=any_way)
 
 
-# Rates are for mean losses; the code of Finn et al. sums the cross-entropy over the classes, at a rate of 0.4.
-_FINN = {"sinusoid": InnerDescent(inner_lr=1e-3), "omniglot": InnerDescent(inner_lr=2.0, num_inner_steps=None)}
+# Rates are for mean losses; the code of Finn et al. sums the cross-entropy over the classes, at rates of 0.4 and 0.01.
+_FINN = {
+    "sinusoid": InnerDescent(inner_lr=1e-3),
+    "omniglot": InnerDescent(inner_lr=2.0, num_inner_steps=None),
+    "images": InnerDescent(inner_lr=0.05, num_inner_steps=5),
+}
 
 CATALOGUE: Mapping[str, Entry] = MappingProxyType(
     {
@@ -192,6 +198,9 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
                 "omniglot": ReptileDescent(
                     inner_lr=1e-3, num_inner_steps=None, inner_optimizer="adam", batch_size=10, carry_state=True
                 ),
+                "images": ReptileDescent(
+                    inner_lr=1e-3, num_inner_steps=8, inner_optimizer="adam", batch_size=10, carry_state=True
+                ),
             },
         ),
         "anil": Entry("ANIL", "Raghu et al., 2020", _build(anil, of_problem=("head",)), InnerDescent, _FINN),
@@ -200,14 +209,22 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Oh et al., 2021",
             _build(boil, of_problem=("head", "where")),
             InnerDescent,
-            {"sinusoid": _FINN["sinusoid"], "omniglot": InnerDescent(inner_lr=0.5)},
+            {
+                "sinusoid": _FINN["sinusoid"],
+                "omniglot": InnerDescent(inner_lr=0.5),
+                "images": InnerDescent(inner_lr=0.5),
+            },
         ),
         "meta-sgd": Entry(
             "Meta-SGD",
             "Li et al., 2017",
             _build(meta_sgd, of_settings=("inner_lr", "num_inner_steps"), has_rule=False),
             LearnedRates,
-            {"sinusoid": LearnedRates(), "omniglot": LearnedRates(inner_lr=2.0, num_inner_steps=None)},
+            {
+                "sinusoid": LearnedRates(),
+                "omniglot": LearnedRates(inner_lr=2.0, num_inner_steps=None),
+                "images": LearnedRates(inner_lr=0.05),
+            },
         ),
         "maml++": Entry(
             "MAML++",
@@ -215,7 +232,10 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _maml_plus_plus,
             MAMLPlusPlus,
             # Not for sinusoids: there an outer rate of 1e-3 is as large as the inner rates that it learns.
-            {"omniglot": MAMLPlusPlus(inner_lr=0.1, num_inner_steps=5)},
+            {
+                "omniglot": MAMLPlusPlus(inner_lr=0.1, num_inner_steps=5),
+                "images": MAMLPlusPlus(inner_lr=0.01, num_inner_steps=5),
+            },
         ),
         "imaml": Entry(
             "iMAML",
@@ -234,6 +254,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             {
                 "sinusoid": ContextDescent(inner_lr=1.0),
                 "omniglot": ContextDescent(inner_lr=1.0, num_inner_steps=2, num_context=100),
+                "images": ContextDescent(inner_lr=1.0, num_inner_steps=2, num_context=100),
             },
         ),
         "meta-curvature": Entry(
@@ -248,7 +269,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Ravi and Larochelle, 2017",
             _build(meta_lstm, of_settings=("num_inner_steps", "num_units"), has_rule=False),
             LearnedOptimizer,
-            {"omniglot": LearnedOptimizer()},
+            {"omniglot": LearnedOptimizer(), "images": LearnedOptimizer(num_inner_steps=12)},
         ),
         "pretrained": Entry(
             "pretrained on all tasks",
@@ -300,18 +321,25 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _build_classifier(mann, "num_units", "num_slots", "slot_size", "num_reads", "usage_decay"),
             ExternalMemory,
             any_way=False,
+            photographs=False,
         ),
         "lstm": _classifier(
-            "LSTM", "Santoro et al., 2016", _build_classifier(lstm, "num_units"), RecurrentUnits, any_way=False
+            "LSTM",
+            "Santoro et al., 2016",
+            _build_classifier(lstm, "num_units"),
+            RecurrentUnits,
+            any_way=False,
+            photographs=False,
         ),
         "memory-module": _classifier(
             "memory module",
             "Kaiser et al., 2017",
             _build_classifier(memory_module, "key_size", "num_slots", "num_neighbours", "margin", takes_loss=False),
             NeighbourMemory,
+            photographs=False,
         ),
         "neural-statistician": _classifier(
-            "neural statistician", "Edwards and Storkey, 2017", _neural_statistician, SetStatistics
+            "neural statistician", "Edwards and Storkey, 2017", _neural_statistician, SetStatistics, photographs=False
         ),
         "pretrained-classifier": _classifier(
             "pretrained on all classes", "Vinyals et al., 2016", _pretrained_classifier, PretrainedHead

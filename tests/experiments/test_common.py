@@ -5,9 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import chex
@@ -18,7 +15,9 @@ import optax
 import pytest
 
 from experiments import common, runs
-from maml_jax import InnerDescent, MetaInfo, checkpoint, losses, maml, models
+from experiments.tracking import Tracking
+from maml_jax import InnerDescent, InnerInfo, MetaInfo, checkpoint, losses, maml, models, outer
+from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import sinusoid
 
 
@@ -39,6 +38,8 @@ class Config:
     chunk_size: int | None = None
     seed: int = 0
     run_dir: Path | None = None
+    on_nonfinite: str = "stop"
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
 
 
 SAMPLE = sinusoid.make_sampler(shot=3, query_shot=3)
@@ -74,25 +75,6 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     chex.assert_trees_all_equal(resumed.params, whole.params)
     steps = {name: [record["step"] for record in logged(tmp_path / name)] for name in ("whole", "halves")}
     assert steps["whole"] == steps["halves"] == [2, 4, 6, 8, 10, 12]
-
-
-def test_a_killed_process_resumes_to_the_same_parameters(tmp_path):
-    flags = ["--num-meta-steps=1500", "--val-every=300", "--log-every=100", "--eval-episodes=2", "--eval-shots", "5"]
-    command = [sys.executable, "-m", "experiments.sinusoid", *flags, "--run-dir"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-    killed = subprocess.Popen([*command, str(tmp_path / "killed")], env=environment, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "killed").glob("checkpoints/[0-9]*")):
-        assert killed.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-    assert not (tmp_path / "killed" / "results.json").exists()
-    for name in ("killed", "whole"):
-        subprocess.run([*command, str(tmp_path / name)], env=environment, check=True, stdout=subprocess.DEVNULL)
-    found = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("killed", "whole")]
-    assert found[0]["metrics"] == found[1]["metrics"]
 
 
 def test_the_best_validated_state_is_returned_and_survives_an_interruption(tmp_path):
@@ -177,10 +159,66 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, what, num
         return NOT_FINITE[what](loss, params), info
 
     message = rf"{what} is not finite at meta-step 0 .*set its eps_root to 1e-8; else lower --inner-lr or --outer-lr"
+    message += r".* by --outer-clip\. --on-nonfinite skip leaves such"
     for _ in range(2):  # the second attempt finds no state of the first
         with pytest.raises(runs.RunError, match=message):
             train(tmp_path, Config(num_meta_steps=num_meta_steps), learner=LEARNER._replace(objective=objective))
         assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+def test_the_inner_step_that_is_not_finite_is_named(tmp_path):
+    unstable = maml(
+        models.mlp(features=(8, 1)), losses.mean_squared_error, inner_optimizer=optax.sgd(1e20), num_inner_steps=4
+    )
+    message = r"meta-step 0 .*Its support loss ceased to be finite before inner step [23]: \d.*(inf|nan)"
+    with pytest.raises(runs.RunError, match=message):
+        train(tmp_path, learner=unstable)
+    # The forward pass is finite here, and the loss of the query set is not.
+    info = InnerInfo(np.array([[1.0, 0.5]]), None)
+    info = MetaInfo(np.array([np.nan]), np.array([np.nan]), np.array([False]), info)
+    with pytest.raises(runs.RunError, match=r"Its support losses are all finite: 1, 0\.5\. "):
+        common.check_finite(info, 0, tmp_path)
+
+
+def spoilt(is_bad):
+    """The learner with a loss and a meta-gradient of NaN on tasks for which `is_bad(episode)`."""
+
+    def objective(params, episode):
+        loss, info = LEARNER.objective(params, episode)
+        return loss * jnp.where(is_bad(episode), jnp.nan, 1.0), info
+
+    return LEARNER._replace(objective=objective)
+
+
+def test_meta_gradients_that_are_not_finite_are_left_out_if_asked_to(tmp_path, capsys):
+    """Meta-steps 2 and 5 of 12 have no update: the same run by hand, one step after the other."""
+    config = Config(on_nonfinite="skip", outer_optimizer="sgd")
+    key = runs.streams(0).train
+    first_inputs = [
+        SAMPLE(outer.task_keys(jax.random.fold_in(key, step), 4)[1]).support.inputs[0, 0] for step in (2, 5)
+    ]
+    learner = spoilt(lambda episode: jnp.any(episode.support.inputs[0, 0] == jnp.stack(first_inputs)))
+    trained = train(tmp_path / "skipped", config, learner=learner)
+    assert "2 of 12 meta-gradients were not finite and left out" in capsys.readouterr().out
+    assert [record["skipped"] for record in logged(tmp_path / "skipped")] == [0, 1, 1, 0, 0, 0]
+    assert all(np.isfinite(record["loss"]) for record in logged(tmp_path / "skipped"))
+    params = jax.tree.map(np.asarray, LEARNER.init(runs.streams(0).init, np.zeros((3, 1), np.float32)))
+    for step in range(12):
+        if step not in (2, 5):
+            episodes = jax.vmap(SAMPLE)(outer.task_keys(jax.random.fold_in(key, step), 4))
+            _, grads = meta_gradient(LEARNER, params, episodes)
+            params = jax.tree.map(lambda p, g: p - config.outer_lr * g, params, grads)
+    chex.assert_trees_all_close(trained.params, params, rtol=1e-4, atol=1e-5)
+    with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 0"):
+        train(tmp_path / "stopped", config, learner=spoilt(lambda episode: True))
+    assert checkpoint.latest(tmp_path / "stopped" / "checkpoints") is None
+
+
+def test_a_loss_that_is_not_finite_stops_a_run_that_leaves_out_gradients(tmp_path):
+    info = MetaInfo(np.array([1.0, np.inf]), np.ones(2), np.array([True, False]), None)
+    with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 1"):
+        common.check_finite(info, 0, tmp_path, is_skipped=True)
+    common.check_finite(info._replace(grad_norm=np.array([1.0, np.nan])), 0, tmp_path, is_skipped=True)
 
 
 def test_a_mesh_is_the_largest_that_divides():

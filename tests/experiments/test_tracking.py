@@ -1,0 +1,96 @@
+"""Metrics go where they are asked to, and nothing is imported otherwise."""
+
+import dataclasses
+import subprocess
+import sys
+import types
+
+import pytest
+
+from experiments import runs, tracking
+from experiments.tracking import Tracking
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seed: int = 0
+    tracking: Tracking = dataclasses.field(default_factory=Tracking)
+
+
+RECORD = {"step": 3, "loss": 0.5, "val": 0.25}
+
+
+def test_nothing_optional_is_imported():
+    code = "import sys; from experiments import omniglot; print(sorted({'tensorboardX', 'wandb'} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(("extra", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_missing_package_is_named_before_training(tmp_path, monkeypatch, extra, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    config = Config(tracking=Tracking(**{extra: True}))
+    with (
+        pytest.raises(runs.RunError, match=f"--{extra} needs the package {package}; install it with"),
+        tracking.trackers(tmp_path, config, 0),
+    ):
+        pass
+
+
+def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, directory, purge_step):
+            written.append((directory, purge_step))
+
+        def add_scalar(self, name, value, step):
+            written.append((name, value, step))
+
+        def flush(self):
+            pass
+
+        def close(self):
+            closed.append(True)
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    with tracking.trackers(tmp_path, Config(tracking=Tracking(tensorboard=True)), 2) as track:
+        track(RECORD)
+    assert written == [(str(tmp_path / "tensorboard"), 3), ("loss", 0.5, 3), ("val", 0.25, 3)]
+    assert closed == [True]
+
+
+def test_tensorboard_files_are_really_written(tmp_path):
+    pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
+    with tracking.trackers(tmp_path, Config(tracking=Tracking(tensorboard=True)), 0) as track:
+        track(RECORD)
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    content = file.read_bytes()
+    assert b"loss" in content
+    assert b"val" in content
+
+
+def test_weights_and_biases_gets_every_record_under_one_identity(tmp_path, monkeypatch):
+    started, logged = [], []
+
+    def init(**arguments):
+        started.append(arguments)
+        return types.SimpleNamespace(log=lambda *a, **k: logged.append((a, k)), finish=lambda: logged.append("end"))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for _ in range(2):  # a resumed run is the same run there
+        with tracking.trackers(tmp_path, Config(tracking=Tracking(wandb=True)), 0) as track:
+            track(RECORD)
+    assert started[0] == started[1]
+    assert started[0]["resume"] == "allow"
+    assert started[0]["config"] == {"seed": 0}
+    assert logged == [(({"loss": 0.5, "val": 0.25},), {"step": 3}), "end"] * 2
+
+
+def test_a_profile_is_written_if_it_is_wanted(tmp_path):
+    with tracking.profiled(tmp_path / "no", False):
+        pass
+    assert not (tmp_path / "no").exists()
+    with tracking.profiled(tmp_path / "yes", True):
+        sum(range(10))
+    assert list((tmp_path / "yes").rglob("*.xplane.pb"))

@@ -1,0 +1,94 @@
+"""Random changes to images, against what they must leave alone."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maml_jax.tasks import few_shot
+from maml_jax.tasks.augment import augmented
+from maml_jax.types import Batch, Episode
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 5, 8, 8, 3)).astype(np.uint8)
+
+
+def of_constant(image, num=400):
+    """A task distribution of one image, many times."""
+    support = Batch(jnp.broadcast_to(image, (num, *image.shape)), jnp.zeros(num, jnp.int32))
+    return lambda key: Episode(support, Batch(support.inputs[:2], support.targets[:2]), key)
+
+
+def test_nothing_changes_if_nothing_is_asked_for():
+    plain = few_shot.make_sampler(IMAGES, way=3, shot=2, query_shot=1)
+    same = augmented(plain, flip=False, max_shift=0, jitter=0.0)
+    key = jax.random.key(1)
+    chex.assert_trees_all_equal(same(key), plain(jax.random.split(key)[0]))
+
+
+def test_half_of_the_images_are_reflected():
+    image = jnp.arange(48.0).reshape(4, 4, 3) / 48
+    episode = augmented(of_constant(image), max_shift=0, jitter=0.0)(jax.random.key(0))
+    inputs, image = np.asarray(episode.support.inputs), np.asarray(image)
+    reflected = np.all(inputs == image[:, ::-1], (1, 2, 3))
+    kept = np.all(inputs == image, (1, 2, 3))
+    assert np.all(reflected ^ kept)
+    assert 150 < int(reflected.sum()) < 250  # 200 ± 5 standard deviations
+
+
+def test_shifts_are_uniform_and_repeat_the_border():
+    image = jnp.arange(16.0).reshape(4, 4, 1) / 16
+    episode = augmented(of_constant(image), flip=False, max_shift=1, jitter=0.0)(jax.random.key(0))
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), mode="edge")
+    possible = [padded[row : row + 4, column : column + 4] for row in range(3) for column in range(3)]
+    counts = [int(np.all(np.asarray(episode.support.inputs) == window, (1, 2, 3)).sum()) for window in possible]
+    assert sum(counts) == 400
+    assert min(counts) > 15
+    assert max(counts) < 80
+
+
+def test_colours_change_by_hand():
+    """With one pixel, contrast and saturation do nothing to a grey image; brightness stays in its range."""
+    image = jnp.full((1, 1, 3), 0.5)
+    values = augmented(of_constant(image), flip=False, max_shift=0, jitter=0.4)(jax.random.key(0)).support.inputs
+    chex.assert_trees_all_close(values[..., 0], values[..., 2])
+    assert 0.3 <= values.min() < 0.32
+    assert 0.68 < values.max() <= 0.7
+    # Saturation keeps the mean over the channels of a pixel; one pixel has no contrast between pixels.
+    image = jnp.array([[[0.2, 0.3, 0.4]]])
+    one = augmented(of_constant(image), flip=False, max_shift=0, jitter=0.3)(jax.random.key(0)).support.inputs
+    ratio = one.mean(-1) / image.mean()
+    assert jnp.all((ratio >= 0.69) & (ratio <= 1.31))
+    spread = (one[..., 2] - one[..., 0]) / ratio / 0.2
+    assert spread.max() > 1.3
+    assert spread.min() < 0.7
+
+
+def test_images_are_changed_each_on_its_own_and_targets_are_not():
+    sampler = augmented(few_shot.make_sampler(IMAGES, way=3, shot=2, query_shot=1))
+    episode = jax.jit(sampler)(jax.random.key(3))
+    plain = few_shot.make_sampler(IMAGES, way=3, shot=2, query_shot=1)(jax.random.split(jax.random.key(3))[0])
+    chex.assert_trees_all_equal(episode.support.targets, plain.support.targets)
+    assert jnp.all((episode.support.inputs >= 0) & (episode.support.inputs <= 1))
+    twice = augmented(of_constant(jnp.arange(48.0).reshape(4, 4, 3) / 48, 2), max_shift=1)(jax.random.key(0))
+    assert jnp.any(twice.support.inputs[0] != twice.support.inputs[1])
+    batches = augmented(few_shot.make_batch_sampler(IMAGES, batch_size=4))(jax.random.key(0))
+    assert batches.query.inputs.shape == (0, 8, 8, 3)
+
+
+def test_the_data_are_arguments_of_a_compiled_program():
+    sampler = augmented(few_shot.make_sampler(IMAGES, way=3, shot=2, query_shot=1))
+    leaves = jax.tree.leaves(sampler)
+    assert any(leaf.size == IMAGES.size for leaf in leaves)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_shift": -1}, "max_shift must be an integer of at least 0, got -1"),
+        ({"jitter": 1.0}, r"jitter=1.0 must be in \[0, 1\)"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        augmented(of_constant(jnp.zeros((1, 1, 3))), **settings)
