@@ -20,7 +20,7 @@ from experiments.cli import Precision, main
 from experiments.export import config_of_run, params_of_run
 from experiments.runs import RunError, console
 from maml_jax.portable import LearnerConfig, Portable, build_learner, classify, load_learner
-from maml_jax.tasks import image_folder
+from maml_jax.tasks import drawings, image_files
 from maml_jax.types import Batch
 
 SIZE = 28
@@ -37,7 +37,7 @@ class Config:
     query: Path
     """What to classify: an image, a folder of images, or a folder with folders of images that are named after the
     classes; then the accuracy is printed too. Images may be of any size."""
-    ink: image_folder.Ink = "auto"
+    ink: drawings.Ink = "auto"
     """Whether the ink is darker or lighter than the background; "auto" decides by the border of each image."""
     one_at_a_time: bool = True
     """Whether each image is classified with only the examples beside it. Otherwise all go through the network together,
@@ -65,11 +65,11 @@ class Queries(NamedTuple):
 def run(config: Config) -> dict:
     """Classifies, prints, and returns what `--json` prints."""
     learner_config = open_config(config.learner)
-    names, images = image_folder.read_classes(config.support, size=SIZE, ink=config.ink)
+    names, images = drawings.read_classes(config.support, size=SIZE, ink=config.ink)
     check_way(learner_config, names, config.support)
     queries = read_queries(config.query, names, config.ink)
     loaded = open_learner(config.learner, way=len(names))
-    answers = answer(loaded, names, image_folder.as_batch(images), queries, one_at_a_time=config.one_at_a_time)
+    answers = answer(loaded, names, drawings.as_batch(images), queries, one_at_a_time=config.one_at_a_time)
     if config.json:
         print(json.dumps(answers, indent=1))
     else:
@@ -116,7 +116,7 @@ def check_way(config: LearnerConfig, names: list[str], support: Path) -> None:
         )
 
 
-def read_queries(path: Path, names: list[str], ink: image_folder.Ink) -> Queries:
+def read_queries(path: Path, names: list[str], ink: drawings.Ink) -> Queries:
     """Reads a file, a folder of files or a folder of class folders.
 
     Raises:
@@ -130,7 +130,7 @@ def read_queries(path: Path, names: list[str], ink: image_folder.Ink) -> Queries
     if not path.is_dir():
         files = [path]
     elif any(entry.is_dir() for entry in path.iterdir() if not entry.name.startswith(".")):
-        by_class = image_folder.class_files(path)
+        by_class = drawings.class_files(path)
         if unknown := sorted(by_class.keys() - set(names)):
             raise RunError(
                 f"the folder {path / unknown[0]} is named after none of the classes {', '.join(names)}; rename it, or "
@@ -139,8 +139,8 @@ def read_queries(path: Path, names: list[str], ink: image_folder.Ink) -> Queries
         files = [file for found in by_class.values() for file in found]
         classes = [name for name, found in by_class.items() for _ in found]
     else:
-        files = image_folder.image_files(path)
-    return Queries(files, image_folder.read_images(files, size=SIZE, ink=ink), classes)
+        files = image_files.image_files(path)
+    return Queries(files, drawings.read_images(files, size=SIZE, ink=ink), classes)
 
 
 def answer(loaded: Portable, names: list[str], support: Batch, queries: Queries, *, one_at_a_time: bool = True) -> dict:
@@ -149,7 +149,7 @@ def answer(loaded: Portable, names: list[str], support: Batch, queries: Queries,
     Raises:
       RunError: if a probability is not finite.
     """
-    inputs = image_folder.as_inputs(queries.images)
+    inputs = drawings.as_inputs(queries.images)
     probabilities = np.asarray(classify(loaded, support, inputs, one_at_a_time=one_at_a_time), np.float64)
     if not np.isfinite(probabilities).all():
         raise RunError(

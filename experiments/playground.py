@@ -24,7 +24,7 @@ from experiments.cli import Precision, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE
 from maml_jax.portable import Portable, build_learner, load_learner, outputs_by_step
-from maml_jax.tasks import image_folder
+from maml_jax.tasks import drawings
 from maml_jax.types import Batch, check_integer
 
 CANVAS = 105
@@ -115,7 +115,7 @@ class Playground:
           RequestError: if the request is anything else.
         """
         images, query = read_request(request, self.max_classes)
-        found = self._probabilities(image_folder.as_batch(images), image_folder.as_inputs(query), len(images))
+        found = self._probabilities(drawings.as_batch(images), drawings.as_inputs(query), len(images))
         names = [method["name"] for method in self.settings()["methods"]]
         for name, steps in zip(names, found, strict=True):
             if not np.isfinite(steps).all():
@@ -128,8 +128,8 @@ class Playground:
     def warm_up(self, num_classes: int, num_examples: int) -> None:
         """Compiles the programs for a number of classes with so many drawings of each."""
         image = np.zeros((1, SIZE, SIZE, 1), np.uint8)
-        support = image_folder.as_batch([np.repeat(image, num_examples, 0)] * num_classes)
-        self._probabilities(support, image_folder.as_inputs(image), num_classes)
+        support = drawings.as_batch([np.repeat(image, num_examples, 0)] * num_classes)
+        self._probabilities(support, drawings.as_inputs(image), num_classes)
 
     def stop(self) -> None:
         """Waits for the running program and lets no other begin. The process may end then."""
@@ -178,18 +178,18 @@ def read_request(request: Any, max_classes: int) -> tuple[list[np.ndarray], np.n
     if not isinstance(request, dict) or set(request) != {"classes", "query"}:
         raise RequestError('the request must be {"classes": [[drawing, ...], ...], "query": drawing}')
     classes = request["classes"]
-    if not isinstance(classes, list) or not all(isinstance(drawings, list) for drawings in classes):
+    if not isinstance(classes, list) or not all(isinstance(texts, list) for texts in classes):
         raise RequestError('"classes" must be a list of lists of drawings')
     if not 2 <= len(classes) <= max_classes:
         raise RequestError(f"there are {len(classes)} symbols; draw between 2 and {max_classes}")
-    for index, drawings in enumerate(classes):
-        if not 1 <= len(drawings) <= MAX_EXAMPLES:
+    for index, texts in enumerate(classes):
+        if not 1 <= len(texts) <= MAX_EXAMPLES:
             raise RequestError(
-                f"symbol {index + 1} has {len(drawings)} drawings; draw it between 1 and {MAX_EXAMPLES} times"
+                f"symbol {index + 1} has {len(texts)} drawings; draw it between 1 and {MAX_EXAMPLES} times"
             )
     images = [
-        np.stack([read_drawing(drawing, f"a drawing of symbol {index + 1}") for drawing in drawings])
-        for index, drawings in enumerate(classes)
+        np.stack([read_drawing(text, f"a drawing of symbol {index + 1}") for text in texts])
+        for index, texts in enumerate(classes)
     ]
     return images, read_drawing(request["query"], "the new drawing")[None]
 
@@ -214,7 +214,7 @@ def read_drawing(text: Any, name: str) -> np.ndarray:
     if not pixels.any():
         raise RequestError(f"{name} is empty; draw something")
     try:
-        return image_folder.as_drawing(pixels, size=SIZE, ink="light")
+        return drawings.as_drawing(pixels, size=SIZE, ink="light")
     except ValueError as error:
         raise RequestError(f"{name}: {error}") from None
 

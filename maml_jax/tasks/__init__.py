@@ -1,9 +1,21 @@
 """Task distributions: functions from a key to an episode."""
 
 from maml_jax.tasks import domains as domains
+from maml_jax.tasks import drawings as drawings
 from maml_jax.tasks import few_shot as few_shot
 from maml_jax.tasks import image_folder as image_folder
 from maml_jax.tasks import omniglot as omniglot
 from maml_jax.tasks import sinusoid as sinusoid
+from maml_jax.tasks import streaming as streaming
+from maml_jax.tasks import tfds_classes as tfds_classes
 
-__all__ = ["domains", "few_shot", "image_folder", "omniglot", "sinusoid"]
+__all__ = [
+    "domains",
+    "drawings",
+    "few_shot",
+    "image_folder",
+    "omniglot",
+    "sinusoid",
+    "streaming",
+    "tfds_classes",
+]

@@ -2,6 +2,9 @@
 
 A sampler is a `jax.tree_util.Partial` of its settings and its data, so a compiled program takes the data as an
 argument. Samplers with equal settings and data of equal shapes share one compiled program.
+
+An episode is drawn in two steps: which examples it has, which needs only the sizes of the classes, and the examples
+themselves. `streaming` shares the first step and takes the examples from the host.
 """
 
 import dataclasses
@@ -68,32 +71,17 @@ def make_sampler(
       `rotated_classes`: Nichol et al., 2018, section 6.1: 1,200 characters make 4,800 classes.
       https://arxiv.org/abs/1803.02999
     """
-    if (query_shot is None) == (num_queries is None):
-        raise ValueError(
-            f"pass either query_shot or num_queries, got query_shot={query_shot}, num_queries={num_queries}"
-        )
-    if rotations and rotated_classes:
-        raise ValueError("rotations and rotated_classes exclude each other; pass one of them")
-    way, shot = check_integer("way", way, 1), check_integer("shot", shot, 1)
-    query_shot = None if query_shot is None else check_integer("query_shot", query_shot, 1)
-    num_queries = None if num_queries is None else check_integer("num_queries", num_queries, 1)
-    data = _flatten(images, must_rotate=rotations or rotated_classes)
-    counts = np.repeat(data.counts, 4 if rotated_classes else 1)
-    if way > len(counts):
-        raise ValueError(f"way={way} exceeds the {len(counts)} classes of the split; choose a smaller way")
-    if shot + (query_shot or 0) > data.counts.min():
-        raise ValueError(
-            f"shot={shot}{f' plus query_shot={query_shot}' if query_shot else ''} exceeds the {data.counts.min()} "
-            f"examples of class {data.counts.argmin()}; use fewer examples or leave the class out"
-        )
-    fewest = int(np.sort(counts)[:way].sum()) - way * shot
-    if num_queries and num_queries > fewest:
-        raise ValueError(
-            f"num_queries={num_queries} exceeds the {fewest} examples that the {way} smallest classes have outside "
-            "their support sets; use fewer queries or leave small classes out"
-        )
-    settings = _FewShot(way, shot, query_shot, num_queries, rotations, rotated_classes, int(data.counts.max()))
-    return jax.tree_util.Partial(settings, jax.tree.map(jnp.asarray, data))
+    table = class_table(images, must_rotate=rotations or rotated_classes)
+    settings = few_shot_draws(
+        table.counts,
+        way=way,
+        shot=shot,
+        query_shot=query_shot,
+        num_queries=num_queries,
+        rotations=rotations,
+        rotated_classes=rotated_classes,
+    )
+    return jax.tree_util.Partial(_Resident(settings), _on_device(images, table))
 
 
 def make_batch_sampler(
@@ -117,27 +105,84 @@ def make_batch_sampler(
     Raises:
       ValueError: if `batch_size` is no positive integer, or `images` is no such data.
     """
-    settings = _Batches(check_integer("batch_size", batch_size, 1), rotated_classes)
-    return jax.tree_util.Partial(settings, jax.tree.map(jnp.asarray, _flatten(images, must_rotate=rotated_classes)))
+    table = class_table(images, must_rotate=rotated_classes)
+    settings = batch_draws(table.counts, batch_size=batch_size, rotated_classes=rotated_classes)
+    return jax.tree_util.Partial(_Resident(settings), _on_device(images, table))
 
 
-class _Data(NamedTuple):
-    """The examples of all classes in one array.
+class ClassTable(NamedTuple):
+    """Where the examples of each class are when all examples are in one row, class after class.
 
     Attributes:
-      examples: [E, ...], class after class.
       starts: int32 [C], the index of the first example of each class.
       counts: int32 [C], the number of examples of each class.
     """
 
-    examples: jax.Array
     starts: jax.Array
     counts: jax.Array
 
 
+class Draw(NamedTuple):
+    """What an episode consists of, E = S + M examples, the support set first.
+
+    Attributes:
+      examples: int32 [E], indices into the row of all examples.
+      labels: int32 [E].
+      turns: int32 [E], how often each example is turned by 90 degrees; None if none is.
+      key: of the episode.
+    """
+
+    examples: jax.Array
+    labels: jax.Array
+    turns: jax.Array | None
+    key: PRNGKey
+
+
+def few_shot_draws(
+    sizes: np.ndarray,
+    *,
+    way: int,
+    shot: int,
+    query_shot: int | None = None,
+    num_queries: int | None = None,
+    rotations: bool = False,
+    rotated_classes: bool = False,
+) -> "FewShotDraws":
+    """The first step of `make_sampler`, for classes of these sizes [C]; arguments and errors are the same."""
+    if (query_shot is None) == (num_queries is None):
+        raise ValueError(
+            f"pass either query_shot or num_queries, got query_shot={query_shot}, num_queries={num_queries}"
+        )
+    if rotations and rotated_classes:
+        raise ValueError("rotations and rotated_classes exclude each other; pass one of them")
+    way, shot = check_integer("way", way, 1), check_integer("shot", shot, 1)
+    query_shot = None if query_shot is None else check_integer("query_shot", query_shot, 1)
+    num_queries = None if num_queries is None else check_integer("num_queries", num_queries, 1)
+    counts = np.repeat(sizes, 4 if rotated_classes else 1)
+    if way > len(counts):
+        raise ValueError(f"way={way} exceeds the {len(counts)} classes of the split; choose a smaller way")
+    if shot + (query_shot or 0) > sizes.min():
+        raise ValueError(
+            f"shot={shot}{f' plus query_shot={query_shot}' if query_shot else ''} exceeds the {sizes.min()} "
+            f"examples of class {sizes.argmin()}; use fewer examples or leave the class out"
+        )
+    fewest = int(np.sort(counts)[:way].sum()) - way * shot
+    if num_queries and num_queries > fewest:
+        raise ValueError(
+            f"num_queries={num_queries} exceeds the {fewest} examples that the {way} smallest classes have outside "
+            "their support sets; use fewer queries or leave small classes out"
+        )
+    return FewShotDraws(way, shot, query_shot, num_queries, rotations, rotated_classes, int(sizes.max()))
+
+
+def batch_draws(sizes: np.ndarray, *, batch_size: int, rotated_classes: bool = False) -> "BatchDraws":
+    """The first step of `make_batch_sampler`, for classes of these sizes [C]; arguments and errors are the same."""
+    return BatchDraws(check_integer("batch_size", batch_size, 1), rotated_classes, int(sizes.sum()))
+
+
 @dataclasses.dataclass(frozen=True)
-class _FewShot:
-    """`(data, key) -> Episode` with the settings of `make_sampler`; `max_examples` is the size of the largest class."""
+class FewShotDraws:
+    """Draws with the settings of `make_sampler`; `max_examples` is the size of the largest class."""
 
     way: int
     shot: int
@@ -147,9 +192,10 @@ class _FewShot:
     rotated_classes: bool
     max_examples: int
 
-    def __call__(self, data: _Data, key: PRNGKey) -> Episode:
+    def draw(self, table: ClassTable, key: PRNGKey) -> Draw:
+        """Draws the examples of an episode."""
         class_key, example_key, rotation_key, episode_key = jax.random.split(key, 4)
-        num_classes = len(data.starts)
+        num_classes = len(table.starts)
         num_drawable = num_classes * (4 if self.rotated_classes else 1)
         turns, classes = jnp.divmod(_shuffle(class_key, self.way, num_drawable, num_drawable)[: self.way], num_classes)
         if self.rotations:
@@ -157,25 +203,27 @@ class _FewShot:
 
         # `order` [N, max_examples] has the support set of a class first, then its other examples.
         if self.num_queries is None:
-            order = self._order_examples(example_key, data.counts[classes], self.shot + self.query_shot)
+            order = self._order_examples(example_key, table.counts[classes], self.shot + self.query_shot)
             query_labels = jnp.repeat(jnp.arange(self.way), self.query_shot)
             query_places = jnp.tile(jnp.arange(self.shot, self.shot + self.query_shot), self.way)
         else:
             example_key, query_key = jax.random.split(example_key)
-            order = self._order_examples(example_key, data.counts[classes], self.shot)
-            query_labels, query_places = self._draw_from_pool(query_key, data.counts[classes])
+            order = self._order_examples(example_key, table.counts[classes], self.shot)
+            query_labels, query_places = self._draw_from_pool(query_key, table.counts[classes])
 
         labels = jnp.concatenate([jnp.repeat(jnp.arange(self.way), self.shot), query_labels])
         places = jnp.concatenate([jnp.tile(jnp.arange(self.shot), self.way), query_places])
-        drawn = data.examples[data.starts[classes][labels] + order[labels, places]]
-        if self.rotations or self.rotated_classes:
-            drawn = _turn(drawn, turns[labels])
-        inputs, targets, num_support = scale_pixels(drawn), labels.astype(jnp.int32), self.way * self.shot
-        return Episode(
-            Batch(inputs[:num_support], targets[:num_support]),
-            Batch(inputs[num_support:], targets[num_support:]),
+        return Draw(
+            table.starts[classes][labels] + order[labels, places],
+            labels.astype(jnp.int32),
+            turns[labels] if self.rotations or self.rotated_classes else None,
             episode_key,
         )
+
+    @property
+    def num_support(self) -> int:
+        """S, the size of the support set."""
+        return self.way * self.shot
 
     def _order_examples(self, key: PRNGKey, counts: jax.Array, num_drawn: int) -> jax.Array:
         """[N, max_examples]: for each class, the result of `_shuffle`."""
@@ -194,31 +242,62 @@ class _FewShot:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Batches:
-    """`(data, key) -> Episode` with the settings of `make_batch_sampler`."""
+class BatchDraws:
+    """Draws with the settings of `make_batch_sampler`, from `num_examples` in all."""
 
     batch_size: int
     rotated_classes: bool
+    num_examples: int
 
-    def __call__(self, data: _Data, key: PRNGKey) -> Episode:
+    def draw(self, table: ClassTable, key: PRNGKey) -> Draw:
+        """Draws the examples of a batch."""
         example_key, rotation_key, episode_key = jax.random.split(key, 3)
-        drawn = jax.random.randint(example_key, (self.batch_size,), 0, len(data.examples))
-        inputs = data.examples[drawn]
-        labels = jnp.searchsorted(data.starts, drawn, side="right") - 1
+        drawn = jax.random.randint(example_key, (self.batch_size,), 0, self.num_examples)
+        labels, turns = jnp.searchsorted(table.starts, drawn, side="right") - 1, None
         if self.rotated_classes:
             turns = jax.random.randint(rotation_key, (self.batch_size,), 0, 4)
-            inputs = _turn(inputs, turns)
-            labels = labels + turns * len(data.starts)
-        support = Batch(scale_pixels(inputs), labels.astype(jnp.int32))
-        return Episode(support, jax.tree.map(lambda leaf: leaf[:0], support), episode_key)
+            labels = labels + turns * len(table.starts)
+        return Draw(drawn, labels.astype(jnp.int32), turns, episode_key)
+
+    @property
+    def num_support(self) -> int:
+        """S, the size of the support set, which is everything."""
+        return self.batch_size
 
 
-def _flatten(images: jax.Array | Sequence[jax.Array], must_rotate: bool) -> _Data:
-    """Checks the examples and puts them into one array, still on the host if `images` is.
+def episode_of(draw: Draw, examples: jax.Array, num_support: int) -> Episode:
+    """The second step: the episode of a draw from its examples [E, ...], as they are stored."""
+    if draw.turns is not None:
+        examples = _turn(examples, draw.turns)
+    inputs = scale_pixels(examples)
+    return Episode(
+        Batch(inputs[:num_support], draw.labels[:num_support]),
+        Batch(inputs[num_support:], draw.labels[num_support:]),
+        draw.key,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resident:
+    """`(data, key) -> Episode` from examples on the device; `data` holds all examples in a row, and their table."""
+
+    draws: FewShotDraws | BatchDraws
+
+    def __call__(self, data: tuple[jax.Array, ClassTable], key: PRNGKey) -> Episode:
+        examples, table = data
+        draw = self.draws.draw(table, key)
+        return episode_of(draw, examples[draw.examples], self.draws.num_support)
+
+
+def class_table(images: jax.Array | Sequence[jax.Array], must_rotate: bool) -> ClassTable:
+    """Checks the examples of all classes and says where they are in one row, on the host.
 
     Args:
       images: as in `make_sampler`.
       must_rotate: whether the examples must be square images.
+
+    Raises:
+      ValueError: as `make_sampler` does for `images`.
     """
     if isinstance(images, list | tuple):
         classes = [np.asarray(examples) for examples in images]
@@ -229,20 +308,20 @@ def _flatten(images: jax.Array | Sequence[jax.Array], must_rotate: bool) -> _Dat
                     f"{classes[0].shape}; pass arrays [n_c, ...] with one dtype and one shape of an example"
                 )
         counts = [len(examples) for examples in classes]
-        flat = np.concatenate(classes) if classes else np.zeros(0)
+        dtype, example_shape = (classes[0].dtype, classes[0].shape[1:]) if classes else (None, ())
     else:
         if images.ndim < 2:
             raise ValueError(f"images must be [classes, examples, ...], got the shape {tuple(images.shape)}")
         counts = [images.shape[1]] * images.shape[0]
-        flat = images.reshape(sum(counts), *images.shape[2:])
+        dtype, example_shape = images.dtype, images.shape[2:]
     if not all(counts) or not counts:
         where = f"class {counts.index(0)} is empty" if counts else "there is no class"
         raise ValueError(f"images must have at least one class and one example of each class; {where}")
-    shape = (len(counts), max(counts), *flat.shape[1:])
-    if not (jnp.issubdtype(flat.dtype, jnp.floating) or (flat.dtype == jnp.uint8 and len(shape) == 5)):
+    shape = (len(counts), max(counts), *example_shape)
+    if not (jnp.issubdtype(dtype, jnp.floating) or (dtype == jnp.uint8 and len(shape) == 5)):
         raise ValueError(
             "images must be uint8 [classes, examples, height, width, channels] or floating [classes, examples, ...], "
-            f"got {flat.dtype} {shape}; give pixels three axes, and convert other integers to float32, for example "
+            f"got {dtype} {shape}; give pixels three axes, and convert other integers to float32, for example "
             "16-bit pixels by (images / 65535).astype(np.float32)"
         )
     if must_rotate and (len(shape) != 5 or shape[2] != shape[3]):
@@ -251,7 +330,16 @@ def _flatten(images: jax.Array | Sequence[jax.Array], must_rotate: bool) -> _Dat
             "not rotate them"
         )
     ends = np.cumsum(counts)
-    return _Data(flat, (ends - counts).astype(np.int32), np.asarray(counts, np.int32))
+    return ClassTable((ends - counts).astype(np.int32), np.asarray(counts, np.int32))
+
+
+def _on_device(images: jax.Array | Sequence[jax.Array], table: ClassTable) -> tuple[jax.Array, ClassTable]:
+    """All examples [E, ...] in a row, and their table."""
+    if isinstance(images, list | tuple):
+        examples = np.concatenate([np.asarray(examples) for examples in images])
+    else:
+        examples = images.reshape(-1, *images.shape[2:])
+    return jax.tree.map(jnp.asarray, (examples, table))
 
 
 def _shuffle(key: PRNGKey, num_drawn: int, population: int | jax.Array, size: int) -> jax.Array:

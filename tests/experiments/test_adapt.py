@@ -11,7 +11,7 @@ from experiments.cli import parse
 from experiments.runs import RunError
 from maml_jax import portable
 from maml_jax.portable import LearnerConfig, build_learner, classify, load_learner, save_learner
-from maml_jax.tasks import image_folder
+from maml_jax.tasks import drawings
 
 Image = pytest.importorskip("PIL.Image", reason="install Pillow with `pip install pillow`")
 
@@ -65,10 +65,10 @@ def run_task(file, task, *options, query="query"):
 @pytest.mark.parametrize("algorithm", ["maml", "protonets"])
 def test_images_are_classified_and_the_accuracy_is_printed(files, task, algorithm, capsys):
     answers = run_task(files[algorithm], task)
-    names, images = image_folder.read_classes(task / "support")
+    names, images = drawings.read_classes(task / "support")
     loaded = load_learner(files[algorithm], way=3)
-    query_names, queries = image_folder.read_classes(task / "query")
-    expected = classify(loaded, image_folder.as_batch(images), image_folder.as_inputs(np.concatenate(queries)))
+    query_names, queries = drawings.read_classes(task / "query")
+    expected = classify(loaded, drawings.as_batch(images), drawings.as_inputs(np.concatenate(queries)))
     found = np.array([[query["probabilities"][name] for name in names] for query in answers["queries"]])
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert answers["classes"] == names == query_names == ["across", "down", "slant"]

@@ -16,7 +16,7 @@ import pytest
 from experiments import playground
 from experiments.runs import RunError
 from maml_jax.portable import LearnerConfig, build_learner, load_learner, save_learner
-from maml_jax.tasks import image_folder
+from maml_jax.tasks import drawings
 
 pytest.importorskip("PIL.Image", reason="install Pillow with `pip install pillow`")
 
@@ -91,10 +91,10 @@ def expected_steps(files, request):
 
     def read(text):
         pixels = np.frombuffer(base64.b64decode(text), np.uint8).reshape(105, 105)
-        return image_folder.as_drawing(pixels, ink="light")
+        return drawings.as_drawing(pixels, ink="light")
 
-    support = image_folder.as_batch([np.stack([read(text) for text in texts]) for texts in request["classes"]])
-    query = image_folder.as_inputs(read(request["query"])[None])
+    support = drawings.as_batch([np.stack([read(text) for text in texts]) for texts in request["classes"]])
+    query = drawings.as_inputs(read(request["query"])[None])
     way, steps = len(request["classes"]), {}
     for name in CONFIGS:
         learner, params, config = load_learner(files[name], way=way if name == "protonets" else None)
@@ -117,7 +117,7 @@ def test_the_endpoint_answers_as_the_library_does(server, files):
         np.testing.assert_allclose(method["steps"], steps, atol=1e-5)
         np.testing.assert_allclose(np.sum(method["steps"], -1), 1, atol=1e-6)
     seen = np.frombuffer(base64.b64decode(answer["seen"]), np.uint8).reshape(28, 28, 1)
-    np.testing.assert_array_equal(seen, image_folder.as_drawing(drawing(3), ink="light"))
+    np.testing.assert_array_equal(seen, drawings.as_drawing(drawing(3), ink="light"))
 
 
 def test_the_page_is_one_file_and_loads_nothing_else(server):

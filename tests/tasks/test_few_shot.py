@@ -197,6 +197,30 @@ def test_classes_of_unequal_size_are_drawn_within_their_counts():
         assert_frequencies(pairs, (1 - np.eye(n)) / (n * (n - 1)))
 
 
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(counts=st.lists(st.integers(2, 9), min_size=1, max_size=7), data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_classes_of_any_size_give_episodes_of_the_shape_asked_for(counts, data, seed):
+    way, shot = data.draw(st.integers(1, len(counts))), data.draw(st.integers(1, min(counts) - 1))
+    if data.draw(st.booleans()):
+        num_queries = data.draw(st.integers(1, sum(sorted(counts)[:way]) - way * shot))
+        query = {"num_queries": num_queries}
+    else:
+        query = {"query_shot": data.draw(st.integers(1, min(counts) - shot))}
+        num_queries = way * query["query_shot"]
+    sample_episode = make_sampler(telling_features(counts), way=way, shot=shot, **query)
+    episode = jax.jit(sample_episode)(jax.random.key(seed))
+    chex.assert_shape(episode.support, [(way * shot, 2), (way * shot,)])
+    chex.assert_shape(episode.query, [(num_queries, 2), (num_queries,)])
+    drawn = np.concatenate([episode.support.inputs, episode.query.inputs]).astype(int)
+    assert len(set(map(tuple, drawn))) == len(drawn), "an example was drawn twice"
+    assert (drawn[:, 1] < np.asarray(counts)[drawn[:, 0]]).all(), "there is no such example"
+    # A label is a class, and a class is a label.
+    labels = np.concatenate([episode.support.targets, episode.query.targets])
+    assert len(set(zip(labels.tolist(), drawn[:, 0].tolist(), strict=True))) == len(set(labels.tolist())) == way
+    assert len(set(drawn[:, 0].tolist())) == way
+    np.testing.assert_array_equal(episode.support.targets, np.repeat(np.arange(way), shot))
+
+
 def test_queries_that_are_not_balanced_come_from_all_examples_left():
     counts = (3, 4)
     episodes = sample_many(make_sampler(telling_features(counts), way=2, shot=1, num_queries=2), 0, 8000)
