@@ -21,7 +21,7 @@ from experiments.runs import RunError, console, replace_known, stored_config
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
 from maml_jax.inner import observed_once, unit_length
-from maml_jax.tasks import few_shot
+from maml_jax.tasks import few_shot, streaming
 from maml_jax.tasks.pixels import scale_pixels
 from maml_jax.types import (
     ArrayTree,
@@ -208,6 +208,7 @@ def observed_at_the_end(learner: MetaLearner) -> MetaLearner:
 def make_sampler(data: DataSet, config: Any, split: str, way: int, shot: int) -> SampleEpisodeFn:
     """The task distribution of a split."""
     turned = data.turned(config, split)
+    source = streaming if getattr(config, "stream", False) else few_shot
     try:
         if config.network == "features":
             features = features_of(data, config, split, turned.get("rotated_classes", False))
@@ -215,9 +216,9 @@ def make_sampler(data: DataSet, config: Any, split: str, way: int, shot: int) ->
         images = data.examples(config, split)
         if split == "train" and config.algorithm == "pretrained-classifier":
             turned = {name: value for name, value in turned.items() if name == "rotated_classes"}
-            sampler = few_shot.make_batch_sampler(images, batch_size=config.hyperparameters.batch_size, **turned)
+            sampler = source.make_batch_sampler(images, batch_size=config.hyperparameters.batch_size, **turned)
         else:
-            sampler = few_shot.make_sampler(images, way=way, shot=shot, query_shot=config.query_shot, **turned)
+            sampler = source.make_sampler(images, way=way, shot=shot, query_shot=config.query_shot, **turned)
     except ValueError as error:
         raise RunError(f"split {split!r} of {data.title}: {error}") from error
     return data.augmented(config, sampler) if split == "train" else sampler

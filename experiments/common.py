@@ -31,6 +31,7 @@ from maml_jax import checkpoint, parallel, processes, replace_inner_state
 from maml_jax.cost import count_flops
 from maml_jax.meta_gradient import default_chunk_size
 from maml_jax.outer import StateProgram, init_meta_state, make_meta_step, make_train_loop
+from maml_jax.tasks import streaming
 from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, draw_episode, learner_at
 
 STOP_SECONDS = 25.0
@@ -138,16 +139,12 @@ def train(
         train_seconds = np.asarray(seconds["train"], np.float32)
         checkpoint.save(checkpoints, step, {"state": state, "best": best, "train_seconds": train_seconds})
 
-    def loop_of(num_steps: int) -> StateProgram:
-        return make_train_loop(
-            learner,
-            optimizer,
-            sample_episode,
-            meta_batch_size=config.meta_batch_size,
-            num_steps=num_steps,
-            chunk_size=config.chunk_size,
-            mesh=mesh,
-        )
+    def program_of(num_steps: int) -> Callable[[MetaState, jax.Array], Any]:
+        sizes = {"meta_batch_size": config.meta_batch_size, "num_steps": num_steps}
+        placed = {"chunk_size": config.chunk_size, "mesh": mesh}
+        if streaming.is_streamed(sample_episode) and jax.process_count() == 1:
+            return streaming.make_train_loop(make_meta_step(learner, optimizer, **placed), sample_episode, **sizes)
+        return compiled(make_train_loop(learner, optimizer, sample_episode, **sizes, **placed), state, keys.train)
 
     programs: dict[int, Callable] = {}
     tracking, num_calls = getattr(config, "tracking", OFF), 0
@@ -164,7 +161,7 @@ def train(
             with processes.watchdog(f"the meta-steps after step {step}", PROCESS_TIMEOUT_SECONDS):
                 if num_steps not in programs:
                     start = time.perf_counter()
-                    programs[num_steps] = compiled(loop_of(num_steps), state, keys.train)
+                    programs[num_steps] = program_of(num_steps)
                     seconds["compile"] += time.perf_counter() - start
                 with profiled(run_dir / "profile", tracking.profile and num_calls == 1):
                     start = time.perf_counter()
@@ -187,7 +184,8 @@ def train(
                 score = 0.0
                 if validate is not None:
                     with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
-                        score = record["val"] = validate(state.params)
+                        # On the host, because validation may use other devices than training.
+                        score = record["val"] = validate(jax.tree.map(np.asarray, state.params))
                 best = keep_best(best, state.params, score, step, always=validate is None)
                 save()
             log(record)

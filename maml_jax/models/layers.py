@@ -1,5 +1,6 @@
 """Convolution and pooling that stay fast when every task has its own weights."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -129,7 +130,9 @@ class Conv(nn.Module):
 def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     """Maximum over windows that do not overlap. A remainder at the border is dropped.
 
-    It is a reshape and a maximum, because their second derivative is cheap on every backend.
+    It is a chain of comparisons, whose second derivative is cheap on every backend. Of equal values in a window the
+    first gets the derivative. The derivative of `jnp.max` would compare the maximum with its operands. If a compiler
+    computes these a second time, with another rounding, none may be equal, and the derivative is not finite.
 
     Args:
       inputs: [B, H, W, C].
@@ -141,4 +144,6 @@ def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     batch, height, width, channels = inputs.shape
     rows, columns = height // window[0], width // window[1]
     cropped = inputs[:, : rows * window[0], : columns * window[1]]
-    return cropped.reshape(batch, rows, window[0], columns, window[1], channels).max((2, 4))
+    tiles = cropped.reshape(batch, rows, window[0], columns, window[1], channels)
+    parts = [tiles[:, :, row, :, column] for row in range(window[0]) for column in range(window[1])]
+    return functools.reduce(lambda largest, part: jnp.where(part > largest, part, largest), parts)

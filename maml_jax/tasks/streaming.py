@@ -68,6 +68,11 @@ def make_batch_sampler(
     return jax.tree_util.Partial(_Streamed(draws, _Store(images, table)), jax.tree.map(jnp.asarray, table))
 
 
+def is_streamed(sample_episode: SampleEpisodeFn) -> bool:
+    """Whether a task distribution comes from this module, so that `make_train_loop` can gather its images ahead."""
+    return isinstance(getattr(sample_episode, "func", None), _Streamed)
+
+
 def make_train_loop(
     meta_step: Callable[[MetaState, Episode], tuple[MetaState, Any]],
     sample_episode: SampleEpisodeFn,
@@ -96,10 +101,9 @@ def make_train_loop(
     """
     meta_batch_size = check_integer("meta_batch_size", meta_batch_size, at_least=1)
     num_steps, ahead = check_integer("num_steps", num_steps, at_least=1), check_integer("ahead", ahead, at_least=1)
-    streamed = getattr(sample_episode, "func", None)
-    if not isinstance(streamed, _Streamed):
+    if not is_streamed(sample_episode):
         raise ValueError("sample_episode must come from streaming.make_sampler or streaming.make_batch_sampler")
-    (table,) = sample_episode.args
+    streamed, (table,) = sample_episode.func, sample_episode.args
 
     @jax.jit
     def draw_all(table: few_shot.ClassTable, key: PRNGKey, first: jax.Array) -> few_shot.Draw:

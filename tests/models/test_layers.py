@@ -3,8 +3,10 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from maml_jax.models import conv4
 from maml_jax.models.layers import Conv, conv_lax, conv_matmul, max_pool
 
 
@@ -79,3 +81,25 @@ def test_max_pool_of_another_window_agrees_with_reduce_window():
     inputs = normal(0, 2, 6, 6, 2)
     expected = jax.lax.reduce_window(inputs, -jnp.inf, jax.lax.max, (1, 3, 2, 1), (1, 3, 2, 1), "VALID")
     chex.assert_trees_all_equal(max_pool(inputs, (3, 2)), expected)
+
+
+def test_the_derivative_of_max_pool_survives_a_compiler_that_computes_its_inputs_twice():
+    """Compiled as one program, the inputs of the maximum may be computed again with another rounding."""
+    model = conv4(way=3, features=3, pooling=True)
+    images = jax.random.uniform(jax.random.key(0), (6, 16, 16, 3))
+    params = model.init(jax.random.key(1), images)
+
+    def loss(params):
+        return jnp.mean(jnp.square(model.apply(params, images) - 1.0))
+
+    gradient = jax.jit(jax.grad(loss))(params)
+    with jax.enable_x64(True):
+        exact = jax.grad(lambda params: jnp.mean(jnp.square(model.apply(params, np.float64(images)) - 1.0)))(
+            jax.tree.map(np.float64, params)
+        )
+    chex.assert_trees_all_close(gradient, jax.tree.map(np.float32, exact), rtol=1e-3, atol=1e-4)
+
+
+def test_of_equal_values_the_first_gets_the_derivative():
+    gradient = jax.grad(lambda x: max_pool(x).sum())(jnp.ones((1, 2, 2, 1)))
+    chex.assert_trees_all_equal(gradient, jnp.zeros((1, 2, 2, 1)).at[0, 0, 0, 0].set(1.0))

@@ -1,0 +1,150 @@
+"""The experiment on photographs in miniature, on made-up images of classes of unequal size."""
+
+import dataclasses
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import classification, images, runs
+from maml_jax import CATALOGUE, Batch, evaluate, losses
+from maml_jax.tasks import few_shot, streaming
+from maml_jax.types import learner_at
+
+TINY = {
+    "num_meta_steps": 4,
+    "val_every": 2,
+    "log_every": 2,
+    "meta_batch_size": 2,
+    "eval_episodes": 4,
+    "eval_inner_steps": 2,
+    "filters": 3,
+    "size": 16,
+    "way": 3,
+    "query_shot": 2,
+}
+SIZES = {"train": (4, 9, 6, 7), "val": (4, 5, 6), "test": (5, 4, 30)}
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    """A folder with train, val and test; every class has a colour of its own, and some noise."""
+    root, rng = tmp_path_factory.mktemp("photographs"), np.random.default_rng(0)
+    for split, sizes in SIZES.items():
+        for index, count in enumerate(sizes):
+            folder = root / split / f"{split}_{index}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(0, 80, (20, 24, 3)) + 150 * np.eye(3)[index % 3]
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number:03}.png")
+    return root
+
+
+@pytest.fixture(autouse=True)
+def caches(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def config_of(algorithm="maml", **settings):
+    return dataclasses.replace(images.METHODS[algorithm], **{**TINY, **settings})
+
+
+def test_a_run_on_a_folder_is_tested_and_loaded(photographs, tmp_path):
+    results = images.run(config_of(data_dir=photographs, run_dir=tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert len(results["metrics"]["accuracy"]["mean"]) == 3
+    assert results["protocol"]["normalisation"] == "transductive"
+    learner, params, config = runs.load(tmp_path / "run")
+    assert (config.algorithm, config.data_dir) == ("maml", str(photographs))
+    sampler = images.make_samplers(images.with_paper_defaults(config_of(data_dir=photographs)))["test"]
+    again = evaluate(learner, params, sampler, runs.streams(0).test, metric_fn=losses.accuracy, num_episodes=4)
+    np.testing.assert_allclose(again.mean, results["metrics"]["accuracy"]["mean"], atol=1e-6)
+
+
+def test_episodes_streamed_from_the_host_train_the_same_parameters(photographs, tmp_path):
+    for name, stream in (("resident", False), ("streamed", True)):
+        images.run(config_of(data_dir=photographs, run_dir=tmp_path / name, stream=stream, chunk_size=1))
+    resident, streamed = (runs.load(tmp_path / name) for name in ("resident", "streamed"))
+    assert streaming.is_streamed(images.make_samplers(images.with_paper_defaults(streamed.config))["train"])
+    for one, other in zip(jax.tree.leaves(resident.params), jax.tree.leaves(streamed.params), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_a_pretrained_network_is_tested_with_every_head(photographs, tmp_path):
+    settings = {"data_dir": photographs, "run_dir": tmp_path / "run", "shot": 1, "augment": True}
+    results = images.run(config_of("pretrained-classifier", **settings))
+    assert results["config"]["num_classes"] == len(SIZES["train"])
+    heads = {(evaluation["shot"], evaluation["head"]) for evaluation in results["evaluations"]}
+    assert heads >= {(1, head) for head in ("neighbour", "centroid", "linear", "fine-tuned")}
+    learner, params, _ = runs.load(tmp_path / "run")
+    inputs = np.zeros((3, 16, 16, 3), np.float32)
+    task_params, _ = learner.adapt(params, Batch(inputs, np.arange(3)))
+    assert learner.predict(task_params, inputs).shape == (3, 3)
+
+
+@pytest.fixture(autouse=True)
+def few_settings(monkeypatch):
+    monkeypatch.setattr(images, "DATA", dataclasses.replace(images.DATA, settings=((3, 1), (3, 2))))
+
+
+def test_small_classes_are_refused_by_name_or_left_out(photographs, tmp_path, capsys):
+    settings = {"data_dir": photographs, "run_dir": tmp_path / "run", "way": 2, "shot": 3}
+    with pytest.raises(runs.RunError, match=r"split 'train' of photographs: .*fewer than 5 images, such as 'train_0'"):
+        images.run(config_of(**settings))
+    assert not (tmp_path / "run").exists()
+    images.run(config_of(**settings, leave_out_small=True))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "split 'train': 1 classes with fewer than 5 images are left out" in said
+    assert "split 'test': 1 classes" in said
+
+
+@pytest.mark.parametrize("algorithm", images.METHODS)
+def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
+    config = images.with_paper_defaults(dataclasses.replace(images.METHODS[algorithm], size=32, filters=4))
+    if algorithm == "pretrained-classifier":
+        config = images.with_defaults(config, {"num_classes": 4})
+    learner = learner_at(classification.make_learner(config), 0)
+    shape = (5, 64) if config.network == "features" else (5, 32, 32, 3)
+    inputs = jax.ShapeDtypeStruct(shape, np.float32)
+    params = jax.eval_shape(learner.init, jax.random.key(0), inputs)
+    assert jax.tree.leaves(params)
+    assert images.about()[algorithm].startswith(CATALOGUE[algorithm].title)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"size": 8}, "--size 8 cannot be halved four times; choose at least 16"),
+        ({"size": 0}, "--size must be an integer of at least 8, got 0"),
+        ({"network": "multi-scale"}, "--network multi-scale does not fit maml; choose conv4"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+
+
+def test_without_a_folder_it_says_how_to_name_one(monkeypatch, tmp_path):
+    monkeypatch.delenv("MAML_JAX_IMAGES", raising=False)
+    with pytest.raises(FileNotFoundError, match=r"give the folder .* by --data-dir or \$MAML_JAX_IMAGES"):
+        images.run(config_of(run_dir=tmp_path / "run"))
+
+
+def test_defaults_are_those_of_the_paper():
+    one, five = (images.with_paper_defaults(dataclasses.replace(images.METHODS["maml"], shot=shot)) for shot in (1, 5))
+    assert (one.meta_batch_size, five.meta_batch_size) == (4, 2)
+    assert (one.hyperparameters.inner_lr, one.hyperparameters.num_inner_steps) == (pytest.approx(0.01 * 5), 5)
+    assert (one.filters, one.query_shot, one.eval_inner_steps, one.outer_clip, one.size) == (32, 15, 10, 10.0, 84)
+
+
+@pytest.mark.skipif("MAML_JAX_IMAGES" not in os.environ, reason="set MAML_JAX_IMAGES to a folder of train, val, test")
+def test_real_photographs():
+    config = config_of("protonets", size=16, train_way=5, way=5, query_shot=15)
+    classes = images.read_classes(config, "val")
+    assert classes.images[0].shape[1:] == (16, 16, 3)
+    episode = few_shot.make_sampler(list(classes.images), way=5, shot=1, query_shot=15)(jax.random.key(0))
+    assert episode.query.inputs.shape == (75, 16, 16, 3)
+    assert float(episode.query.inputs.std()) > 0.1
