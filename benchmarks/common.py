@@ -2,6 +2,8 @@
 
 A time is measured after compilation and one warm-up call, and includes waiting for the results. It is reported as
 the median and the quartiles of its repetitions. Compilation is timed separately.
+
+Only `main` needs tyro, and only `figure` matplotlib.
 """
 
 import contextlib
@@ -21,7 +23,6 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import rich.table
-import tyro
 from rich.console import Console
 
 from experiments.runs import RunError, device_name, write_json
@@ -185,6 +186,8 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
       description: the text of --help.
       short: the defaults with --short.
     """
+    import tyro
+
     default = short if "--short" in sys.argv[1:] else config_type()
     prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
     config = tyro.cli(config_type, default=default, description=description, prog=prog)
@@ -197,20 +200,21 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
         sys.exit(f"error: {error}")
 
 
-def write_results(name: str, settings: Settings, content: dict[str, Any]) -> Path:
+def write_results(name: str, settings: Settings, content: dict[str, Any], *, suffix: str = "") -> Path:
     """Writes NAME.json: the content, the configuration, versions of packages, and the device.
 
     Args:
       name: the name of the benchmark.
       settings: its configuration, stored without `results_dir`.
       content: values that JSON can represent. A `Timing` is stored with its field names.
+      suffix: comes after the name of the benchmark in the name of the file, where one benchmark writes several.
 
     Returns:
       The path of the file.
     """
     config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "results_dir"}
     flags = shlex.join(sys.argv[1:]) if Path(sys.argv[0]).stem == name else ""
-    file = _folder(settings) / f"{name}.json"
+    file = results_folder(settings) / f"{name}{suffix}.json"
     header = {
         "benchmark": name,
         "command": f"python -m benchmarks.{name} {flags}".strip(),
@@ -233,7 +237,8 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def _folder(settings: Settings) -> Path:
+def results_folder(settings: Settings) -> Path:
+    """The directory of the results, which is made if it does not exist."""
     folder = settings.results_dir / "short" if settings.short else settings.results_dir
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -258,7 +263,7 @@ def figure(name: str, settings: Settings, *, columns: int = 1, width: float = 4.
     drawing = Figure(figsize=(1 + width * columns, 4), layout="constrained")
     FigureCanvasAgg(drawing)
     yield list(drawing.subplots(1, columns, squeeze=False)[0])
-    file = _folder(settings) / f"{name}.png"
+    file = results_folder(settings) / f"{name}.png"
     drawing.savefig(file, dpi=120)
     console.print(f"wrote {file}")
 

@@ -225,7 +225,9 @@ def make_learner(config: Config) -> MetaLearner:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _is_right(learner: MetaLearner, params: ArrayTree, examples: Batch) -> jax.Array:
+def is_right(learner: MetaLearner, params: ArrayTree, examples: Batch) -> jax.Array:
+    """[n], 1 for every example that is classified correctly, else 0. Each is classified on its own."""
+
     def of_one(example: Batch) -> jax.Array:
         one = jax.tree.map(lambda leaf: leaf[None], example)
         return losses.accuracy(learner.predict(params, scale_pixels(one.inputs)), one.targets)
@@ -252,7 +254,7 @@ def run(config: Config) -> dict:
     validation = jax.tree.map(lambda *leaves: np.concatenate(leaves), *examples.val)
 
     def score(params: ArrayTree, batch: Batch) -> np.ndarray:
-        return np.asarray(_is_right(learner, jax.tree.map(np.asarray, params), batch), np.float64)
+        return np.asarray(is_right(learner, jax.tree.map(np.asarray, params), batch), np.float64)
 
     def test(params: ArrayTree) -> dict:
         return {

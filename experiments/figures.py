@@ -22,7 +22,7 @@ def title(algorithm: str) -> str:
     return {"oracle": "oracle (amplitude and phase as inputs)"}.get(algorithm, algorithm)
 
 
-def _save(figure: plt.Figure, file: Path) -> None:
+def save(figure: plt.Figure, file: Path) -> None:
     """Writes a figure atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}")
@@ -64,7 +64,7 @@ def predictions(file: Path, curves: dict[str, list[dict]]) -> None:
         axes.set_xlabel("x")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    _save(figure, file)
+    save(figure, file)
 
 
 def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
@@ -94,7 +94,7 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("median squared error on new points")
     figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def accuracy(file: Path, results: dict[str, dict]) -> None:
@@ -119,7 +119,7 @@ def accuracy(file: Path, results: dict[str, dict]) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
-    _save(figure, file)
+    save(figure, file)
 
 
 def accuracy_against_time(file: Path, records: list[dict]) -> None:
@@ -144,7 +144,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
     if drawn:
         title_of_legend = "method, meta-steps"
         figure.legend(drawn.values(), drawn, loc="outside right center", fontsize=7, title=title_of_legend)
-    _save(figure, file)
+    save(figure, file)
 
 
 def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
@@ -166,7 +166,7 @@ def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
         right = axes.twinx()
         right.plot([r["step"] for r in validated], [r["val"] for r in validated], "C1.-", label="validation")
         right.set_ylabel("validation accuracy", color="C1")
-    _save(figure, file)
+    save(figure, file)
 
 
 def schedules(file: Path, methods: dict[str, dict]) -> None:
@@ -203,7 +203,7 @@ def schedules(file: Path, methods: dict[str, dict]) -> None:
     scores.set(xlabel="loss, nats per digit: held out (hollow), test (filled)")
     for axes in (rates, momenta, scores):
         axes.grid(alpha=0.3)
-    _save(figure, file)
+    save(figure, file)
 
 
 def memory(file: Path, rows: list[dict]) -> None:
@@ -221,4 +221,4 @@ def memory(file: Path, rows: list[dict]) -> None:
     axes.set(xlabel="mini-batches", ylabel="temporaries, MB", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
-    _save(figure, file)
+    save(figure, file)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import tyro
 
-from experiments import cli, domains, figures, hyperparameters, omniglot, published, runs, sinusoid
+from experiments import cli, domains, figures, hyperparameters, images, omniglot, published, runs, sinusoid
 from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
@@ -45,7 +45,15 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     return file
 
 
-EXPERIMENTS = {"sinusoid": sinusoid, "omniglot": omniglot, "domains": domains, "hyperparameters": hyperparameters}
+EXPERIMENTS = {
+    "sinusoid": sinusoid,
+    "omniglot": omniglot,
+    "images": images,
+    "domains": domains,
+    "hyperparameters": hyperparameters,
+}
+FROM_DATA = ("num_classes",)
+"""Settings that a run takes from its data if no flag gives them."""
 
 
 def changed_flags(results: dict) -> list[str]:
@@ -58,6 +66,8 @@ def changed_flags(results: dict) -> list[str]:
     flags = []
     for name, value in config.items():
         reference = plain[name] if name in base else defaults.get(name)
+        if name in FROM_DATA and reference is None:
+            continue
         if name in defaults and name != "algorithm" and name not in runs.IRRELEVANT and value != reference:
             flag = cli.flag(name)
             words = " ".join(map(str, value)) if isinstance(value, list) else value
@@ -232,6 +242,38 @@ def all_methods_table(results: list[dict]) -> str:
     return markdown_table(header, rows)
 
 
+def images_table(results: list[dict]) -> str:
+    """Accuracy on photographs with 1 and 5 examples of a class, one row a method, its head and its flags."""
+    groups, rows = defaultdict(list), []
+    for result in sorted(results, key=_order):
+        groups[result["algorithm"], tuple(variation(result)), result["meta_steps"]].append(result)
+    for (algorithm, flags, meta_steps), group in groups.items():
+        first = group[0]
+        by_head = defaultdict(lambda: defaultdict(list))
+        for result in group:
+            for evaluation in evaluations(result):
+                accuracy = evaluation["metrics"]["accuracy"]
+                cell = runs.format_mean(accuracy["mean"][-1], accuracy["ci95"][-1], scale=100)
+                by_head[evaluation.get("head", "")][evaluation["shot"]].append(cell)
+        for head, cells in by_head.items():
+            of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
+            paper = published.IMAGES.get(of_head)
+            variations = (f"`{flag}`" for flag in flags if not flag.startswith("--size"))
+            rows.append(
+                [
+                    ", ".join([figures.title(algorithm), *filter(None, [head]), *variations]),
+                    *(", ".join(cells.get(shot, [])) for shot in (1, 5)),
+                    " / ".join(paper) if paper else "",
+                    f"{first['config']['size']}",
+                    first["protocol"]["normalisation"].partition(" of ")[0],
+                    f"{meta_steps:,} of {images.METHODS[algorithm].num_meta_steps:,}",
+                    f"{statistics.fmean(result['seconds']['train'] for result in group) / 60:.0f} min",
+                ]
+            )
+    header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "test", "meta-steps", "training"]
+    return markdown_table(header, rows)
+
+
 def instance_table(results: list[dict]) -> str:
     """Accuracy of the learners of sequences on the n-th image of a class."""
     shown = (1, 2, 3, 4, 5, 10)
@@ -331,6 +373,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "omniglot-variations": omniglot_table([result for result in gradient_based if variation(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
         "omniglot-all": all_methods_table([result for result in of["omniglot"] if result["meta_steps"]]),
+        "images": images_table(of["images"]),
         "domains": domain_table(of["domains"]),
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
@@ -357,6 +400,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "### Sequences\n\nAccuracy in % on the 1st, 2nd, ... image of a class in a sequence of 50 images of 5 classes. "
         "The label of an image is shown with the next one, so the first image of a class can only be guessed. The "
         f"published 1-shot and 5-shot numbers of MANN are the second and the fifth.\n\n{sections['omniglot-instances']}"
+        "\n\n## Photographs\n\n5-way accuracy in %, with its 95 % interval over the test episodes, on 100 classes of "
+        "ImageNet (64 for training, 16 for validation, 20 for the test) at 64x64 pixels. They are not miniImageNet, so "
+        "only the order of the methods is comparable with its published numbers, which are those of full trainings. A "
+        f"method with one last layer is trained for each shot.\n\n{sections['images']}"
         "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
         "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"

@@ -30,7 +30,7 @@ PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS
 """How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
 LOCATION = ("run_dir", "distributed", "tracking")
 """Settings that say where a run is kept, made and watched. They are not stored."""
-IRRELEVANT = ("data_dir", "chunk_size")
+IRRELEVANT = ("data_dir", "chunk_size", "stream")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
 EXPERIMENTS = ("sinusoid", "omniglot", "images", "domains")
 """Experiments whose runs hold a learner that can be loaded."""
@@ -353,7 +353,6 @@ def finish(
     ):
         start = time.perf_counter()
         tested = test()
-    packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")
     results = finite(
         {
             "experiment": experiment,
@@ -365,12 +364,18 @@ def finish(
             "seconds": trained.seconds | {"eval": time.perf_counter() - start},
             "meta_steps": config.num_meta_steps,
             "seed": config.seed,
-            "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+            "versions": versions(),
             "device": device_name(),
         }
     )
     write_json(file, results)
     return results
+
+
+def versions() -> dict[str, str]:
+    """The versions of what the numbers depend on."""
+    packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
 
 
 def device_name() -> str:

@@ -8,6 +8,7 @@ from maml_jax.tasks import omniglot as omniglot
 from maml_jax.tasks import sinusoid as sinusoid
 from maml_jax.tasks import streaming as streaming
 from maml_jax.tasks import tfds_classes as tfds_classes
+from maml_jax.tasks import variable as variable
 
 __all__ = [
     "domains",
@@ -18,4 +19,5 @@ __all__ = [
     "sinusoid",
     "streaming",
     "tfds_classes",
+    "variable",
 ]

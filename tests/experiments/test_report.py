@@ -44,6 +44,15 @@ def draw_symbols(directory):
     draw(directory / "new.png", 55, 15, 52, 88)
 
 
+def draw_photographs(directory):
+    """Five classes of 16 images of one colour."""
+    for index in range(5):
+        folder = directory / "train" / f"class_{index}"
+        folder.mkdir(parents=True)
+        for number in range(16):
+            PIL.Image.new("RGB", (40, 30), (50 * index, 10 * number, 0)).save(folder / f"{number}.png")
+
+
 def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     # The examples write to the working directory, and one reads a run of `make demo` from it.
     monkeypatch.chdir(tmp_path)
@@ -55,8 +64,10 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
         trained = common.train(config.run_dir, config, learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     draw_symbols(tmp_path)
+    draw_photographs(tmp_path / "my_photographs")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     found, of_block = {}, []
     for block in blocks:
@@ -73,7 +84,10 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     assert evaluated["result"].mean.shape == (6,)
     assert evaluated["result"].mean[-1] < evaluated["result"].mean[0]
     assert lines["model"].stochastic
-    assert found["episode"].support.inputs.shape == (2, 28, 28, 1)
+    assert of_block[9]["episode"].support.inputs.shape == (2, 28, 28, 1)
+    assert found["sample_episode"](jax.random.key(0)).query.inputs.shape == (75, 84, 84, 3)
+    assert found["result"].mean.shape == (11,)
+    assert found["config"].algorithm == "maml"
     chex.assert_trees_all_equal(found["params"], trained.params)
     chex.assert_shape(found["probabilities"], (1, 2))
     assert found["names"][int(found["probabilities"][0].argmax())] == "standing"

@@ -1,0 +1,664 @@
+"""Compares runs of one experiment: settings, learning curves, results, and a paired test on the same episodes.
+
+Runs may be finished or still training. Every run is tested anew, with the state that it has selected so far, on the
+same episodes. The differences of their scores, episode by episode, say which run is better, or that the episodes do not
+tell the two apart: by their mean (Student's t, paired), and by how often one is ahead (sign test), because a few
+episodes that diverge make a mean meaningless. The level is 5 %, adjusted for the number of tests. Runs whose tests
+differ in the split, the number of classes, examples or queries, or in what a prediction may see, are not tested against
+each other.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import numpy as np
+import tyro
+from rich.markup import escape
+from rich.table import Table
+from scipy.special import bdtr, stdtr, stdtrit
+
+from experiments import classification, common, domains, figures, pictures, runs, sinusoid
+from experiments.classification import DataSet
+from experiments.cli import Precision, main
+from experiments.runs import RunError, console, format_mean
+from maml_jax import CATALOGUE, checkpoint, evaluate, losses
+from maml_jax.tasks import few_shot
+from maml_jax.types import MetaLearner, SampleEpisodeFn, check_integer
+
+LEVEL = 0.05
+"""A difference with a smaller p-value is called one."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What is compared."""
+
+    runs: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN RUN [RUN ...]", help_behavior_hint="(required)"),
+    ]
+    """Two or more run directories of one experiment."""
+    episodes: int = 600
+    """Episodes on which all runs are tested anew; 0 for none, and then runs need no checkpoint. Runs of
+    experiments.domains are tested on all examples of the domain."""
+    seed: int = 0
+    """Seed of these episodes. Its episodes are those of the test of a run with the same --seed."""
+    figure: Path | None = None
+    """The file for the learning curves: .png, .pdf or .svg. By default none is drawn."""
+    json: bool = False
+    """Print JSON in place of tables. It holds the score of every episode."""
+    precision: Precision = "float32"
+    """Of matrix products, on devices that have a choice."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        if check_integer("--episodes", self.episodes, at_least=0) == 1:
+            raise ValueError("--episodes 1 gives no interval; choose 0 or at least 2")
+        if check_integer("--seed", self.seed, at_least=0) >= 2**32:
+            raise ValueError(f"--seed {self.seed} does not fit into 32 bits; choose a smaller one")
+        if self.figure is not None:
+            pictures.check_suffix("--figure", self.figure)
+
+
+class Run(NamedTuple):
+    """A run directory.
+
+    Attributes:
+      name: what it is called in tables: the directory's name, or its path if others have that name too.
+      run_dir: where it is.
+      experiment: such as "omniglot".
+      config: its settings.
+      data: what an experiment in few-shot classification says about its data; None in others.
+      results: the content of results.json; None if it is not finished.
+    """
+
+    name: str
+    run_dir: Path
+    experiment: str
+    config: Any
+    data: DataSet | None
+    results: dict[str, Any] | None
+
+
+class Metric(NamedTuple):
+    """How the scores of an experiment are printed: values are multiplied by `scale`."""
+
+    name: str
+    is_better: Callable[[float], bool]
+    scale: float
+    unit: str
+
+
+ACCURACY = Metric("accuracy", lambda difference: difference > 0, 100.0, " points")
+ERROR = Metric("mse", lambda difference: difference < 0, 1.0, "")
+
+
+class Test(NamedTuple):
+    """One test of a run.
+
+    Attributes:
+      task: what it is called in tables.
+      protocol: by name, what must be the same in the test of another run for the two to be compared.
+      metric: how scores are printed.
+      score: `(number of episodes, seed) -> scores` [E, K+1], before the first and after every inner step.
+      reported: the same test in results.json, with "mean" and "ci95"; None if the run is not finished.
+      images: `() -> sampler` of the episodes as images, to see whether the data are the same too; None if there are no
+        images.
+      counted: what a score is of.
+    """
+
+    task: str
+    protocol: dict[str, Any]
+    metric: Metric
+    score: Callable[[int, int], np.ndarray]
+    reported: dict[str, Any] | None
+    images: Callable[[], SampleEpisodeFn] | None = None
+    counted: str = "episodes"
+
+
+class Paired(NamedTuple):
+    """The test of paired differences.
+
+    Attributes:
+      mean: of the differences.
+      ci95: half-width of the 95 % interval of the mean.
+      p: the probability of a mean at least as far from 0 if the two were equally good.
+    """
+
+    mean: float
+    ci95: float
+    p: float
+
+
+def paired_test(a: np.ndarray, b: np.ndarray) -> Paired:
+    """Student's t test of the differences a − b.
+
+    Args:
+      a: scores [E], E ≥ 2, finite.
+      b: scores [E] of the same episodes.
+
+    Returns:
+      The mean of the differences, its interval and its p-value. Differences that are all the same leave no doubt:
+      p is 1 if they are 0, and 0 otherwise.
+
+    Raises:
+      ValueError: if the numbers of scores differ, are below 2, or a score is not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1 or len(a) < 2:
+        raise ValueError(f"a paired test needs two vectors of the same length of at least 2, got {a.shape}, {b.shape}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("a paired test needs finite scores")
+    differences, freedom = a - b, len(a) - 1
+    mean, error = differences.mean(), differences.std(ddof=1) / np.sqrt(len(a))
+    if np.ptp(differences) == 0:
+        return Paired(float(mean), 0.0, float(mean == 0))
+    return Paired(float(mean), float(stdtrit(freedom, 0.975) * error), float(2 * stdtr(freedom, -abs(mean) / error)))
+
+
+def sign_test(better: int, worse: int) -> float:
+    """The probability of numbers at least as unequal if being better and being worse were equally likely.
+
+    Args:
+      better: episodes in which the first of two runs was better; equal ones do not count.
+      worse: episodes in which it was worse.
+    """
+    return min(1.0, 2 * float(bdtr(min(better, worse), better + worse, 0.5)))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusts p-values of several tests, so that one false difference among all of them has a probability below 5 %.
+
+    References:
+      Holm, 1979, A simple sequentially rejective multiple test procedure.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def open_run(run_dir: Path, name: str | None = None) -> Run:
+    """The settings and results of a run directory; nothing in it is changed.
+
+    Raises:
+      RunError: if it is no run directory, or one of an experiment whose runs cannot be loaded.
+    """
+    module = runs.experiment_of(run_dir)
+    config = module.with_paper_defaults(runs.stored_config(module.METHODS, run_dir))
+    results = run_dir / "results.json"
+    return Run(
+        name or run_dir.name,
+        run_dir,
+        module.__name__.rpartition(".")[2],
+        config,
+        getattr(module, "DATA", None),
+        runs.read_json(results) if results.is_file() else None,
+    )
+
+
+def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
+    """The runs to compare.
+
+    Args:
+      run_dirs: their directories.
+      needs_checkpoint: whether each must hold a checkpoint.
+
+    Raises:
+      RunError: if there are fewer than two, one is given twice, is no run directory or holds no checkpoint, or they are
+        of different experiments.
+    """
+    if len(run_dirs) < 2:
+        raise RunError(f"a comparison needs two or more run directories, got {len(run_dirs)}; name another run")
+    places: dict[Path, Path] = {}
+    for run_dir in run_dirs:
+        if (place := run_dir.resolve()) in places:
+            raise RunError(f"{places[place]} and {run_dir} are the same run; name different runs")
+        places[place] = run_dir
+    names = [run_dir.resolve().name for run_dir in run_dirs]
+    if len(set(names)) < len(names):
+        names = [str(run_dir) for run_dir in run_dirs]
+    opened = [open_run(run_dir, name) for run_dir, name in zip(run_dirs, names, strict=True)]
+    for run in opened[1:]:
+        if run.experiment != opened[0].experiment:
+            raise RunError(
+                f"{opened[0].run_dir} is a run of experiments.{opened[0].experiment} and {run.run_dir} one of "
+                f"experiments.{run.experiment}; compare runs of one experiment"
+            )
+    if needs_checkpoint:
+        for run in opened:
+            check_checkpoint(run.run_dir)
+    return opened
+
+
+def check_checkpoint(run_dir: Path) -> None:
+    """Raises RunError if a run has no checkpoint."""
+    if checkpoint.latest(run_dir / "checkpoints") is None:
+        raise RunError(
+            f"{run_dir} holds no checkpoint; train longer, up to its first checkpoint after --val-every meta-steps, or "
+            "name another run"
+        )
+
+
+def tests(run: Run) -> list[Test]:
+    """The tests of a run.
+
+    Raises:
+      RunError: if the run has no selected state.
+    """
+    if run.data is not None:
+        return [classification_test(run)]
+    of_others = {"sinusoid": sinusoid_tests, "domains": lambda run: [domain_test(run)]}
+    if run.experiment not in of_others:
+        raise RunError(f"{run.run_dir} is a run of experiments.{run.experiment}, whose tests cannot be compared")
+    return of_others[run.experiment](run)
+
+
+def image_sampler(run: Run) -> SampleEpisodeFn:
+    """The test episodes of a run as images, whatever its network sees of them."""
+    data, config = run.data, run.config
+    turned = data.turned(config, "test")
+    if config.network == "features":  # those of drawings that are not turned within an episode
+        turned = {"rotated_classes": turned.get("rotated_classes", False)}
+    return few_shot.make_sampler(
+        data.examples(config, "test"), way=config.way, shot=config.shot, query_shot=config.query_shot, **turned
+    )
+
+
+def fingerprint(sampler: SampleEpisodeFn) -> str:
+    """A checksum of one episode, which tells data sets apart."""
+    episode = sampler(jax.random.key(0))._replace(key=None)
+    return hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(episode))).hexdigest()[:12]
+
+
+def classification_test(run: Run) -> Test:
+    """The test of a run with its own --way and --shot."""
+    data, config = run.data, run.config
+
+    def score(num_episodes: int, seed: int) -> np.ndarray:
+        learner, params, _ = runs.load(run.run_dir)
+        found = evaluate(
+            learner,
+            params,
+            classification.make_sampler(data, config, "test", config.way, config.shot),
+            runs.streams(seed).test,
+            metric_fn=losses.accuracy,
+            num_episodes=num_episodes,
+            mesh=common.mesh_for(num_episodes),
+            one_query_at_a_time=config.inductive,
+            stochastic=CATALOGUE[config.algorithm].classifies,
+        )
+        return np.asarray(found.per_episode)
+
+    is_transductive = classification.normalisation(config) == "transductive"
+    protocol = {
+        **{name: getattr(config, name) for name in data.split_by},
+        "way": config.way,
+        "shot": config.shot,
+        "query_shot": config.query_shot,
+        "normalisation": "transductive" if is_transductive else "inductive",
+        **data.turned(config, "test"),
+    }
+    task = f"{config.way}-way {config.shot}-shot"
+    reported = run.results and run.results["metrics"]["accuracy"]
+    return Test(task, protocol, ACCURACY, score, reported, images=lambda: image_sampler(run))
+
+
+def sinusoid_tests(run: Run) -> list[Test]:
+    """The tests of a run, one for each number of support points."""
+
+    def of_shot(shot: int, sampler: SampleEpisodeFn) -> Test:
+        def score(num_episodes: int, seed: int) -> np.ndarray:
+            found = evaluate(
+                sinusoid_learner(run, shot),
+                runs.load(run.run_dir).params,
+                sampler,
+                runs.streams(seed).test,
+                metric_fn=losses.mean_squared_error,
+                num_episodes=num_episodes,
+                chunk_size=sinusoid.EVAL_CHUNK_SIZE,
+            )
+            return np.asarray(found.per_episode)
+
+        reported = sinusoid_evaluation(run, shot)
+        protocol = {"shot": shot, "eval_query_shot": run.config.eval_query_shot}
+        return Test(f"{shot} support points", protocol, ERROR, score, reported and reported["metrics"]["mse"])
+
+    return [of_shot(shot, sampler) for shot, sampler in sinusoid.test_samplers(run.config).items()]
+
+
+def sinusoid_evaluation(run: Run, shot: int) -> dict[str, Any] | None:
+    """What a run has reported for a number of support points; None if it is not finished."""
+    evaluations = [] if run.results is None else run.results["evaluations"]
+    return next((evaluation for evaluation in evaluations if evaluation["shot"] == shot), None)
+
+
+def sinusoid_learner(run: Run, shot: int) -> MetaLearner:
+    """The learner of the test, at the rate that was chosen for this number of support points.
+
+    Raises:
+      RunError: if the rate is chosen in the test, and the run is not finished.
+    """
+    rate = run.config.hyperparameters.inner_lr
+    if run.config.tune_inner_lr:
+        if (reported := sinusoid_evaluation(run, shot)) is None:
+            raise RunError(
+                f"{run.run_dir} is not finished, and its rate at test is chosen at the end; run the command that "
+                "started it again, and it goes on where it was"
+            )
+        rate = reported["inner_lr"]
+    return sinusoid.make_tester(run.config, rate, run.config.eval_inner_steps)
+
+
+def domain_test(run: Run) -> Test:
+    """The test of a run on the domain that it has not seen; its "episodes" are single examples."""
+
+    def score(num_episodes: int, seed: int) -> np.ndarray:
+        learner, params, _ = runs.load(run.run_dir)
+        examples = domains.READERS[run.config.data](run.config).test
+        return np.asarray(domains.is_right(learner, params, examples), np.float64)[:, None]
+
+    names = ("data", "held_out", *(["num_characters"] if run.config.data == "rotated-omniglot" else []))
+    protocol = {name: getattr(run.config, name) for name in names}
+    reported = run.results and run.results["metrics"]["accuracy"]
+    task = f"{run.config.data}, {run.config.held_out}"
+    return Test(task, protocol, ACCURACY, score, reported, counted="examples")
+
+
+def differing_settings(opened: Sequence[Run]) -> dict[str, list[Any]]:
+    """The settings that are not the same in all runs, with the value of every run; None where a run has none."""
+    stored = [runs.as_json(run.config) for run in opened]
+    names = dict.fromkeys(name for settings in stored for name in settings)
+    values = {name: [settings.get(name) for settings in stored] for name in names}
+    return {name: of_runs for name, of_runs in values.items() if any(value != of_runs[0] for value in of_runs)}
+
+
+def differing(a: Test, b: Test) -> dict[str, list[Any]]:
+    """By name, in what two tests differ; empty if their scores are comparable."""
+    names = dict.fromkeys([*a.protocol, *b.protocol])
+    values = {name: [a.protocol.get(name), b.protocol.get(name)] for name in names}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+
+
+def matches(a: Sequence[Test], b: Sequence[Test]) -> list[tuple[int, int, dict[str, list[Any]]]]:
+    """The tests of two runs that belong together: indices, and in what they differ.
+
+    Every test of the first run is matched with the most similar one of the second; if some are comparable, only these
+    are given.
+    """
+    closest = []
+    for i, test in enumerate(a):
+        gaps = [differing(test, other) for other in b]
+        j = min(range(len(b)), key=lambda j: len(gaps[j]))
+        closest.append((i, j, gaps[j]))
+    return [match for match in closest if not match[2]] or closest[:1]
+
+
+def progress(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; a line that is just being written is left out."""
+    file, records = run_dir / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compares, prints, and returns what `--json` prints."""
+    with _messages_to_stderr(config.json):
+        compared = compare(config)
+    if config.json:
+        print(json.dumps(compared, indent=1, allow_nan=False))
+    else:
+        show(compared)
+    return compared
+
+
+@contextlib.contextmanager
+def _messages_to_stderr(wanted: bool) -> Iterator[None]:
+    """Sends what is printed meanwhile to the standard error, which leaves the standard output to JSON."""
+    before, console.stderr = console.stderr, wanted or console.stderr
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """All that is known about the runs, as a record for JSON.
+
+    Returns:
+      "experiment", "runs", "settings" (those that differ, with a value of every run), "evaluations" (the scores on the
+      same episodes), "pairs" and "figure".
+    """
+    opened = open_runs(config.runs, needs_checkpoint=config.episodes > 0)
+    names = [run.name for run in opened]
+    of_runs = {run.name: tests(run) for run in opened}
+    found: dict[tuple[str, int], np.ndarray] = {}
+
+    def scores(name: str, index: int) -> np.ndarray:
+        if (name, index) not in found:
+            test = of_runs[name][index]
+            console.print(f"testing {escape(name)}, {test.task}", highlight=False)
+            found[name, index] = test.score(config.episodes, config.seed)
+        return found[name, index]
+
+    @functools.cache
+    def checksum(name: str, index: int) -> str | None:
+        images = of_runs[name][index].images
+        return images and fingerprint(images())
+
+    pairs = []
+    for a, b in itertools.combinations(names, 2) if config.episodes else ():
+        for i, j, gaps in matches(of_runs[a], of_runs[b]):
+            test = of_runs[a][i]
+            if not gaps and checksum(a, i) != checksum(b, j):
+                gaps = {"the checksum of an episode's images": [checksum(a, i), checksum(b, j)]}
+            pair = {"a": a, "b": b, "task": test.task, "metric": test.metric.name, "comparable": not gaps}
+            if gaps:
+                pairs.append(pair | {"differing": gaps})
+            else:
+                compared = difference(scores(a, i)[:, -1], scores(b, j)[:, -1], test.metric)
+                pairs.append(pair | {"counted": test.counted} | compared)
+    for name in ("p", "sign_p"):
+        tested = [pair for pair in pairs if name in pair]
+        for pair, adjusted in zip(tested, holm([pair[name] for pair in tested]), strict=True):
+            pair[f"{name}_holm"] = adjusted
+    num_tests = sum(pair["comparable"] for pair in pairs)
+    for pair in pairs:
+        pair["sentence"] = sentence(pair, num_tests)
+    compared = {
+        "experiment": opened[0].experiment,
+        "runs": [describe(run, of_runs[run.name]) for run in opened],
+        "settings": differing_settings(opened),
+        "seed": config.seed,
+        "evaluations": [
+            {
+                "run": name,
+                "task": of_runs[name][index].task,
+                "metric": of_runs[name][index].metric.name,
+                "episodes": len(values),
+                "counted": of_runs[name][index].counted,
+                **mean_and_interval(values),
+                "per_episode": values[:, -1].tolist(),
+            }
+            for (name, index), values in sorted(found.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))
+        ],
+        "pairs": pairs,
+        "figure": None if config.figure is None else str(config.figure),
+    }
+    if config.figure is not None:
+        curves = {f"{run.name} ({figures.title(run.config.algorithm)})": progress(run.run_dir) for run in opened}
+        pictures.learning_curves(config.figure, curves)
+    return runs.finite(compared)
+
+
+def mean_and_interval(scores: np.ndarray) -> dict[str, list[float]]:
+    """The mean and half-width of its 95 % interval over episodes [E, K+1], lists of K+1 numbers."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        values = np.asarray(scores, np.float64)
+        error = values.std(0, ddof=1) / np.sqrt(len(values))
+        return {"mean": values.mean(0).tolist(), "ci95": (stdtrit(len(values) - 1, 0.975) * error).tolist()}
+
+
+def difference(a: np.ndarray, b: np.ndarray, metric: Metric) -> dict[str, Any]:
+    """The tests of the scores [E] of two runs, as a record; without "p" if a score is not finite.
+
+    "better", "worse" and "equal" count the episodes in which the first run was so. A score that is not finite is worse
+    than every other.
+    """
+    bad = [int(np.sum(~np.isfinite(scores))) for scores in (a, b)]
+    worst = np.inf if metric.is_better(-1.0) else -np.inf
+    first, second = (np.where(np.isfinite(scores), scores, worst) for scores in (a, b))
+    higher, lower = int(np.sum(first > second)), int(np.sum(first < second))
+    better, worse = (higher, lower) if metric.is_better(1.0) else (lower, higher)
+    record = {"episodes": len(a), "better": better, "worse": worse, "equal": len(a) - better - worse}
+    record["sign_p"] = sign_test(better, worse)
+    if any(bad):
+        return record | {"num_nonfinite": bad}
+    test = paired_test(a, b)
+    return record | {"difference": test.mean, "ci95": test.ci95, "p": test.p}
+
+
+def sentence(pair: Mapping[str, Any], num_tests: int) -> str:
+    """What a pair has come to, in words.
+
+    Args:
+      pair: a record of `compare`.
+      num_tests: how many tests were made, for which p-values are adjusted.
+    """
+    a, b = pair["a"], pair["b"]
+    if not pair["comparable"]:
+        gaps = "; ".join(f"{name} is {x} for {a} and {y} for {b}" for name, (x, y) in pair["differing"].items())
+        return f"{a} and {b} are not comparable: {gaps}."
+    metric = ACCURACY if pair["metric"] == ACCURACY.name else ERROR
+    task, better, worse = pair["task"], pair["better"], pair["worse"]
+    over = f"{pair['episodes']:,} {pair['counted']}"
+    if better == worse == 0 and "num_nonfinite" not in pair:
+        return f"{a} and {b} have the same score in every one of {over}, {task}."
+    ahead, behind = (a, b) if better > worse else (b, a)
+    is_often_ahead = pair["sign_p_holm"] < LEVEL
+    often = f"{ahead} is ahead in {max(better, worse):,} of {over} and behind in {min(better, worse):,}"
+    often += f" (sign test, {_p(pair, 'sign_p', num_tests)})"
+    if bad := pair.get("num_nonfinite"):
+        means = f"no mean exists, because the scores of {bad[0]:,} and {bad[1]:,} of {over} are not finite"
+    else:
+        mean, ci95 = pair["difference"] * metric.scale, pair["ci95"] * metric.scale
+        interval = f"95 % interval {number(mean - ci95)} to {number(mean + ci95)}, {_p(pair, 'p', num_tests)}"
+        means = f"mean {metric.name} of {a} minus that of {b}: {number(mean)}{metric.unit} ({interval})"
+        if pair["p_holm"] < LEVEL:
+            first, second = (a, b) if metric.is_better(mean) else (b, a)
+            but = "; but " if is_often_ahead and ahead != first else "; "
+            return f"{first} is better than {second} on average, {task}; {means}{but}{often}."
+    if is_often_ahead:
+        reason = "" if bad else ", but their means cannot be told apart"
+        return f"{ahead} is better than {behind} in most {pair['counted']}{reason}, {task}: {often}; {means}."
+    return f"{a} and {b} cannot be told apart, {task}; {means}; {often}."
+
+
+def _p(pair: Mapping[str, Any], name: str, num_tests: int) -> str:
+    """A p-value, and if there are several tests the adjusted one."""
+    plain = f"p = {pair[name]:.2g}"
+    return plain if num_tests < 2 else f"{plain}, adjusted {pair[f'{name}_holm']:.2g}"
+
+
+def number(value: float) -> str:
+    """A difference as it is printed: two digits behind the point, or three that count."""
+    return f"{value:.2f}" if 0.1 <= abs(value) < 1e4 or value == 0 else f"{value:.3g}"
+
+
+def describe(run: Run, of_run: Sequence[Test]) -> dict[str, Any]:
+    """One run as a record: where it stands, and what it has reported."""
+    records = progress(run.run_dir)
+    return {
+        "name": run.name,
+        "run_dir": str(run.run_dir),
+        "algorithm": run.config.algorithm,
+        "seed": run.config.seed,
+        "step": records[-1]["step"] if records else 0,
+        "num_meta_steps": run.config.num_meta_steps,
+        "selected_step": run.results and run.results["protocol"].get("selected_step"),
+        "finished": run.results is not None,
+        "reported": [
+            {
+                "task": test.task,
+                "metric": test.metric.name,
+                "episodes": run.results["protocol"].get("episodes", run.results["protocol"].get("examples")),
+                "mean": test.reported["mean"][-1],
+                "ci95": test.reported["ci95"][-1],
+            }
+            for test in of_run
+            if test.reported
+        ],
+    }
+
+
+def show(compared: Mapping[str, Any]) -> None:
+    """Prints the settings that differ, the results and what the pairs have come to."""
+    names = [run["name"] for run in compared["runs"]]
+    table = Table(title="Settings that differ")
+    for heading in ("", *names):
+        table.add_column(escape(heading), overflow="fold")
+    for name, values in compared["settings"].items():
+        table.add_row(name, *(escape(_setting(value)) for value in values))
+    if compared["settings"]:
+        console.print(table)
+    else:
+        console.print("The runs have the same settings.")
+    metric = ACCURACY if compared["experiment"] != "sinusoid" else ERROR
+    what = f"{metric.name} in %" if metric is ACCURACY else f"{metric.name}, mean squared error"
+    table = Table(title=f"After the last inner step: {what}, with 95 % interval")
+    counts = {f"{one['episodes']:,} {one['counted']}" for one in compared["evaluations"]}
+    for heading in ("run", "meta-steps", "task", "reported", f"on the same {' or '.join(counts) or 'episodes'}"):
+        table.add_column(heading, overflow="fold")
+    for run in compared["runs"]:
+        state = f"{run['step']:,}" + ("" if run["finished"] else f" of {run['num_meta_steps']:,}, not finished")
+        reported = {one["task"]: one for one in run["reported"]}
+        again = {one["task"]: one for one in compared["evaluations"] if one["run"] == run["name"]}
+        for task in dict.fromkeys([*reported, *again]) or ("",):
+            cells = ["–", "–"]
+            if task in reported:
+                one = reported[task]
+                cells[0] = f"{_mean(one['mean'], one['ci95'], metric)} ({one['episodes']:,})"
+            if task in again:
+                cells[1] = _mean(again[task]["mean"][-1], again[task]["ci95"][-1], metric)
+            table.add_row(escape(run["name"]), state, task, *cells)
+    console.print(table)
+    if any(run["reported"] for run in compared["runs"]):
+        console.print(
+            "Reported: the content of results.json, with the number of episodes or examples.", highlight=False
+        )
+    for pair in compared["pairs"]:
+        console.print(f"- {escape(pair['sentence'])}", highlight=False)
+    if any(pair["comparable"] for pair in compared["pairs"]):
+        console.print(
+            "A test compares two trained states. Another --seed of the training may come out otherwise, so compare "
+            "several seeds before you prefer a method.",
+            highlight=False,
+        )
+    if compared["figure"]:
+        console.print(f"learning curves: {escape(compared['figure'])}", highlight=False)
+
+
+def _mean(mean: float | None, ci95: float | None, metric: Metric) -> str:
+    return format_mean(mean, ci95, scale=metric.scale, digits=2 if metric is ACCURACY else 3)
+
+
+def _setting(value: Any) -> str:
+    """A setting in a table."""
+    if value is None:
+        return "–"
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)
