@@ -17,6 +17,7 @@ from rich.table import Table
 
 from experiments import common, figures, runs
 from experiments.cli import RunConfig, flag
+from experiments.common import Training
 from experiments.runs import RunError, console, replace_known, stored_config
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
 from maml_jax.algorithms.classifier import Head
@@ -310,34 +311,52 @@ def tests(data: DataSet, config: Any) -> Iterator[tuple[dict[str, Any], MetaLear
             yield described, make_tester(config, way, **({} if head is None else {"head": head})), sampler
 
 
-def run(data: DataSet, config: Any) -> dict:
-    """Trains, tests the state with the best validation accuracy, and returns the content of results.json."""
-    config = data.with_paper_defaults(config)
-    learner = make_learner(config)
-    tester = make_tester(config)
+def score(
+    config: Any, learner: MetaLearner, params: ArrayTree, sample_episode: SampleEpisodeFn, key: jax.Array
+) -> Evaluation:
+    """The accuracy on `config.eval_episodes` episodes after every inner step."""
+    return evaluate(
+        learner,
+        params,
+        sample_episode,
+        key,
+        metric_fn=losses.accuracy,
+        num_episodes=config.eval_episodes,
+        mesh=common.mesh_for(config.eval_episodes),
+        one_query_at_a_time=config.inductive,
+        stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters
+    )
+
+
+def training_of(data: DataSet, config: Any) -> Training:
+    """What is trained, and how it is validated, at settings without gaps."""
+    learner, tester = make_learner(config), make_tester(config)
     samplers = make_samplers(data, config)
     complete = with_statistics(data, config)
-    keys = runs.streams(config.seed)
-    mesh = common.mesh_for(config.eval_episodes)
+    key = runs.streams(config.seed).val
 
-    def score(params: ArrayTree, sample_episode: SampleEpisodeFn, key: jax.Array, learner: MetaLearner) -> Evaluation:
-        return evaluate(
-            learner,
-            params,
-            sample_episode,
-            key,
-            metric_fn=losses.accuracy,
-            num_episodes=config.eval_episodes,
-            mesh=mesh,
-            one_query_at_a_time=config.inductive,
-            stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters
-        )
+    def validate(params: ArrayTree) -> float:
+        return float(score(config, tester, complete(params), samplers["val"], key).mean[-1])
+
+    return Training(learner, samplers["train"], validate, config.ensemble)
+
+
+def run(data: DataSet, config: Any) -> dict:
+    """Trains, tests the state with the best validation accuracy, and returns the content of results.json.
+
+    With several seeds it is the content of seeds.json.
+    """
+    config = data.with_paper_defaults(config)
+    if config.seeds > 1:
+        return common.run_seeds(functools.partial(run, data), functools.partial(training_of, data), config)
+    training, complete = training_of(data, config), with_statistics(data, config)
+    key = runs.streams(config.seed).test
 
     def test(params: ArrayTree) -> dict:
         params, evaluations = complete(params), []
         for described, learner, sample_episode in tests(data, config):
             of_members = ensemble(learner) if config.ensemble > 1 else learner
-            accuracy = runs.as_metric(score(params, sample_episode, keys.test, of_members))
+            accuracy = runs.as_metric(score(config, of_members, params, sample_episode, key))
             evaluations.append(described | {"metrics": {"accuracy": accuracy}})
         tested = {"metrics": evaluations[0]["metrics"]}
         if config.algorithm in ("mann", "lstm"):
@@ -347,17 +366,20 @@ def run(data: DataSet, config: Any) -> dict:
     def instance_accuracy(params: ArrayTree) -> dict[str, list[float]]:
         """The accuracy on the 1st, 2nd, ... image of a class in a sequence as long as those of the training."""
         sequences = make_sampler(data, config, "test", config.way, config.train_shot)
-        found = evaluate_objective(learner, params, sequences, keys.test, num_episodes=config.eval_episodes, mesh=mesh)
+        mesh = common.mesh_for(config.eval_episodes)
+        found = evaluate_objective(
+            training.learner, params, sequences, key, num_episodes=config.eval_episodes, mesh=mesh
+        )
         return {name: np.asarray(getattr(found, name)[1].instance_accuracy).tolist() for name in ("mean", "ci95")}
 
     with runs.open_run(config.run_dir, config) as run_dir:
         trained = common.train(
             run_dir,
             config,
-            learner,
-            samplers["train"],
-            validate=lambda params: float(score(complete(params), samplers["val"], keys.val, tester).mean[-1]),
-            num_best=config.ensemble,
+            training.learner,
+            training.sample_episode,
+            validate=training.validate,
+            num_best=training.num_best,
         )
         protocol = {
             "way": config.way,
@@ -373,7 +395,7 @@ def run(data: DataSet, config: Any) -> dict:
         }
         results = runs.finish(run_dir, data.name, config, trained, protocol, lambda: test(trained.params))
         if jax.process_index() == 0:
-            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
+            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [run_dir]})
     show(data, results)
     return results
 

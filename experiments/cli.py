@@ -38,7 +38,7 @@ GROUPS = {
         "tune_inner_lr", "inner_lr_grid", "val_every",
     ),
     "run": (
-        "seed", "num_seeds", "run_dir", "log_every", "chunk_size", "precision", "distributed",
+        "seed", "seeds", "run_dir", "log_every", "chunk_size", "precision", "distributed",
     ),
 }  # fmt: skip
 """The settings by the groups in which --help shows them. The others are about the tasks."""
@@ -86,6 +86,9 @@ class RunConfig:
     """Of matrix products, on devices that have a choice."""
     seed: int = 0
     """Seed of initial parameters, tasks and evaluation."""
+    seeds: int = 1
+    """Seeds that are trained at once in one program: --seed and those after it. Each has a directory seed-N in the run
+    directory. A multiple of the number of devices uses all of them."""
     run_dir: Path | None = None
     """Where the run is kept, and resumed from; by default a directory in runs/ named after the settings."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -110,6 +113,7 @@ class RunConfig:
             "chunk_size": 1,
             "outer_half_life": 1,
             "seed": 0,
+            "seeds": 1,
         }
         for name, smallest in least.items():
             if getattr(self, name) is not None:

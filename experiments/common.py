@@ -1,30 +1,38 @@
 """What the experiments share: devices, the training loop with its progress bar."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from scipy.special import stdtrit
 
+from experiments import figures
 from experiments.runs import (
     PROCESS_TIMEOUT_SECONDS,
     RunError,
     Trained,
     console,
     device_name,
+    finite,
+    format_mean,
     metrics_log,
     on_signal,
+    open_run,
     streams,
+    write_json,
 )
 from experiments.tracking import OFF, profiled, trackers
 from maml_jax import checkpoint, parallel, processes, replace_inner_state
@@ -92,6 +100,20 @@ def outer_optimizer(config: Any) -> optax.GradientTransformation:
     return replace_inner_state(optimizer) if carries_state else optimizer
 
 
+class Member(NamedTuple):
+    """One seed of a training.
+
+    Attributes:
+      run_dir: claimed by `open_run`.
+      config: a `cli.RunConfig`.
+      validate: `(params) -> score`, larger is better; None if the last state is selected.
+    """
+
+    run_dir: Path
+    config: Any
+    validate: Callable[[ArrayTree], float] | None = None
+
+
 def train(
     run_dir: Path,
     config: Any,
@@ -101,60 +123,90 @@ def train(
     validate: Callable[[ArrayTree], float] | None = None,
     num_best: int = 1,
 ) -> Trained:
-    """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoint in `run_dir`.
+    """`train_together` with one seed."""
+    (trained,) = train_together([Member(run_dir, config, validate)], learner, sample_episode, num_best=num_best)
+    return trained
 
-    Every `config.val_every` steps the state is validated and checkpointed. With `validate` the parameters
-    with the highest scores are returned, else the last. The result does not depend on interruptions. On SIGTERM and
-    SIGINT the compiled call is finished and its state is checkpointed; if that takes more than `STOP_SECONDS`, the
-    process ends without, and the run resumes from the checkpoint before.
+
+def train_together(
+    members: Sequence[Member], learner: LearnerOrSchedule, sample_episode: SampleEpisodeFn, *, num_best: int = 1
+) -> list[Trained]:
+    """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoints.
+
+    Several seeds are one program, vmapped over them and divided over the devices; each has its own directory, with what
+    a run of that seed alone writes. With one seed the tasks of a meta-batch are divided over the devices.
+
+    Every `config.val_every` steps the states are validated and checkpointed. With `validate` the parameters with the
+    highest scores are returned, else the last. The result does not depend on interruptions. On SIGTERM and SIGINT the
+    compiled call is finished and its state is checkpointed; if that takes more than `STOP_SECONDS`, the process ends
+    without, and the run resumes from the checkpoint before.
 
     Args:
-      run_dir: claimed by `open_run`.
-      config: a `cli.RunConfig`.
+      members: the seeds. Their settings differ in the seed and the directory alone.
       learner: the algorithm.
       sample_episode: the task distribution, `(key) -> Episode`.
-      validate: `(params) -> score`, larger is better.
       num_best: M, how many validated parameters are kept. Those that are returned have a leading axis [M] if M > 1, or
         as many as there were validations.
+
+    Returns:
+      What each seed has trained.
 
     Raises:
       RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays. With
         `config.on_nonfinite` "skip" only if that happens in every step of a compiled call.
       SystemExit: after a signal, with the code 128 plus its number.
     """
-    keys = streams(config.seed)
+    config, is_alone = members[0].config, len(members) == 1
+    keys = [streams(member.config.seed) for member in members]
     optimizer = outer_optimizer(config)
-    mesh = mesh_for(config.meta_batch_size)
-    checkpoints = run_dir / "checkpoints"
-    inputs = jax.eval_shape(sample_episode, keys.train).support.inputs
+    mesh = mesh_for(config.meta_batch_size if is_alone else len(members))
+    inputs = jax.eval_shape(sample_episode, keys[0].train).support.inputs
     with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
-        saved = load_state(checkpoints, initial_state(learner, optimizer, inputs, keys.init, mesh), num_best)
-    state, best = saved["state"], saved["best"]
-    step = int(state.step)
+        starts = [initial_state(learner, optimizer, inputs, k.init, mesh if is_alone else None) for k in keys]
+        saved = load_states([member.run_dir / "checkpoints" for member in members], starts, num_best)
+    states, best = [record["state"] for record in saved], [record["best"] for record in saved]
+    state = states[0] if is_alone else jax.tree.map(lambda *leaves: np.stack(list(map(np.asarray, leaves))), *states)
+    train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
+    step = int(states[0].step)
     if 0 < step < config.num_meta_steps:
-        console.print(f"resuming {run_dir} from step {step}")
-    seconds = {"compile": 0.0, "train": float(saved["train_seconds"])}
+        console.print(f"resuming {members[0].run_dir if is_alone else members[0].run_dir.parent} from step {step}")
+    seconds = {"compile": 0.0, "train": float(saved[0]["train_seconds"])}
+
+    def of_member(tree: ArrayTree, index: int) -> ArrayTree:
+        return tree if is_alone else jax.tree.map(lambda leaf: leaf[index], tree)
 
     def save() -> None:
         train_seconds = np.asarray(seconds["train"], np.float32)
-        checkpoint.save(checkpoints, step, {"state": state, "best": best, "train_seconds": train_seconds})
+        for index, member in enumerate(members):
+            checkpoints = member.run_dir / "checkpoints"
+            if not is_alone and (checkpoint.latest(checkpoints) or 0) >= step:
+                continue  # of several seeds, some had saved this step when the process was killed
+            content = {"state": of_member(state, index), "best": best[index], "train_seconds": train_seconds}
+            checkpoint.save(checkpoints, step, content)
 
     def program_of(num_steps: int) -> Callable[[MetaState, jax.Array], Any]:
         sizes = {"meta_batch_size": config.meta_batch_size, "num_steps": num_steps}
-        placed = {"chunk_size": config.chunk_size, "mesh": mesh}
+        placed = {"chunk_size": config.chunk_size, "mesh": mesh if is_alone else None}
+        if not is_alone:
+            loop = make_train_loop(learner, optimizer, sample_episode, **sizes, **placed, donate=False)
+            return over_seeds(loop, mesh)
         if streaming.is_streamed(sample_episode) and jax.process_count() == 1:
             return streaming.make_train_loop(make_meta_step(learner, optimizer, **placed), sample_episode, **sizes)
-        return compiled(make_train_loop(learner, optimizer, sample_episode, **sizes, **placed), state, keys.train)
+        return compiled(make_train_loop(learner, optimizer, sample_episode, **sizes, **placed), state, train_key)
 
     programs: dict[int, Callable] = {}
     tracking, num_calls = getattr(config, "tracking", OFF), 0
     is_skipped = getattr(config, "on_nonfinite", "stop") == "skip"
-    with (
-        metrics_log(run_dir / "metrics.jsonl", step) as log,
-        trackers(run_dir, config, step) as track,
-        progress_bar(config.num_meta_steps) as show,
-        stop_requests(lambda: step) as requested,
-    ):
+    with contextlib.ExitStack() as stack:
+        sinks = [
+            (
+                stack.enter_context(metrics_log(member.run_dir / "metrics.jsonl", step)),
+                stack.enter_context(trackers(member.run_dir, member.config, step)),
+            )
+            for member in members
+        ]
+        show = stack.enter_context(progress_bar(config.num_meta_steps))
+        requested = stack.enter_context(stop_requests(lambda: step))
         while step < config.num_meta_steps:
             boundary = min(config.num_meta_steps, (step // config.val_every + 1) * config.val_every)
             num_steps = min(config.log_every, boundary - step)
@@ -163,46 +215,136 @@ def train(
                     start = time.perf_counter()
                     programs[num_steps] = program_of(num_steps)
                     seconds["compile"] += time.perf_counter() - start
-                with profiled(run_dir / "profile", tracking.profile and num_calls == 1):
+                with profiled(members[0].run_dir / "profile", tracking.profile and num_calls == 1):
                     start = time.perf_counter()
-                    state, info = programs[num_steps](state, keys.train)
+                    state, info = programs[num_steps](state, train_key)
                     info = jax.tree.map(np.asarray, info)
                     elapsed = time.perf_counter() - start
                 num_calls += 1
-            check_finite(info, step, run_dir, is_skipped=is_skipped)
-            seconds["train"] += elapsed
+            infos = [of_member(info, index) for index in range(len(members))]
+            for of_seed, member in zip(infos, members, strict=True):
+                check_finite(of_seed, step, member.run_dir, is_skipped=is_skipped)
+            seconds["train"] += elapsed / len(members)
             step += num_steps
-            record = {
-                "step": step,
-                "loss": float(info.loss[info.finite].mean()),
-                "grad_norm": float(info.grad_norm[info.finite].mean()),
-                "steps_per_second": num_steps / elapsed,
-            }
-            if is_skipped:
-                record["skipped"] = int(np.sum(~np.isfinite(info.grad_norm)))
+            records = [record_of(of_seed, step, elapsed / len(members), is_skipped) for of_seed in infos]
             if step == boundary:
-                score = 0.0
-                if validate is not None:
-                    with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
-                        # On the host, because validation may use other devices than training.
-                        score = record["val"] = validate(jax.tree.map(np.asarray, state.params))
-                best = keep_best(best, state.params, score, step, always=validate is None)
+                # On the host, because validation may use other devices than training.
+                for index, member in enumerate(members):
+                    params, score = jax.tree.map(np.asarray, of_member(state.params, index)), 0.0
+                    if member.validate is not None:
+                        with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
+                            score = records[index]["val"] = member.validate(params)
+                    best[index] = keep_best(best[index], params, score, step, always=member.validate is None)
+            # Before the checkpoint: a resumed run drops what was logged after it, and cannot make up for a gap.
+            for (log, track), record in zip(sinks, records, strict=True):
+                log(record)
+                track(record)
+            show({name: float(np.mean([record[name] for record in records])) for name in records[0]} | {"step": step})
+            if step == boundary:
                 save()
-            log(record)
-            track(record)
-            show(record)
             if requested and step < config.num_meta_steps:
                 if step != boundary:
                     save()
                 console.print(f"stopped after step {step}; the same command resumes from there")
                 raise SystemExit(128 + requested[0])
-    if is_skipped:
-        num_skipped = int(optax.tree.get(state.opt_state, "total_notfinite"))
-        console.print(f"{num_skipped} of {step} meta-gradients were not finite and left out")
     execution = {"devices": 1 if mesh is None else mesh.size}
-    execution["chunk_size"] = config.chunk_size or chosen_chunk_size(learner, state, sample_episode, config, execution)
-    execution["flops"] = flops_of_a_meta_step(learner, optimizer, state, sample_episode, config)
-    return Trained(selected(best), int(best["step"][0]), seconds, execution)
+    first = of_member(state, 0)
+    execution["chunk_size"] = config.chunk_size or chosen_chunk_size(
+        learner, first, sample_episode, config, execution["devices"] if is_alone else 1
+    )
+    execution["flops"] = flops_of_a_meta_step(learner, optimizer, first, sample_episode, config)
+    if not is_alone:
+        execution["seeds"] = len(members)
+    trained = []
+    for index, member in enumerate(members):
+        if is_skipped:
+            num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
+            console.print(f"{num_skipped} of {step} meta-gradients were not finite and left out in {member.run_dir}")
+        trained.append(Trained(selected(best[index]), int(best[index]["step"][0]), dict(seconds), dict(execution)))
+    return trained
+
+
+def record_of(info: MetaInfo, step: int, elapsed: float, is_skipped: bool) -> dict[str, float]:
+    """A line of metrics.jsonl: means over the meta-steps of a compiled call that were finite."""
+    record = {
+        "step": step,
+        "loss": float(info.loss[info.finite].mean()),
+        "grad_norm": float(info.grad_norm[info.finite].mean()),
+        "steps_per_second": len(info.loss) / elapsed,
+    }
+    return record | ({"skipped": int(np.sum(~np.isfinite(info.grad_norm)))} if is_skipped else {})
+
+
+def over_seeds(loop: StateProgram, mesh: jax.sharding.Mesh | None) -> Callable[[MetaState, jax.Array], Any]:
+    """The loop for states and keys with a leading axis of seeds, which are divided over the devices of a mesh."""
+
+    def run(data: tuple, states_and_keys: tuple[MetaState, jax.Array]) -> Any:
+        return jax.vmap(lambda state, key: loop.jitted(state, key, *data))(*states_and_keys)
+
+    program = jax.jit(run if mesh is None else parallel.each_task(run, mesh, gather=False))
+    return lambda states, keys: program(loop.data, (states, keys))
+
+
+def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], "Training"], config: Any) -> dict:
+    """Trains `config.seeds` seeds in one program, tests each, and reports means over them.
+
+    Args:
+      run: the experiment, `(config) -> results`; it finds the training of a seed finished and does the test.
+      training_of: `(config) -> Training` of one seed.
+      config: the settings. The seeds are `config.seed`, `config.seed + 1`, ...
+
+    Returns:
+      The content of seeds.json in the run directory: "seeds", their "results", the "metrics" with the mean over them and
+      its 95 % interval (Student's t), as lists of K+1 numbers, and the "execution" of the common program.
+    """
+    seeds = range(config.seed, config.seed + config.seeds)
+    configs = [
+        dataclasses.replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}") for seed in seeds
+    ]
+    with contextlib.ExitStack() as stack:
+        for of_seed in configs:
+            stack.enter_context(open_run(of_seed.run_dir, of_seed))
+        trainings = [training_of(of_seed) for of_seed in configs]
+        members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
+        together = train_together(
+            members, trainings[0].learner, trainings[0].sample_episode, num_best=trainings[0].num_best
+        )
+    results = [run(of_seed) for of_seed in configs]
+    metrics = {}
+    for name in results[0]["metrics"]:
+        curves = np.array([[np.nan if x is None else x for x in result["metrics"][name]["mean"]] for result in results])
+        error = np.std(curves, axis=0, ddof=1) / math.sqrt(len(curves))
+        metrics[name] = {"mean": curves.mean(0).tolist(), "ci95": (stdtrit(len(curves) - 1, 0.975) * error).tolist()}
+    execution = together[0].execution
+    summary = finite({"seeds": list(seeds), "metrics": metrics, "execution": execution, "results": results})
+    write_json(config.run_dir / "seeds.json", summary)
+    if jax.process_index() == 0:
+        figures.learning_curves(
+            config.run_dir / "figures" / "learning_curve.png", {config.algorithm: [c.run_dir for c in configs]}
+        )
+    table = Table("inner steps", *metrics, title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval")
+    last = len(next(iter(metrics.values()))["mean"]) - 1
+    for at in sorted({at for at in (0, 1, 5) if at < last} | {last}):
+        cells = [format_mean(m["mean"][at], m["ci95"][at], digits=4) for m in finite(metrics).values()]
+        table.add_row(str(at), *cells)
+    console.print(table)
+    return summary
+
+
+class Training(NamedTuple):
+    """What an experiment trains.
+
+    Attributes:
+      learner: the algorithm.
+      sample_episode: the task distribution.
+      validate: `(params) -> score`, larger is better; None if the last state is selected.
+      num_best: as in `train`.
+    """
+
+    learner: LearnerOrSchedule
+    sample_episode: SampleEpisodeFn
+    validate: Callable[[ArrayTree], float] | None = None
+    num_best: int = 1
 
 
 def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[MetaState, jax.Array], Any]:
@@ -225,28 +367,44 @@ def initial_state(
 
 
 def load_state(checkpoints: Path, state: MetaState, num_best: int = 1) -> dict[str, Any]:
-    """The newest undamaged checkpoint of a run, or what a run starts from.
+    """`load_states` with one seed."""
+    (record,) = load_states([checkpoints], [state], num_best)
+    return record
+
+
+def load_states(directories: Sequence[Path], states: Sequence[MetaState], num_best: int = 1) -> list[dict[str, Any]]:
+    """The newest undamaged checkpoints of the same step, or what a run starts from.
 
     Args:
-      checkpoints: the directory of the checkpoints; it need not exist.
-      state: the state at step 0.
+      directories: of the checkpoints of each seed; they need not exist.
+      states: the state at step 0 of each seed.
       num_best: M, as in `train`.
 
     Returns:
-      "state", "best" (with "params", "score" and "step", leaves [M, ...], the highest score first) and "train_seconds".
+      For each seed "state", "best" (with "params", "score" and "step", leaves [M, ...], the highest score first) and
+      "train_seconds".
     """
-    best = {
-        "params": jax.tree.map(lambda x: np.stack([np.asarray(x)] * num_best), state.params),
-        "score": np.full(num_best, -math.inf, np.float32),
-        "step": np.zeros(num_best, np.int32),
-    }
-    start = {"state": state, "best": best, "train_seconds": np.asarray(0.0, np.float32)}
-    found = checkpoint.restore_latest(checkpoints, start)
-    if found is None:
-        return start
-    if found.damaged:
-        console.print(f"checkpoints {list(found.damaged)} in {checkpoints} are damaged and left out")
-    return found.tree
+
+    def start_of(state: MetaState) -> dict[str, Any]:
+        best = {
+            "params": jax.tree.map(lambda x: np.stack([np.asarray(x)] * num_best), state.params),
+            "score": np.full(num_best, -math.inf, np.float32),
+            "step": np.zeros(num_best, np.int32),
+        }
+        return {"state": state, "best": best, "train_seconds": np.asarray(0.0, np.float32)}
+
+    starts = [start_of(state) for state in states]
+    found = [checkpoint.restore_latest(*pair) for pair in zip(directories, starts, strict=True)]
+    for directory, one in zip(directories, found, strict=True):
+        if one is not None and one.damaged:
+            console.print(f"checkpoints {list(one.damaged)} in {directory} are damaged and left out")
+    if None in found:
+        return starts
+    step = min(one.step for one in found)
+    return [
+        one.tree if one.step == step else checkpoint.restore(directory, step, start)
+        for one, directory, start in zip(found, directories, starts, strict=True)
+    ]
 
 
 def load_params(run_dir: Path, config: Any, learner: LearnerOrSchedule, inputs: ArrayTree) -> ArrayTree:
@@ -318,10 +476,10 @@ def chosen_chunk_size(
     state: MetaState,
     sample_episode: SampleEpisodeFn,
     config: Any,
-    execution: dict[str, int],
+    num_devices: int,
 ) -> int:
-    """The chunk size that was chosen for the tasks of one device."""
-    keys = jax.random.split(jax.random.key(0), config.meta_batch_size // execution["devices"])
+    """The chunk size that was chosen for the tasks of one of the devices that the meta-batch is divided over."""
+    keys = jax.random.split(jax.random.key(0), config.meta_batch_size // num_devices)
     return default_chunk_size(
         learner_at(learner, jnp.int32(0)), state.params, jax.eval_shape(jax.vmap(sample_episode), keys)
     )

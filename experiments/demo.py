@@ -46,7 +46,7 @@ def run(config: Config) -> dict[str, dict]:
         results[algorithm], params = sinusoid.train_and_test(run_config)
         inner_lr = results[algorithm]["evaluations"][0]["inner_lr"]
         curves[algorithm] = sinusoid.predictions(run_config, params, inner_lr)
-        run_dirs[algorithm] = run_config.run_dir
+        run_dirs[algorithm] = [run_config.run_dir]
     drawn = {
         "predictions.png": (figures.predictions, curves),
         "inner_steps.png": (figures.inner_curves, {name: result["evaluations"] for name, result in results.items()}),

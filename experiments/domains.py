@@ -25,6 +25,7 @@ from scipy.special import stdtrit
 
 from experiments import common, figures, runs
 from experiments.cli import RunConfig, flag, main, methods, with_defaults
+from experiments.common import Training
 from experiments.runs import console, stored_config
 from maml_jax import CATALOGUE, Batch, Problem, losses, models
 from maml_jax.tasks import domains, omniglot
@@ -245,27 +246,46 @@ def as_metric(is_right: np.ndarray) -> dict[str, list[float]]:
     return {"mean": [float(np.mean(is_right))], "ci95": [float(stdtrit(len(is_right) - 1, 0.975) * error)]}
 
 
-def run(config: Config) -> dict:
-    """Trains, tests the state with the best validation accuracy, and returns the content of results.json."""
-    config = with_paper_defaults(config)
-    learner = make_learner(config)
-    examples = READERS[config.data](config)
-    sampler = domains.make_sampler(examples.train, batch_size=config.shot)
-    validation = jax.tree.map(lambda *leaves: np.concatenate(leaves), *examples.val)
+def score(learner: MetaLearner, params: ArrayTree, batch: Batch) -> np.ndarray:
+    """[n], 1 for every example that is classified correctly, else 0."""
+    return np.asarray(is_right(learner, jax.tree.map(np.asarray, params), batch), np.float64)
 
-    def score(params: ArrayTree, batch: Batch) -> np.ndarray:
-        return np.asarray(is_right(learner, jax.tree.map(np.asarray, params), batch), np.float64)
+
+def training_of(config: Config, examples: Examples | None = None) -> Training:
+    """What is trained, and how it is validated, at settings without gaps."""
+    learner, examples = make_learner(config), examples or READERS[config.data](config)
+    validation = joined(examples.val)
+    return Training(
+        learner,
+        domains.make_sampler(examples.train, batch_size=config.shot),
+        lambda params: float(score(learner, params, validation).mean()),
+    )
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """All examples of several batches."""
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *batches)
+
+
+def run(config: Config) -> dict:
+    """Trains, tests the state with the best validation accuracy, and returns the content of results.json.
+
+    With several seeds it is the content of seeds.json.
+    """
+    config = with_paper_defaults(config)
+    if config.seeds > 1:
+        return common.run_seeds(run, training_of, config)
+    examples = READERS[config.data](config)
+    training, validation = training_of(config, examples), joined(examples.val)
 
     def test(params: ArrayTree) -> dict:
         return {
-            "metrics": {"accuracy": as_metric(score(params, examples.test))},
-            "source_validation": {"accuracy": as_metric(score(params, validation))},
+            "metrics": {"accuracy": as_metric(score(training.learner, params, examples.test))},
+            "source_validation": {"accuracy": as_metric(score(training.learner, params, validation))},
         }
 
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(
-            run_dir, config, learner, sampler, validate=lambda params: float(score(params, validation).mean())
-        )
+        trained = common.train(run_dir, config, training.learner, training.sample_episode, validate=training.validate)
         what = "test drawings" if config.data == "rotated-omniglot" else "all examples"
         protocol = {
             "data": config.data,
@@ -282,7 +302,7 @@ def run(config: Config) -> dict:
         }
         results = runs.finish(run_dir, "domains", config, trained, protocol, lambda: test(trained.params))
         if jax.process_index() == 0:
-            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: run_dir})
+            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [run_dir]})
     show(results)
     return results
 

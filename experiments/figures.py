@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -9,6 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from scipy.special import stdtrit
 
 from maml_jax import CATALOGUE
 
@@ -23,15 +25,20 @@ def title(algorithm: str) -> str:
 
 
 def save(figure: plt.Figure, file: Path) -> None:
-    """Writes a figure atomically."""
+    """Writes a figure, each file atomically; beside a PNG it writes a PDF for papers."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}")
+    files = [file, file.with_suffix(".pdf")] if file.suffix == ".png" else [file]
     try:
-        figure.savefig(partial, dpi=120, format=file.suffix[1:])
-        os.replace(partial, file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(f"the figure {file} cannot be written: {error}") from error
+        for target in files:
+            partial = target.with_name(f".{target.name}")
+            try:
+                # Without a date, equal figures are equal files.
+                metadata = {"CreationDate": None} if target.suffix == ".pdf" else None
+                figure.savefig(partial, dpi=120, format=target.suffix[1:], metadata=metadata)
+                os.replace(partial, target)
+            except OSError as error:
+                partial.unlink(missing_ok=True)
+                raise OSError(f"the figure {target} cannot be written: {error}") from error
     finally:
         plt.close(figure)
 
@@ -147,25 +154,40 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
     save(figure, file)
 
 
-def learning_curves(file: Path, run_dirs: dict[str, Path]) -> None:
+def learning_curves(file: Path, run_dirs: dict[str, Sequence[Path]]) -> None:
     """The training objective against meta-steps, and validation where there was one.
 
     Args:
       file: the PNG to write.
-      run_dirs: by label, directories that hold `metrics.jsonl`.
+      run_dirs: by label, directories that hold `metrics.jsonl`, one for each seed. Of several seeds the mean and its
+        95 % interval are drawn.
     """
-    figure, axes = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    for label, run_dir in run_dirs.items():
-        records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-        steps = [record["step"] for record in records]
-        axes.plot(steps, [record["loss"] for record in records], label=title(label))
-    axes.set(xlabel="meta-steps", ylabel="training objective", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    if validated := [record for record in records if "val" in record]:
-        right = axes.twinx()
-        right.plot([r["step"] for r in validated], [r["val"] for r in validated], "C1.-", label="validation")
-        right.set_ylabel("validation accuracy", color="C1")
+
+    def records_of(run_dir: Path) -> list[dict]:
+        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+    logs = {label: [records_of(run_dir) for run_dir in seeds] for label, seeds in run_dirs.items()}
+    names = ["loss"] + ["val"] * any("val" in record for seeds in logs.values() for record in seeds[0])
+    figure, row = plt.subplots(1, len(names), figsize=(6 * len(names), 3.6), squeeze=False, layout="constrained")
+    for axes, name in zip(row[0], names, strict=True):
+        for index, (label, seeds) in enumerate(logs.items()):
+            shown = [[(record["step"], record[name]) for record in of_seed if name in record] for of_seed in seeds]
+            if not shown[0]:
+                continue
+            steps = [step for step, _ in shown[0]]
+            values = np.array([[np.nan if x is None else x for _, x in of_seed] for of_seed in shown], float)
+            style = {"color": f"C{index}", "linestyle": ("-", "--", ":", "-.")[index % 4]}
+            text = title(label) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+            axes.plot(
+                steps, values.mean(0), marker=MARKERS[index % len(MARKERS)] * (len(steps) < 20), label=text, **style
+            )
+            if len(seeds) > 1:
+                half = stdtrit(len(seeds) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(seeds))
+                axes.fill_between(steps, values.mean(0) - half, values.mean(0) + half, alpha=0.2, color=f"C{index}")
+        what = {"loss": "training objective", "val": "validation score"}[name]
+        axes.set(xlabel="meta-steps", ylabel=what, yscale="log" if name == "loss" else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend()
     save(figure, file)
 
 

@@ -28,8 +28,8 @@ console = Console(soft_wrap=True)
 """Where experiments print; silent in every process but the first."""
 PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS", 600))
 """How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
-LOCATION = ("run_dir", "distributed", "tracking")
-"""Settings that say where a run is kept, made and watched. They are not stored."""
+LOCATION = ("run_dir", "distributed", "tracking", "seeds")
+"""Settings that say where a run is kept, made and watched, and beside which seeds. They are not stored."""
 IRRELEVANT = ("data_dir", "chunk_size", "stream")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
 EXPERIMENTS = ("sinusoid", "omniglot", "images", "domains")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from experiments import common, figures, published, runs
 from experiments.cli import RunConfig, flag, main, methods, with_defaults
+from experiments.common import Training
 from experiments.runs import console, replace_known, stored_config
 from maml_jax import CATALOGUE, Problem, evaluate, losses, models
 from maml_jax.tasks import sinusoid
@@ -167,15 +168,19 @@ def test(config: Config, params: ArrayTree, sample: SampleEpisodeFn) -> dict:
     return {"inner_lr": inner_lr, "metrics": {"mse": as_metric(score(inner_lr, keys.test))}}
 
 
+def training_of(config: Config) -> Training:
+    """What is trained, at settings without gaps."""
+    learner = make_learner(config, config.hyperparameters.inner_lr, config.hyperparameters.num_inner_steps)
+    oracle = config.algorithm == "oracle"
+    return Training(learner, sinusoid.make_sampler(shot=config.shot, query_shot=config.query_shot, oracle=oracle))
+
+
 def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
     """Trains (or resumes, or finds finished) a run; returns the content of results.json and θ."""
     config = with_paper_defaults(config)
-    inner_lr = config.hyperparameters.inner_lr
-    learner = make_learner(config, inner_lr, config.hyperparameters.num_inner_steps)
-    sample = sinusoid.make_sampler(shot=config.shot, query_shot=config.query_shot, oracle=config.algorithm == "oracle")
-    samplers = test_samplers(config)
+    training, samplers = training_of(config), test_samplers(config)
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, learner, sample)
+        trained = common.train(run_dir, config, training.learner, training.sample_episode)
 
         def test_all() -> dict:
             evaluations = [{"shot": shot} | test(config, trained.params, of_shot) for shot, of_shot in samplers.items()]
@@ -195,7 +200,7 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
         if jax.process_index() == 0:
             drawn = run_dir / "figures"
             figures.inner_curves(drawn / "inner_steps.png", {config.algorithm: results["evaluations"]})
-            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: run_dir})
+            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [run_dir]})
             if config.algorithm != "oracle":
                 curves = predictions(config, trained.params, results["evaluations"][0]["inner_lr"])
                 figures.predictions(drawn / "predictions.png", {config.algorithm: curves})
@@ -256,7 +261,9 @@ def show(results: dict) -> None:
 
 
 def run(config: Config) -> dict:
-    """Runs the experiment and prints its table; returns the content of results.json."""
+    """Runs the experiment and prints its table; returns the content of results.json, or of seeds.json."""
+    if config.seeds > 1:
+        return common.run_seeds(run, training_of, with_paper_defaults(config))
     results, _ = train_and_test(config)
     show(results)
     return results

@@ -1,0 +1,104 @@
+"""Several seeds in one program, against the same seeds one after the other."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import report, runs, sinusoid
+from maml_jax import checkpoint
+
+TINY = {
+    "num_meta_steps": 6,
+    "meta_batch_size": 2,
+    "val_every": 2,
+    "log_every": 2,
+    "eval_episodes": 4,
+    "eval_shots": (5,),
+    "seed": 3,
+}
+
+
+def config_of(run_dir, **settings):
+    return dataclasses.replace(sinusoid.METHODS["maml"], **{**TINY, "run_dir": run_dir, **settings})
+
+
+def logged(run_dir):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(record["step"], record["loss"]) for record in records]
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("together")
+    return run_dir, sinusoid.run(config_of(run_dir, seeds=4))
+
+
+def test_every_seed_is_that_of_a_run_of_its_own(together, tmp_path):
+    run_dir, summary = together
+    assert summary["seeds"] == [3, 4, 5, 6]
+    alone = sinusoid.run(config_of(tmp_path, seed=4))
+    found = summary["results"][1]
+    assert found["config"] == alone["config"]
+    np.testing.assert_allclose(found["metrics"]["mse"]["mean"], alone["metrics"]["mse"]["mean"], rtol=1e-4)
+    np.testing.assert_allclose(logged(run_dir / "seed-4"), logged(tmp_path), rtol=1e-5)
+    one, other = (runs.load(directory).params for directory in (run_dir / "seed-4", tmp_path))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    assert (summary["execution"]["seeds"], summary["execution"]["devices"]) == (4, 4)
+
+
+def test_the_summary_has_the_mean_over_seeds_and_its_interval(together):
+    run_dir, summary = together
+    final = [result["metrics"]["mse"]["mean"][-1] for result in summary["results"]]
+    assert len(set(final)) == 4
+    assert summary["metrics"]["mse"]["mean"][-1] == pytest.approx(np.mean(final))
+    low, high = stats.t.interval(0.95, 3, np.mean(final), stats.sem(final))
+    assert summary["metrics"]["mse"]["ci95"][-1] == pytest.approx((high - low) / 2)
+    assert json.loads((run_dir / "seeds.json").read_text()) == summary
+    assert (run_dir / "figures" / "learning_curve.pdf").exists()
+
+
+def test_the_report_takes_in_every_seed_as_a_result_of_its_own(together, tmp_path):
+    run_dir, _ = together
+    files = [report.add(run_dir / f"seed-{seed}", tmp_path) for seed in (3, 4)]
+    assert [file.stem.rpartition("_")[2] for file in files] == ["seed-3", "seed-4"]
+    assert len({report.command(json.loads(file.read_text())) for file in files}) == 1
+
+
+def test_seeds_that_were_saved_at_different_steps_go_on_from_the_last_common_one(together, tmp_path, monkeypatch):
+    """As when the process was killed between the checkpoints of two seeds."""
+    save, saved = checkpoint.save, []
+
+    def save_some(directory, step, tree, **keywords):
+        saved.append(step)
+        if len(saved) == 7:  # two seeds have step 4, and two have step 2 alone
+            raise KeyboardInterrupt
+        save(directory, step, tree, **keywords)
+
+    monkeypatch.setattr(checkpoint, "save", save_some)
+    config = config_of(tmp_path, seeds=4)
+    with pytest.raises(KeyboardInterrupt):
+        sinusoid.run(config)
+    monkeypatch.undo()
+    steps = [checkpoint.latest(tmp_path / f"seed-{seed}" / "checkpoints") for seed in (3, 4, 5, 6)]
+    assert steps == [4, 4, 2, 2]
+    summary = sinusoid.run(config)
+    assert summary["metrics"] == together[1]["metrics"]
+    for seed in (3, 6):
+        assert logged(tmp_path / f"seed-{seed}") == logged(together[0] / f"seed-{seed}")
+
+
+def test_a_directory_of_a_seed_that_is_in_use_is_refused(tmp_path):
+    config = config_of(tmp_path, seeds=2)
+    of_seed = sinusoid.with_paper_defaults(dataclasses.replace(config, seed=4, seeds=1, run_dir=tmp_path / "seed-4"))
+    with runs.open_run(of_seed.run_dir, of_seed), pytest.raises(runs.RunError, match="in use by a running process"):
+        sinusoid.run(config)
+
+
+def test_no_seed_is_no_number_of_seeds():
+    with pytest.raises(ValueError, match="--seeds must be an integer of at least 1, got 0"):
+        config_of(None, seeds=0)
