@@ -294,8 +294,8 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], "Training
       config: the settings. The seeds are `config.seed`, `config.seed + 1`, ...
 
     Returns:
-      The content of seeds.json in the run directory: "seeds", their "results", the "metrics" with the mean over them and
-      its 95 % interval (Student's t), as lists of K+1 numbers, and the "execution" of the common program.
+      The content of seeds.json in the run directory: "seeds", their "results", "metrics" with the mean over seeds and
+      its 95 % interval (Student's t), lists of K+1 numbers, and the "execution" of the common program.
     """
     seeds = range(config.seed, config.seed + config.seeds)
     configs = [
