@@ -78,6 +78,18 @@ def read_json(file: Path) -> Any:
         raise RunError(f"{file} is damaged ({error}); delete it, or choose another --run-dir") from error
 
 
+def read_record(file: Path) -> dict[str, Any]:
+    """Reads a JSON file that holds names with values.
+
+    Raises:
+      RunError: if it is damaged, or holds something else.
+    """
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise RunError(f"{file} is damaged: it holds no names with values; delete it, or choose another --run-dir")
+    return content
+
+
 def finite(content: Any) -> Any:
     """Replaces NaN and ±inf by None, because JSON cannot represent them."""
     if isinstance(content, dict):
@@ -135,8 +147,8 @@ def experiment_of(run_dir: str | Path) -> Any:
         raise RunError(f"{run_dir} is no run directory: it holds no config.json")
     # Runs made before config.json named the experiment have it in their results.
     files = [file for file in (run_dir / "config.json", run_dir / "results.json") if file.exists()]
-    name = next(filter(None, (read_json(file).get("experiment") for file in files)), None)
-    if name not in EXPERIMENTS:
+    name = next(filter(None, (read_record(file).get("experiment") for file in files)), None)
+    if str(name) not in EXPERIMENTS:
         raise RunError(f"{run_dir} is a run of {name}; only runs of {', '.join(EXPERIMENTS)} can be loaded")
     return importlib.import_module(f"experiments.{name}")
 
@@ -154,12 +166,15 @@ def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
     file = run_dir / "config.json"
     if not file.exists():
         raise RunError(f"{run_dir} is no run directory: it holds no config.json")
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_json(file).items()}
-    if stored.get("algorithm") not in configs:
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_record(file).items()}
+    if str(stored.get("algorithm")) not in configs:
         raise RunError(f"{file} belongs to another experiment")
-    config = configs[stored["algorithm"]]
-    hyperparameters = replace_known(config.hyperparameters, **stored)
-    return replace_known(config, **stored | {"run_dir": run_dir, "hyperparameters": hyperparameters})
+    config = configs[str(stored["algorithm"])]
+    try:
+        hyperparameters = replace_known(config.hyperparameters, **stored)
+        return replace_known(config, **stored | {"run_dir": run_dir, "hyperparameters": hyperparameters})
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{file} is damaged: it holds settings that cannot be ({error})") from error
 
 
 def replace_known(record: Any, **values: Any) -> Any:
@@ -212,7 +227,7 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
         wanted = as_json(config)
         config_file = run_dir / "config.json"
         if config_file.exists():
-            found = {"experiment": wanted.get("experiment")} | read_json(config_file)
+            found = {"experiment": wanted.get("experiment")} | read_record(config_file)
             is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
             extendable = EXTENDABLE if is_fixed else EXTENDABLE[1:]
             differing = [
