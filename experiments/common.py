@@ -42,6 +42,8 @@ from maml_jax.outer import StateProgram, init_meta_state, make_meta_step, make_t
 from maml_jax.tasks import streaming
 from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, draw_episode, learner_at
 
+SAVE_SECONDS = 60.0
+"""A checkpoint is written after a compiled call if the last one is older than this, besides those of validations."""
 STOP_SECONDS = 25.0
 """How long a compiled call may go on after SIGTERM or SIGINT. Clusters kill a job 30 s or more after the signal."""
 
@@ -136,10 +138,10 @@ def train_together(
     Several seeds are one program, vmapped over them and divided over the devices; each has its own directory, with what
     a run of that seed alone writes. With one seed the tasks of a meta-batch are divided over the devices.
 
-    Every `config.val_every` steps the states are validated and checkpointed. With `validate` the parameters with the
-    highest scores are returned, else the last. The result does not depend on interruptions. On SIGTERM and SIGINT the
-    compiled call is finished and its state is checkpointed; if that takes more than `STOP_SECONDS`, the process ends
-    without, and the run resumes from the checkpoint before.
+    Every `config.val_every` steps the states are validated and checkpointed; between validations they are checkpointed
+    every `SAVE_SECONDS`. With `validate` the parameters with the highest scores are returned, else the last. The result
+    does not depend on interruptions. On SIGTERM and SIGINT the compiled call is finished and its state is checkpointed;
+    if that takes more than `STOP_SECONDS`, the process ends without, and the run resumes from the checkpoint before.
 
     Args:
       members: the seeds. Their settings differ in the seed and the directory alone.
@@ -195,6 +197,7 @@ def train_together(
         return compiled(make_train_loop(learner, optimizer, sample_episode, **sizes, **placed), state, train_key)
 
     programs: dict[int, Callable] = {}
+    saved_at = time.monotonic()
     tracking, num_calls = getattr(config, "tracking", OFF), 0
     is_skipped = getattr(config, "on_nonfinite", "stop") == "skip"
     with contextlib.ExitStack() as stack:
@@ -240,11 +243,11 @@ def train_together(
                 log(record)
                 track(record)
             show({name: float(np.mean([record[name] for record in records])) for name in records[0]} | {"step": step})
-            if step == boundary:
+            is_leaving = requested and step < config.num_meta_steps
+            if step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
-            if requested and step < config.num_meta_steps:
-                if step != boundary:
-                    save()
+                saved_at = time.monotonic()
+            if is_leaving:
                 console.print(f"stopped after step {step}; the same command resumes from there")
                 raise SystemExit(128 + requested[0])
     execution = {"devices": 1 if mesh is None else mesh.size}

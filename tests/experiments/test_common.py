@@ -127,6 +127,16 @@ def test_a_signal_between_validations_saves_the_state(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(train(tmp_path / "stopped").params, whole.params)
 
 
+def test_long_training_is_saved_between_validations(tmp_path, monkeypatch):
+    whole = train(tmp_path / "whole")
+    monkeypatch.setattr(common, "SAVE_SECONDS", 0.0)
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: (saved.append(arguments[1]), save(*arguments)))
+    often = train(tmp_path / "often")
+    assert saved == [2, 4, 6, 8, 10, 12]
+    chex.assert_trees_all_equal(often.params, whole.params)
+
+
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(tmp_path, capsys):
     whole = train(tmp_path)
     shutil.rmtree(next((tmp_path / "checkpoints" / "12").glob("*/d"), tmp_path / "checkpoints" / "12"))
