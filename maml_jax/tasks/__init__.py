@@ -1,5 +1,6 @@
 """Task distributions: functions from a key to an episode."""
 
+from maml_jax.tasks import augment as augment
 from maml_jax.tasks import domains as domains
 from maml_jax.tasks import drawings as drawings
 from maml_jax.tasks import few_shot as few_shot
@@ -11,6 +12,7 @@ from maml_jax.tasks import tfds_classes as tfds_classes
 from maml_jax.tasks import variable as variable
 
 __all__ = [
+    "augment",
     "domains",
     "drawings",
     "few_shot",
