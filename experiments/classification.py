@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import common, figures, runs
+from experiments import common, figures, runs, seeds
 from experiments.cli import RunConfig, flag
 from experiments.common import Training
 from experiments.runs import RunError, console, replace_known, stored_config
@@ -348,7 +348,7 @@ def run(data: DataSet, config: Any) -> dict:
     """
     config = data.with_paper_defaults(config)
     if config.seeds > 1:
-        return common.run_seeds(functools.partial(run, data), functools.partial(training_of, data), config)
+        return seeds.run_seeds(functools.partial(run, data), functools.partial(training_of, data), config)
     training, complete = training_of(data, config), with_statistics(data, config)
     key = runs.streams(config.seed).test
 
@@ -395,7 +395,9 @@ def run(data: DataSet, config: Any) -> dict:
         }
         results = runs.finish(run_dir, data.name, config, trained, protocol, lambda: test(trained.params))
         if jax.process_index() == 0:
-            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [run_dir]})
+            figures.learning_curves(
+                run_dir / "figures" / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]}
+            )
     show(data, results)
     return results
 

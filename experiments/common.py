@@ -1,7 +1,6 @@
 """What the experiments share: devices, the training loop with its progress bar."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import resource
@@ -16,23 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
-from scipy.special import stdtrit
 
-from experiments import figures
 from experiments.runs import (
     PROCESS_TIMEOUT_SECONDS,
     RunError,
     Trained,
     console,
     device_name,
-    finite,
-    format_mean,
     metrics_log,
     on_signal,
-    open_run,
     streams,
-    write_json,
 )
 from experiments.tracking import OFF, profiled, trackers
 from maml_jax import checkpoint, parallel, processes, replace_inner_state
@@ -286,52 +278,6 @@ def over_seeds(loop: StateProgram, mesh: jax.sharding.Mesh | None) -> Callable[[
 
     program = jax.jit(run if mesh is None else parallel.each_task(run, mesh, gather=False))
     return lambda states, keys: program(loop.data, (states, keys))
-
-
-def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], "Training"], config: Any) -> dict:
-    """Trains `config.seeds` seeds in one program, tests each, and reports means over them.
-
-    Args:
-      run: the experiment, `(config) -> results`; it finds the training of a seed finished and does the test.
-      training_of: `(config) -> Training` of one seed.
-      config: the settings. The seeds are `config.seed`, `config.seed + 1`, ...
-
-    Returns:
-      The content of seeds.json in the run directory: "seeds", their "results", "metrics" with the mean over seeds and
-      its 95 % interval (Student's t), lists of K+1 numbers, and the "execution" of the common program.
-    """
-    seeds = range(config.seed, config.seed + config.seeds)
-    configs = [
-        dataclasses.replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}") for seed in seeds
-    ]
-    with contextlib.ExitStack() as stack:
-        for of_seed in configs:
-            stack.enter_context(open_run(of_seed.run_dir, of_seed))
-        trainings = [training_of(of_seed) for of_seed in configs]
-        members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
-        together = train_together(
-            members, trainings[0].learner, trainings[0].sample_episode, num_best=trainings[0].num_best
-        )
-    results = [run(of_seed) for of_seed in configs]
-    metrics = {}
-    for name in results[0]["metrics"]:
-        curves = np.array([[np.nan if x is None else x for x in result["metrics"][name]["mean"]] for result in results])
-        error = np.std(curves, axis=0, ddof=1) / math.sqrt(len(curves))
-        metrics[name] = {"mean": curves.mean(0).tolist(), "ci95": (stdtrit(len(curves) - 1, 0.975) * error).tolist()}
-    execution = together[0].execution
-    summary = finite({"seeds": list(seeds), "metrics": metrics, "execution": execution, "results": results})
-    write_json(config.run_dir / "seeds.json", summary)
-    if jax.process_index() == 0:
-        figures.learning_curves(
-            config.run_dir / "figures" / "learning_curve.png", {config.algorithm: [c.run_dir for c in configs]}
-        )
-    table = Table("inner steps", *metrics, title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval")
-    last = len(next(iter(metrics.values()))["mean"]) - 1
-    for at in sorted({at for at in (0, 1, 5) if at < last} | {last}):
-        cells = [format_mean(m["mean"][at], m["ci95"][at], digits=4) for m in finite(metrics).values()]
-        table.add_row(str(at), *cells)
-    console.print(table)
-    return summary
 
 
 class Training(NamedTuple):

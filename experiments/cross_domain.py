@@ -465,6 +465,14 @@ def summary(
     }
 
 
+def cell_text(cell: dict) -> str:
+    """The accuracy of one method on one data set in %, or why there is none."""
+    if (accuracy := cell.get("accuracy")) is None:
+        return cell["not_tested"]
+    text = runs.format_mean(accuracy["mean"][0], accuracy["ci95"][0], digits=1, scale=100)
+    return text + (f" ({accuracy['num_nonfinite'][0]} not finite)" if "num_nonfinite" in accuracy else "")
+
+
 def show(results: dict) -> None:
     """Prints a row for each method: the accuracy on each data set in %, and the average rank."""
     protocol, names = results["protocol"], list(results["data_sets"])
@@ -475,16 +483,7 @@ def show(results: dict) -> None:
     for header in ("method", *names, "average rank"):
         table.add_column(header, justify="left" if header == "method" else "right")
     for record in results["methods"]:
-        cells = []
-        for name in names:
-            cell = record["data_sets"][name]
-            accuracy = cell.get("accuracy")
-            cells.append(
-                cell["not_tested"]
-                if accuracy is None
-                else runs.format_mean(accuracy["mean"][0], accuracy["ci95"][0], digits=1, scale=100)
-                + (f" ({accuracy['num_nonfinite'][0]} not finite)" if "num_nonfinite" in accuracy else "")
-            )
+        cells = [cell_text(record["data_sets"][name]) for name in names]
         rank = "–" if record["average_rank"] is None else f"{record['average_rank']:.2f}"
         table.add_row(record["label"] + "*" * (record["label"] in is_starred), *cells, rank)
     console.print(table)

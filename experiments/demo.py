@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from experiments import figures, published, sinusoid
+from experiments import figures, published, runs, sinusoid
 from experiments.cli import Precision, main
 from experiments.runs import console, format_mean
 
@@ -33,7 +33,7 @@ class Config:
 def run(config: Config) -> dict[str, dict]:
     """Trains or resumes both, prints the table and draws the figures; returns the results by algorithm."""
     start = time.perf_counter()
-    results, curves, run_dirs = {}, {}, {}
+    results, curves, logs = {}, {}, {}
     for algorithm in ("maml", "pretrained"):
         console.print(f"[bold]{figures.title(algorithm)}[/]: {config.num_meta_steps} meta-steps")
         run_config = dataclasses.replace(
@@ -46,11 +46,11 @@ def run(config: Config) -> dict[str, dict]:
         results[algorithm], params = sinusoid.train_and_test(run_config)
         inner_lr = results[algorithm]["evaluations"][0]["inner_lr"]
         curves[algorithm] = sinusoid.predictions(run_config, params, inner_lr)
-        run_dirs[algorithm] = [run_config.run_dir]
+        logs[algorithm] = [runs.curve(run_config.run_dir)]
     drawn = {
         "predictions.png": (figures.predictions, curves),
         "inner_steps.png": (figures.inner_curves, {name: result["evaluations"] for name, result in results.items()}),
-        "learning_curve.png": (figures.learning_curves, run_dirs),
+        "learning_curve.png": (figures.learning_curves, logs),
     }
     for name, (draw, content) in drawn.items():
         draw(config.run_dir / "figures" / name, content)

@@ -23,7 +23,7 @@ from rich.table import Table
 from scipy import ndimage
 from scipy.special import stdtrit
 
-from experiments import common, figures, runs
+from experiments import common, figures, runs, seeds
 from experiments.cli import RunConfig, flag, main, methods, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
@@ -274,7 +274,7 @@ def run(config: Config) -> dict:
     """
     config = with_paper_defaults(config)
     if config.seeds > 1:
-        return common.run_seeds(run, training_of, config)
+        return seeds.run_seeds(run, training_of, config)
     examples = READERS[config.data](config)
     training, validation = training_of(config, examples), joined(examples.val)
 
@@ -302,7 +302,9 @@ def run(config: Config) -> dict:
         }
         results = runs.finish(run_dir, "domains", config, trained, protocol, lambda: test(trained.params))
         if jax.process_index() == 0:
-            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [run_dir]})
+            figures.learning_curves(
+                run_dir / "figures" / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]}
+            )
     show(results)
     return results
 

@@ -1,6 +1,5 @@
 """Figures of the experiments."""
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -154,19 +153,14 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
     save(figure, file)
 
 
-def learning_curves(file: Path, run_dirs: dict[str, Sequence[Path]]) -> None:
+def learning_curves(file: Path, logs: dict[str, Sequence[Sequence[dict]]]) -> None:
     """The training objective against meta-steps, and validation where there was one.
 
     Args:
       file: the PNG to write.
-      run_dirs: by label, directories that hold `metrics.jsonl`, one for each seed. Of several seeds the mean and its
-        95 % interval are drawn.
+      logs: by label the records of each seed, from `experiments.runs.curve`. Of several seeds the mean and its 95 %
+        interval are drawn.
     """
-
-    def records_of(run_dir: Path) -> list[dict]:
-        return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-
-    logs = {label: [records_of(run_dir) for run_dir in seeds] for label, seeds in run_dirs.items()}
     names = ["loss"] + ["val"] * any("val" in record for seeds in logs.values() for record in seeds[0])
     figure, row = plt.subplots(1, len(names), figsize=(6 * len(names), 3.6), squeeze=False, layout="constrained")
     for axes, name in zip(row[0], names, strict=True):

@@ -483,7 +483,9 @@ def run(config: Config) -> dict[str, Any]:
             lambda: compare(config, learner, trained.params, sum(trained.seconds.values()), digits),
         )
         if jax.process_index() == 0:
-            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [run_dir]})
+            figures.learning_curves(
+                run_dir / "figures" / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]}
+            )
             figures.schedules(run_dir / "figures" / "schedules.png", results["methods"])
             figures.memory(run_dir / "figures" / "memory.png", results["memory"])
     show(results)

@@ -4,6 +4,7 @@ With --add it first takes in the results of finished runs, each under a name of 
 """
 
 import dataclasses
+import math
 import re
 import statistics
 from collections import defaultdict
@@ -12,7 +13,18 @@ from pathlib import Path
 
 import tyro
 
-from experiments import cli, domains, figures, hyperparameters, images, omniglot, published, runs, sinusoid
+from experiments import (
+    cli,
+    cross_domain,
+    domains,
+    figures,
+    hyperparameters,
+    images,
+    omniglot,
+    published,
+    runs,
+    sinusoid,
+)
 from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
@@ -36,8 +48,12 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       ValueError: if other results have that name.
     """
     results = runs.finite(runs.read_json(run_dir / "results.json"))
-    flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith("--seed")]
-    name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
+    if results["experiment"] == "cross_domain":
+        ways = "-".join(map(str, results["config"]["ways"]))
+        name = f"cross_domain_ways-{ways}_seed-{results['seed']}"
+    else:
+        flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith("--seed")]
+        name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
     file = results_dir / f"{name}.json"
     if file.exists() and runs.read_json(file) != results:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
@@ -274,6 +290,24 @@ def images_table(results: list[dict]) -> str:
     return markdown_table(header, rows)
 
 
+def cross_domain_section(result: dict) -> str:
+    """What learners reach on data sets that they were not trained on, one row each."""
+    names, config = list(result["data_sets"]), result["config"]
+    rows = []
+    for record in sorted(result["methods"], key=lambda record: record.get("average_rank") or math.inf):
+        numbers = [cross_domain.cell_text(record["data_sets"][name]) for name in names]
+        rank = record.get("average_rank")
+        rows.append([record["label"], record["training"], *numbers, "" if rank is None else f"{rank:.2f}"])
+    chance = [f"{100 * result['data_sets'][name]['chance']:.1f}" for name in names]
+    table = markdown_table(["", "trained on", *names, "average rank"], [*rows, ["chance", "", *chance, ""]])
+    return (
+        f"Episodes of {', '.join(map(str, config['ways']))} classes, {config['episodes']} of each data set; "
+        f"{result['protocol']['shot']}. Made by `python -m experiments.cross_domain {' '.join(config['learners'])} "
+        f"--ways {' '.join(map(str, config['ways']))} --heads {' '.join(config['heads'])} --episodes "
+        f"{config['episodes']}`.\n\n{table}"
+    )
+
+
 def instance_table(results: list[dict]) -> str:
     """Accuracy of the learners of sequences on the n-th image of a class."""
     shown = (1, 2, 3, 4, 5, 10)
@@ -358,12 +392,24 @@ def details(results: list[dict]) -> str:
     return "\n\n".join(parts)
 
 
+def seed_curves(results: list[dict]) -> dict[str, list[list[dict]]]:
+    """The learning curves of every command on sinusoids that has several seeds with one, by the name of the method."""
+    logs = {}
+    for group in by_command([result for result in results if result["experiment"] == "sinusoid"]).values():
+        curves = [result["curve"] for result in group if result.get("curve")]
+        if len(curves) > 1:
+            first = group[0]
+            logs[f"{figures.title(first['algorithm'])}, rate {first['config']['inner_lr']:g}"] = curves
+    return logs
+
+
 def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     """Writes the report and its figures, and the tables between the markers of other pages."""
     results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
     of = defaultdict(list)
     for result in results:
         of[result["experiment"]].append(result)
+    curves_of_seeds = seed_curves(results)
     gradient_based = [result for result in of["omniglot"] if not CATALOGUE[result["algorithm"]].classifies]
     sections = {
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
@@ -384,7 +430,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more.\n\n"
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
         "![error against inner steps](figures/sinusoid.png)\n\n"
-        "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
+        + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")
+        + "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
         f"transductive: the queries of an episode are normalised together.\n\n{sections['omniglot']}\n\n"
         "### Fewer meta-steps\n\nThe same recipes with fewer meta-steps. Each method has the meta-batch of its paper, "
         "so equal numbers of meta-steps are not equal numbers of tasks.\n\n"
@@ -404,6 +451,11 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "ImageNet (64 for training, 16 for validation, 20 for the test) at 64x64 pixels. They are not miniImageNet, so "
         "only the order of the methods is comparable with its published numbers, which are those of full trainings. A "
         f"method with one last layer is trained for each shot.\n\n{sections['images']}"
+        "\n\n## Data sets of other kinds\n\nAccuracy in %, with its 95 % interval over the episodes, on data sets "
+        "that the learners were not trained on, but for Omniglot, which has new characters. Episodes are unbalanced: "
+        "Meta-Dataset's protocol in small. Learners that the paired interval cannot tell apart share a rank.\n\n"
+        + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
+        + "\n\n![accuracy on data sets of other kinds](figures/cross_domain.png)"
         "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
         "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
@@ -425,6 +477,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
                 first["evaluations"]
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+    for result in of["cross_domain"]:
+        cross_domain.draw(report.parent / "figures" / "cross_domain.png", result)
+    if curves_of_seeds:
+        figures.learning_curves(report.parent / "figures" / "learning_curves.png", curves_of_seeds)
     for result in of["hyperparameters"]:
         figures.schedules(report.parent / "figures" / "hyperparameters.png", result["methods"])
         figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])

@@ -375,6 +375,7 @@ def finish(
             "config": as_json(config),
             "protocol": {"loss_reduction": "mean", "ensemble": 1} | protocol,
             **tested,
+            "curve": curve(run_dir),
             "execution": trained.execution,
             "seconds": trained.seconds | {"eval": time.perf_counter() - start},
             "meta_steps": config.num_meta_steps,
@@ -385,6 +386,25 @@ def finish(
     )
     write_json(file, results)
     return results
+
+
+def curve(run_dir: Path, num_points: int = 100) -> list[dict[str, float]]:
+    """The learning curve of a run: records with "step", "loss" and, where it was validated, "val".
+
+    Args:
+      run_dir: the directory of the run.
+      num_points: about how many records there are, besides those with a validation.
+    """
+    file = run_dir / "metrics.jsonl"
+    if not file.exists():  # in a process that writes nothing
+        return []
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    every = max(1, round(len(records) / num_points))
+    return [
+        {name: record[name] for name in ("step", "loss", "val") if name in record}
+        for number, record in enumerate(records, 1)
+        if number % every == 0 or "val" in record
+    ]
 
 
 def versions() -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 from flax import linen as nn
 from rich.table import Table
 
-from experiments import common, figures, published, runs
+from experiments import common, figures, published, runs, seeds
 from experiments.cli import RunConfig, flag, main, methods, with_defaults
 from experiments.common import Training
 from experiments.runs import console, replace_known, stored_config
@@ -200,7 +200,7 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
         if jax.process_index() == 0:
             drawn = run_dir / "figures"
             figures.inner_curves(drawn / "inner_steps.png", {config.algorithm: results["evaluations"]})
-            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [run_dir]})
+            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]})
             if config.algorithm != "oracle":
                 curves = predictions(config, trained.params, results["evaluations"][0]["inner_lr"])
                 figures.predictions(drawn / "predictions.png", {config.algorithm: curves})
@@ -263,7 +263,7 @@ def show(results: dict) -> None:
 def run(config: Config) -> dict:
     """Runs the experiment and prints its table; returns the content of results.json, or of seeds.json."""
     if config.seeds > 1:
-        return common.run_seeds(run, training_of, with_paper_defaults(config))
+        return seeds.run_seeds(run, training_of, with_paper_defaults(config))
     results, _ = train_and_test(config)
     show(results)
     return results

@@ -17,6 +17,20 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
+SLOW_FILES = (
+    "test_distributed", "test_omniglot", "test_report", "test_kill", "test_images", "test_tutorials",
+    "test_accelerator", "test_benchmarks", "test_conformance", "test_compare", "test_show", "test_docs", "test_seeds",
+    "test_cross_domain", "test_streaming", "test_playground",
+)  # fmt: skip
+"""Files that take long. They come first, so that no worker starts one when the others have nothing left to do."""
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the tests of `SLOW_FILES` first, and leaves the order otherwise."""
+    places = {name: place for place, name in enumerate(SLOW_FILES)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture
 def x64():
     """Float64 for the length of a test."""

@@ -133,12 +133,14 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monk
     assert len(results["metrics"]["accuracy"]["mean"]) == 1 + 5 + 5
     assert len(results["evaluations"]) == 2
     # Four rotations of 15 characters; each drawing is a vector of unit length.
-    (data,) = classification.make_sampler(omniglot.DATA, omniglot.with_paper_defaults(config), "train", 2, 1).args
-    assert len(data.counts) == 60
-    np.testing.assert_allclose(np.linalg.norm(data.examples, axis=1), 1.0, rtol=1e-4)
+    ((examples, table),) = classification.make_sampler(
+        omniglot.DATA, omniglot.with_paper_defaults(config), "train", 2, 1
+    ).args
+    assert len(table.counts) == 60
+    np.testing.assert_allclose(np.linalg.norm(examples, axis=1), 1.0, rtol=1e-4)
     learner, params = omniglot.load(tmp_path / "leo")
-    support = Batch(data.examples[:2], np.arange(2))
-    assert learner.predict(learner.adapt(params, support)[0], data.examples[:5]).shape == (5, 2)
+    support = Batch(examples[:2], np.arange(2))
+    assert learner.predict(learner.adapt(params, support)[0], examples[:5]).shape == (5, 2)
     with pytest.raises(runs.RunError, match=r"there is no run in nowhere; make it with `python -m experiments\.omni"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=Path("nowhere")))
     with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):
@@ -279,7 +281,7 @@ def test_validation_and_test_have_classes_and_keys_of_their_own(drawings, tmp_pa
     seen = []
 
     def record(learner, params, sample_episode, key, **kwargs):
-        seen.append((len(sample_episode.args[0].counts), key))
+        seen.append((len(sample_episode.args[0][1].counts), key))
         return evaluate(learner, params, sample_episode, key, **kwargs)
 
     monkeypatch.setattr(classification, "evaluate", record)

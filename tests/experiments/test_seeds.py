@@ -18,6 +18,7 @@ TINY = {
     "log_every": 2,
     "eval_episodes": 4,
     "eval_shots": (5,),
+    "eval_inner_steps": 1,
     "seed": 3,
 }
 
