@@ -423,6 +423,23 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "domains": domain_table(of["domains"]),
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
+    photographs = other_kinds = ""
+    if of["images"]:
+        photographs = (
+            "\n\n## Photographs\n\n5-way accuracy in %, with its 95 % interval over the test episodes, on 100 classes "
+            "of ImageNet (64 for training, 16 for validation, 20 for the test) at 64x64 pixels. They are not "
+            "miniImageNet, so only the order of the methods is comparable with its published numbers, which are those "
+            f"of full trainings. A method with one last layer is trained for each shot.\n\n{sections['images']}"
+        )
+    if of["cross_domain"]:
+        other_kinds = (
+            "\n\n## Data sets of other kinds\n\nAccuracy in %, with its 95 % interval over the episodes, on data sets "
+            "that the learners were not trained on, but for Omniglot, which has new characters. Episodes are "
+            "unbalanced: Meta-Dataset's protocol in small. Learners that the paired interval cannot tell apart share a "
+            "rank.\n\n"
+            + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
+            + "\n\n![accuracy on data sets of other kinds](figures/cross_domain.png)"
+        )
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
@@ -447,16 +464,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "### Sequences\n\nAccuracy in % on the 1st, 2nd, ... image of a class in a sequence of 50 images of 5 classes. "
         "The label of an image is shown with the next one, so the first image of a class can only be guessed. The "
         f"published 1-shot and 5-shot numbers of MANN are the second and the fifth.\n\n{sections['omniglot-instances']}"
-        "\n\n## Photographs\n\n5-way accuracy in %, with its 95 % interval over the test episodes, on 100 classes of "
-        "ImageNet (64 for training, 16 for validation, 20 for the test) at 64x64 pixels. They are not miniImageNet, so "
-        "only the order of the methods is comparable with its published numbers, which are those of full trainings. A "
-        f"method with one last layer is trained for each shot.\n\n{sections['images']}"
-        "\n\n## Data sets of other kinds\n\nAccuracy in %, with its 95 % interval over the episodes, on data sets "
-        "that the learners were not trained on, but for Omniglot, which has new characters. Episodes are unbalanced: "
-        "Meta-Dataset's protocol in small. Learners that the paired interval cannot tell apart share a rank.\n\n"
-        + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
-        + "\n\n![accuracy on data sets of other kinds](figures/cross_domain.png)"
-        "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
+        + photographs
+        + other_kinds
+        + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
         "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
         f"{sections['domains']}\n\n"
