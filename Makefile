@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# One more than there are cores, because some tests wait for processes of their own.
+WORKERS = $(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)) + 1)")
 
 .PHONY: demo test lint docs bench install playground
 install: $(STAMP)
@@ -18,7 +20,7 @@ playground: $(STAMP)
 	$(BIN)/python -m experiments.playground
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -466,8 +466,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"published 1-shot and 5-shot numbers of MANN are the second and the fifth.\n\n{sections['omniglot-instances']}"
         + photographs
         + other_kinds
-        + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest and "
-        "largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
+        + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
+        "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
         f"{sections['domains']}\n\n"
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
