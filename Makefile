@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 # One more than there are cores, because some tests wait for processes of their own.
-WORKERS = $(shell $(BIN)/python -c "import os; print(len(os.sched_getaffinity(0)) + 1)")
+WORKERS = $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)")
 
 .PHONY: demo test lint docs bench install playground
 install: $(STAMP)
