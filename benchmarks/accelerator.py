@@ -18,7 +18,6 @@ This command itself needs what the library needs, and none of the packages of th
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -28,7 +27,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +38,8 @@ import optax
 from jax import lax
 
 from benchmarks import common
-from experiments.common import matmul_algorithm
+from benchmarks.advice import STAGES, advice
+from benchmarks.budget import NO_TIME, Bench, Clock, Program, Stopped, deviation
 from experiments.published import OMNIGLOT as PUBLISHED
 from experiments.runs import device_name
 from maml_jax import (
@@ -55,20 +55,13 @@ from maml_jax import (
     maml,
     models,
 )
-from maml_jax.meta_gradient import ACCELERATOR_MEMORY_SHARE, _num_bytes, _result_bytes, default_chunk_size
+from maml_jax.meta_gradient import default_chunk_size, forward_bytes
 from maml_jax.models.layers import conv_lax, conv_matmul
 from maml_jax.tasks import few_shot, omniglot
-from maml_jax.types import ArrayTree, Episode
+from maml_jax.types import Episode
 
 PARTS = {"sweep": 5, "peers": 2, "training": 4}
 """The parts, in their order, with their shares of the minutes."""
-STAGES = ("convolution", "chunk size", "precision")
-"""What the sweep varies, one after the other. Each stage starts from the fastest of the stages before."""
-NOISE = 1.02
-"""A gain of at most this factor is none."""
-NO_TIME = "no time"
-FIT = 0.9
-"""The share of a device's memory that one program may take."""
 MAKE_DATA = "python -m maml_jax.tasks.omniglot_builder --npz FILE"
 
 
@@ -143,192 +136,6 @@ class Case:
         return self.convolution + (f", chunk {self.chunk_size}" if self.chunk_size != reference.chunk_size else "")
 
 
-class Stopped(Exception):
-    """A signal asked the program to stop."""
-
-
-class Clock:
-    """The minutes that are left, and whether a signal came.
-
-    Attributes:
-      seconds: all of them.
-      signal: the number of the signal, or None.
-    """
-
-    def __init__(self, seconds: float):
-        self.seconds, self.signal, self._start = seconds, None, time.perf_counter()
-
-    def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self._start
-
-    def left(self, share: float = 1.0) -> float:
-        """Seconds until this share of the minutes has passed; negative afterwards."""
-        return share * self.seconds - self.elapsed()
-
-    def check(self) -> None:
-        """Raises Stopped after a signal."""
-        if self.signal is not None:
-            raise Stopped
-
-    def say(self, text: str) -> None:
-        """Prints a line with the time."""
-        print(f"[{self.elapsed():4.0f} s] {text}", flush=True)
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Notes SIGTERM and SIGINT. A second signal interrupts at once."""
-
-        def note(number: int, frame: Any) -> None:
-            if self.signal is not None:
-                raise KeyboardInterrupt
-            self.signal = number
-
-        handlers = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-
-
-class Program(NamedTuple):
-    """A compiled meta-step that was called once.
-
-    Attributes:
-      call: takes the next meta-step.
-      compile_seconds: seconds of compilation.
-      first_seconds: seconds of the first call.
-      peak_bytes: see the function of this name.
-      gradient: the meta-gradient of the first step, up to a factor that is the same for all programs.
-    """
-
-    call: Callable[[], Any]
-    compile_seconds: float
-    first_seconds: float
-    peak_bytes: int
-    gradient: ArrayTree
-
-
-class Bench:
-    """Compiles and times programs as far as the time allows, and keeps what it compiled.
-
-    Attributes:
-      config: the command line.
-      clock: its minutes.
-      programs: the compiled programs.
-      missing: what was left out or failed, each with its "what" and "reason".
-    """
-
-    def __init__(self, config: Config, clock: Clock):
-        self.config, self.clock = config, clock
-        self.programs: dict[Hashable, Program] = {}
-        self.missing: list[dict[str, str]] = []
-        self._failed: set[Hashable] = set()
-
-    def expected_seconds(self) -> float:
-        """What one more program is expected to take until its first call is done; 0 before there is any."""
-        made = self.programs.values()
-        if not made:
-            return 0.0
-        return max(each.compile_seconds for each in made) + statistics.median(each.first_seconds for each in made)
-
-    def leave_out(self, what: str, reason: str) -> None:
-        """Notes and prints what is not measured."""
-        self.missing.append({"what": what, "reason": reason})
-        self.clock.say(f"{what}: {reason}")
-
-    def fits(self, what: str, share: float, seconds: float | None = None) -> bool:
-        """Whether something is expected to end before this share of the minutes has passed. If not, it is noted."""
-        self.clock.check()
-        seconds, left = self.expected_seconds() if seconds is None else seconds, self.clock.left(share)
-        if left > seconds:
-            return True
-        self.clock.say(f"{what}: it takes about {seconds:.1f} s, and {max(0, left):.1f} s are left for this part")
-        self.missing.append({"what": what, "reason": NO_TIME})
-        return False
-
-    def program(self, key: Hashable, what: str, share: float, make: Callable[[], tuple]) -> Program | None:
-        """Compiles a meta-step and calls it once, unless it was before.
-
-        Args:
-          key: by which it is kept.
-          what: its description.
-          share: of the minutes, after which it is left out.
-          make: `() -> (jitted, state, episodes, precision)`.
-
-        Returns:
-          The program, or None if it was left out or failed.
-        """
-        if key in self.programs or key in self._failed or not self.fits(what, share):
-            return self.programs.get(key)
-        try:
-            jitted, state, episodes, precision = make()
-            with jax.default_matmul_precision(matmul_algorithm(precision)):
-                compiled, compile_seconds = common.compile_of(jitted, state, episodes)
-            if self.clock.left() <= 0:
-                self.leave_out(what, NO_TIME)
-                return None
-            self.clock.check()
-            call = common.stepping(compiled, state, episodes)
-            start = time.perf_counter()
-            after, _ = jax.block_until_ready(call())
-            first_seconds = time.perf_counter() - start
-        except Stopped:
-            raise
-        except Exception as error:  # out of memory, an unknown algorithm: what compilers and devices raise has no class
-            self._failed.add(key)
-            self.leave_out(what, f"failed, {type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}")
-            return None
-        gradient = jax.device_get(optax.tree.get(after.opt_state, "mu"))
-        made = Program(call, compile_seconds, first_seconds, peak_bytes(compiled), gradient)
-        self.programs[key] = made
-        self.clock.say(f"{what}: compiled in {compile_seconds:.1f} s, first call {1e3 * first_seconds:.4g} ms")
-        return made
-
-    def seconds_of(self, programs: dict[str, Program], share: float) -> dict[str, list[float]]:
-        """Seconds of a meta-step of each program, one number per round.
-
-        Programs run in rounds, each in a burst of calls that is waited for once. A program that takes more than a
-        quarter of `max_seconds`, or for which no time is left, has one number: that of its latest single call.
-        """
-        single = {name: program.first_seconds for name, program in programs.items()}
-        bursts: dict[str, int] = {}
-        for name, program in programs.items():
-            if max(single[name], 1e-9) < self.config.max_seconds / 4 and self.clock.left(share) > 2 * single[name]:
-                self.clock.check()
-                single[name] = common.seconds_of(program.call)
-                bursts[name] = max(1, min(100, round(0.05 / max(single[name], 1e-9))))
-        seconds: dict[str, list[float]] = {name: [] for name in programs}
-        start = time.perf_counter()
-        for _, (name, calls) in itertools.product(range(self.config.max_repetitions), bursts.items()):
-            self.clock.check()
-            spent = time.perf_counter() - start
-            if spent > self.config.max_seconds or self.clock.left(share) < calls * single[name]:
-                break
-            seconds[name].append(common.seconds_of(functools.partial(_burst, programs[name].call, calls)) / calls)
-        return {name: found or [single[name]] for name, found in seconds.items()}
-
-
-def _burst(call: Callable[[], Any], calls: int) -> Any:
-    for _ in range(calls - 1):
-        call()
-    return call()
-
-
-def peak_bytes(compiled: Any) -> int:
-    """The memory that one call occupies, arguments and results included; assigned by the compiler."""
-    found = compiled.memory_analysis()
-    total = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    return total - found.alias_size_in_bytes
-
-
-def deviation(gradient: ArrayTree, reference: ArrayTree) -> float:
-    """The largest difference between two meta-gradients, relative to the largest number of the second."""
-    pairs = list(zip(jax.tree.leaves(gradient), jax.tree.leaves(reference), strict=True))
-    return float(max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs))
-
-
 # The sweep
 
 
@@ -392,12 +199,10 @@ def default_case(workload: Workload, convolution: str = DEFAULT_CONVOLUTION) -> 
     return Case(workload, convolution, default_chunk_size(learner_of(workload, convolution), state.params, episodes))
 
 
-def forward_bytes(case: Case) -> int:
+def task_bytes(case: Case) -> int:
     """What `default_chunk_size` counts for one task: its data and all results of its forward pass."""
     _, state, episodes = start_of(case.workload)
-    episode = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), episodes)
-    jaxpr = jax.make_jaxpr(learner_of(case.workload, case.convolution).objective)(state.params, episode).jaxpr
-    return sum(map(_num_bytes, jax.tree.leaves(episode))) + sum(_result_bytes(jaxpr))
+    return sum(forward_bytes(learner_of(case.workload, case.convolution), state.params, episodes))
 
 
 def cases_of(stage: str, best: Case) -> list[Case]:
@@ -484,86 +289,10 @@ def memory_of(case: Case, program: Program, best_chunk: int) -> dict[str, Any]:
         "workload": case.workload.title,
         "tasks": case.workload.tasks,
         "best_chunk": best_chunk,
-        "forward_bytes": forward_bytes(case),
+        "forward_bytes": task_bytes(case),
         "peak_bytes": program.peak_bytes / case.chunk_size,
         "bytes_limit": (jax.devices()[0].memory_stats() or {}).get("bytes_limit"),
         "backend": jax.default_backend(),
-    }
-
-
-# What to change
-
-WHERE = {
-    "convolution": "conv_fn in maml_jax/models/layers.py and conv4.py",
-    "chunk size": "default_chunk_size in maml_jax/meta_gradient.py",
-    "precision": "--precision of the experiments",
-}
-
-
-def advice(content: dict[str, Any]) -> list[dict[str, str]]:
-    """What the sweep says about each default: "setting", "workload", "now", "best" and "advice"."""
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for row in content["rows"]:
-        groups.setdefault((row["stage"], row["workload"]), []).append(row)
-    found = [
-        {"setting": stage, "workload": workload, **judge(stage, rows)}
-        for stage in STAGES
-        for (of_stage, workload), rows in groups.items()
-        if of_stage == stage
-    ]
-    return found + [judge_share(memory) for memory in content["memory"]]
-
-
-def judge(stage: str, rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Whether one comparison speaks for another value than that of its first row."""
-    reference, best = rows[0], min(rows, key=lambda row: row["seconds"].median)
-    now, name, factors = reference["value"], best["value"], best["times_reference"]
-    gain, least, most = 1 / factors.median, 1 / factors.upper, 1 / factors.lower
-    faster = f"{gain:.2f} times faster ({least:.2f}-{most:.2f})"
-    if len(rows) == 1:
-        text = "not decided: there was no time for an alternative"
-    elif best is reference:
-        text = f"keep {now}: the fastest of {len(rows)}"
-    elif stage == "precision" and best["deviation"] == 0:
-        text = f"keep {now}: {name} computes the same on this device"
-    elif gain <= NOISE:
-        text = f"keep {now}: within {NOISE - 1:.0%} of the best"
-    elif best["seconds"].repetitions < 3 or reference["seconds"].repetitions < 3:
-        text = f"not decided: {name} looks {gain:.2f} times faster, after too few repetitions; give more --minutes"
-    elif least <= NOISE:
-        text = f"keep {now}: {name} is not clearly faster, {gain:.2f} times ({least:.2f}-{most:.2f})"
-    elif stage == "precision":
-        text = f"a choice: {name} is {faster}, and its meta-gradient deviates by {best['deviation']:.0e}"
-    else:
-        text = f"set it to {name}: {faster}; {WHERE[stage]}"
-    return {"now": now, "best": name, "advice": text}
-
-
-def judge_share(memory: dict[str, Any]) -> dict[str, str]:
-    """Whether `ACCELERATOR_MEMORY_SHARE` allows the fastest chunk, and whether the chunks that it allows fit."""
-    share, limit = ACCELERATOR_MEMORY_SHARE, memory["bytes_limit"]
-    fitting = min(1.0, math.floor(100 * FIT * memory["forward_bytes"] / memory["peak_bytes"]) / 100)
-    if memory["backend"] == "cpu":
-        best, text = "", "not used on a CPU"
-    elif limit is None:
-        best, text = "", "not used: this device does not report its memory"
-    else:
-        needed = math.ceil(100 * memory["best_chunk"] * memory["forward_bytes"] / limit) / 100
-        allowed = int(share * limit / memory["forward_bytes"])
-        best = f"{needed:.2g} to {fitting:.2g}"
-        if share > fitting:
-            taken = share * memory["peak_bytes"] / memory["forward_bytes"]
-            text = f"set it to {fitting:.2g}: with {share:g} a chunk may take {taken:.0%} of the memory"
-        elif share < needed <= fitting:
-            text = f"set it to {needed:.2g}: {share:g} allows {allowed} tasks, {memory['best_chunk']} are the fastest"
-        else:
-            text = f"keep {share:g}: it allows {allowed} tasks, the fastest chunk has {memory['best_chunk']}"
-    return {
-        "setting": "ACCELERATOR_MEMORY_SHARE",
-        "workload": memory["workload"],
-        "now": f"{share:g}",
-        "best": best,
-        "advice": text,
     }
 
 

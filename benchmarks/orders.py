@@ -34,9 +34,8 @@ from maml_jax import (
 )
 from maml_jax.cost import Cost, cost_of
 from maml_jax.meta_gradient import meta_gradient
-from maml_jax.outer import task_keys
 from maml_jax.tasks import few_shot, omniglot, sinusoid
-from maml_jax.types import ArrayTree, Episode, LossFn, MetaState, SampleEpisodeFn, check_integer
+from maml_jax.types import ArrayTree, Episode, LossFn, MetaState, SampleEpisodeFn, check_integer, task_keys
 
 ORDERS = {"second order": mixed_mode, "first order": first_order}
 

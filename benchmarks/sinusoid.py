@@ -28,8 +28,8 @@ from maml_jax import (
     models,
 )
 from maml_jax.cost import count_flops
-from maml_jax.outer import task_keys
 from maml_jax.tasks import sinusoid
+from maml_jax.types import task_keys
 
 OURS, SAMPLING = "one compiled loop", "its sampling alone"
 

@@ -195,7 +195,7 @@ def train_together(
     with contextlib.ExitStack() as stack:
         sinks = [
             (
-                stack.enter_context(metrics_log(member.run_dir / "metrics.jsonl", step)),
+                stack.enter_context(metrics_log(member.run_dir, step)),
                 stack.enter_context(trackers(member.run_dir, member.config, step)),
             )
             for member in members

@@ -25,12 +25,11 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import bdtr, stdtr, stdtrit
 
-from experiments import classification, common, domains, figures, pictures, runs, sinusoid
+from experiments import classification, domains, figures, pictures, runs, sinusoid
 from experiments.classification import DataSet
 from experiments.cli import Precision, main
 from experiments.runs import RunError, console, format_mean
-from maml_jax import CATALOGUE, checkpoint, evaluate, losses
-from maml_jax.tasks import few_shot
+from maml_jax import checkpoint, evaluate, losses
 from maml_jax.types import MetaLearner, SampleEpisodeFn, check_integer
 
 LEVEL = 0.05
@@ -265,13 +264,10 @@ def tests(run: Run) -> list[Test]:
 
 def image_sampler(run: Run) -> SampleEpisodeFn:
     """The test episodes of a run as images, whatever its network sees of them."""
-    data, config = run.data, run.config
-    turned = data.turned(config, "test")
-    if config.network == "features":  # those of drawings that are not turned within an episode
-        turned = {"rotated_classes": turned.get("rotated_classes", False)}
-    return few_shot.make_sampler(
-        data.examples(config, "test"), way=config.way, shot=config.shot, query_shot=config.query_shot, **turned
-    )
+    config = run.config
+    if config.network == "features":  # those of images that are not turned within an episode
+        config = runs.replace_known(config, network="conv4", pretrained_run=None, rotations=False)
+    return classification.make_sampler(run.data, config, "test", config.way, config.shot)
 
 
 def fingerprint(sampler: SampleEpisodeFn) -> str:
@@ -286,17 +282,9 @@ def classification_test(run: Run) -> Test:
 
     def score(num_episodes: int, seed: int) -> np.ndarray:
         learner, params, _ = runs.load(run.run_dir)
-        found = evaluate(
-            learner,
-            params,
-            classification.make_sampler(data, config, "test", config.way, config.shot),
-            runs.streams(seed).test,
-            metric_fn=losses.accuracy,
-            num_episodes=num_episodes,
-            mesh=common.mesh_for(num_episodes),
-            one_query_at_a_time=config.inductive,
-            stochastic=CATALOGUE[config.algorithm].classifies,
-        )
+        sampler = classification.make_sampler(data, config, "test", config.way, config.shot)
+        settings = dataclasses.replace(config, eval_episodes=num_episodes)
+        found = classification.score(settings, learner, params, sampler, runs.streams(seed).test)
         return np.asarray(found.per_episode)
 
     is_transductive = classification.normalisation(config) == "transductive"
@@ -403,15 +391,6 @@ def matches(a: Sequence[Test], b: Sequence[Test]) -> list[tuple[int, int, dict[s
     return [match for match in closest if not match[2]] or closest[:1]
 
 
-def progress(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; a line that is just being written is left out."""
-    file, records = run_dir / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.is_file() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
-    return records
-
-
 def run(config: Config) -> dict[str, Any]:
     """Compares, prints, and returns what `--json` prints."""
     with _messages_to_stderr(config.json):
@@ -488,7 +467,7 @@ def compare(config: Config) -> dict[str, Any]:
                 "metric": of_runs[name][index].metric.name,
                 "episodes": len(values),
                 "counted": of_runs[name][index].counted,
-                **mean_and_interval(values),
+                **runs.mean_and_interval(values),
                 "per_episode": values[:, -1].tolist(),
             }
             for (name, index), values in sorted(found.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))
@@ -497,17 +476,9 @@ def compare(config: Config) -> dict[str, Any]:
         "figure": None if config.figure is None else str(config.figure),
     }
     if config.figure is not None:
-        curves = {f"{run.name} ({figures.title(run.config.algorithm)})": progress(run.run_dir) for run in opened}
-        pictures.learning_curves(config.figure, curves)
+        logs = {f"{run.name} ({figures.title(run.config.algorithm)})": [runs.read_log(run.run_dir)] for run in opened}
+        figures.learning_curves(config.figure, logs)
     return runs.finite(compared)
-
-
-def mean_and_interval(scores: np.ndarray) -> dict[str, list[float]]:
-    """The mean and half-width of its 95 % interval over episodes [E, K+1], lists of K+1 numbers."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        values = np.asarray(scores, np.float64)
-        error = values.std(0, ddof=1) / np.sqrt(len(values))
-        return {"mean": values.mean(0).tolist(), "ci95": (stdtrit(len(values) - 1, 0.975) * error).tolist()}
 
 
 def difference(a: np.ndarray, b: np.ndarray, metric: Metric) -> dict[str, Any]:
@@ -578,7 +549,7 @@ def number(value: float) -> str:
 
 def describe(run: Run, of_run: Sequence[Test]) -> dict[str, Any]:
     """One run as a record: where it stands, and what it has reported."""
-    records = progress(run.run_dir)
+    records = runs.read_log(run.run_dir)
     return {
         "name": run.name,
         "run_dir": str(run.run_dir),

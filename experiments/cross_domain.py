@@ -353,9 +353,7 @@ def as_metric(accuracies: np.ndarray) -> dict[str, Any]:
 
     An episode whose outputs are not finite counts as 0, because nothing in it is classified, and is counted.
     """
-    values = np.nan_to_num(accuracies, nan=0.0)
-    error = values.std(ddof=1) / np.sqrt(len(values))
-    content = {"mean": [float(values.mean())], "ci95": [float(stdtrit(len(values) - 1, 0.975) * error)]}
+    content = runs.mean_and_interval(np.nan_to_num(accuracies, nan=0.0))
     bad = int(np.isnan(accuracies).sum())
     return content | ({"num_nonfinite": [bad]} if bad else {})
 

@@ -21,7 +21,6 @@ import numpy as np
 import tyro
 from rich.table import Table
 from scipy import ndimage
-from scipy.special import stdtrit
 
 from experiments import common, figures, runs, seeds
 from experiments.cli import RunConfig, flag, main, methods, with_defaults
@@ -236,16 +235,6 @@ def is_right(learner: MetaLearner, params: ArrayTree, examples: Batch) -> jax.Ar
     return jax.lax.map(of_one, examples, batch_size=100)
 
 
-def as_metric(is_right: np.ndarray) -> dict[str, list[float]]:
-    """Mean and 95 % interval over examples, by Student's t, as lists of one number.
-
-    Args:
-      is_right: [n], 1 for every example that was classified correctly, else 0.
-    """
-    error = np.std(is_right, ddof=1) / np.sqrt(len(is_right))
-    return {"mean": [float(np.mean(is_right))], "ci95": [float(stdtrit(len(is_right) - 1, 0.975) * error)]}
-
-
 def score(learner: MetaLearner, params: ArrayTree, batch: Batch) -> np.ndarray:
     """[n], 1 for every example that is classified correctly, else 0."""
     return np.asarray(is_right(learner, jax.tree.map(np.asarray, params), batch), np.float64)
@@ -280,8 +269,8 @@ def run(config: Config) -> dict:
 
     def test(params: ArrayTree) -> dict:
         return {
-            "metrics": {"accuracy": as_metric(score(training.learner, params, examples.test))},
-            "source_validation": {"accuracy": as_metric(score(training.learner, params, validation))},
+            "metrics": {"accuracy": runs.mean_and_interval(score(training.learner, params, examples.test))},
+            "source_validation": {"accuracy": runs.mean_and_interval(score(training.learner, params, validation))},
         }
 
     with runs.open_run(config.run_dir, config) as run_dir:

@@ -1,19 +1,22 @@
 """Figures of the experiments."""
 
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.special import stdtrit
 
+from experiments.runs import mean_and_interval
 from maml_jax import CATALOGUE
 
 MARKERS = "osD^v<>pP*X"
+DASHES = ("-", "--", ":", "-.")
 
 
 def title(algorithm: str) -> str:
@@ -153,35 +156,46 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
     save(figure, file)
 
 
-def learning_curves(file: Path, logs: dict[str, Sequence[Sequence[dict]]]) -> None:
-    """The training objective against meta-steps, and validation where there was one.
+def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
+    """The training objective against meta-steps, and the validation score beside it if there is one.
 
     Args:
-      file: the PNG to write.
-      logs: by label the records of each seed, from `experiments.runs.curve`. Of several seeds the mean and its 95 %
-        interval are drawn.
+      file: the figure to write.
+      logs: by label, the records of metrics.jsonl of each seed. Of several seeds the mean and its 95 % interval are
+        drawn.
     """
-    names = ["loss"] + ["val"] * any("val" in record for seeds in logs.values() for record in seeds[0])
-    figure, row = plt.subplots(1, len(names), figsize=(6 * len(names), 3.6), squeeze=False, layout="constrained")
-    for axes, name in zip(row[0], names, strict=True):
-        for index, (label, seeds) in enumerate(logs.items()):
+    is_validated = any("val" in record for seeds in logs.values() for record in seeds[0])
+    size = (11 if is_validated else 6.5, 4.6)
+    figure, row = plt.subplots(1, 1 + is_validated, figsize=size, squeeze=False, sharex=True, layout="constrained")
+    lines, smallest = {}, math.inf
+    for index, (label, seeds) in enumerate(logs.items()):
+        style = {
+            "color": f"C{index % 10}",
+            "linestyle": DASHES[index % len(DASHES)],
+            "marker": MARKERS[index % len(MARKERS)],
+            "markersize": 5,
+        }
+        text = title(label) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+        for axes, name in zip(row[0], ("loss", "val"), strict=False):
             shown = [[(record["step"], record[name]) for record in of_seed if name in record] for of_seed in seeds]
-            if not shown[0]:
-                continue
             steps = [step for step, _ in shown[0]]
-            values = np.array([[np.nan if x is None else x for _, x in of_seed] for of_seed in shown], float)
-            style = {"color": f"C{index}", "linestyle": ("-", "--", ":", "-.")[index % 4]}
-            text = title(label) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
-            axes.plot(
-                steps, values.mean(0), marker=MARKERS[index % len(MARKERS)] * (len(steps) < 20), label=text, **style
-            )
-            if len(seeds) > 1:
-                half = stdtrit(len(seeds) - 1, 0.975) * values.std(0, ddof=1) / np.sqrt(len(seeds))
-                axes.fill_between(steps, values.mean(0) - half, values.mean(0) + half, alpha=0.2, color=f"C{index}")
-        what = {"loss": "training objective", "val": "validation score"}[name]
-        axes.set(xlabel="meta-steps", ylabel=what, yscale="log" if name == "loss" else "linear")
+            values = np.array([[value for _, value in of_seed] for of_seed in shown], float)  # NaN for null
+            (lines[text],) = axes.plot(steps, values.mean(0), markevery=max(1, len(steps) // 12), **style)
+            if len(seeds) > 1 and steps:
+                mean, half = (np.array(part) for part in mean_and_interval(values).values())
+                axes.fill_between(steps, mean - half, mean + half, alpha=0.2, color=style["color"])
+            if name == "loss" and values.size:
+                smallest = min(smallest, np.nanmin(values, initial=math.inf))
+    row[0][0].set_title("training objective; methods may have different ones", fontsize=10)
+    if 0 < smallest < math.inf:
+        row[0][0].set_yscale("log")
+        row[0][0].yaxis.set_major_formatter("{x:g}")
+    if is_validated:
+        row[0][1].set_title("validation score", fontsize=10)
+    for axes in row[0]:
+        axes.set_xlabel("meta-steps")
         axes.grid(alpha=0.3)
-        axes.legend()
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(3, len(lines)), frameon=False)
     save(figure, file)
 
 

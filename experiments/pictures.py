@@ -1,21 +1,19 @@
 """Figures of single runs and of several: learning curves, and what adaptation does. They can be read in grey."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import LogLocator
 
-from experiments.figures import MARKERS, save
+from experiments.figures import save
 
 SUFFIXES = (".png", ".pdf", ".svg")
-DASHES = ("-", "--", ":", "-.")
 MAX_STEPS = 6
 """Inner steps whose predictions stand under one image."""
 MAX_QUERIES = 30
@@ -90,45 +88,6 @@ def step_name(step: int) -> str:
 def class_name(label: int) -> str:
     """A, B, ..., Z, A1, B1, ..."""
     return chr(ord("A") + label % 26) + (str(label // 26) if label >= 26 else "")
-
-
-def learning_curves(file: Path, curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """The training objective against meta-steps, and the validation score beside it if there is one.
-
-    Args:
-      file: the figure to write, .png, .pdf or .svg.
-      curves: by label, the records of metrics.jsonl.
-    """
-    is_validated = any("val" in record for records in curves.values() for record in records)
-    figure = Figure(figsize=(11 if is_validated else 6.5, 4.6), layout="constrained")
-    row = figure.subplots(1, 1 + is_validated, squeeze=False, sharex=True)[0]
-    lines = {}
-    for index, (label, records) in enumerate(curves.items()):
-        style = {
-            "color": f"C{index % 10}",
-            "linestyle": DASHES[index % len(DASHES)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 5,
-        }
-        for axes, name in zip(row, ("loss", "val"), strict=False):
-            points = [(r["step"], math.nan if r[name] is None else r[name]) for r in records if name in r]
-            x, y = zip(*points, strict=True) if points else ((), ())
-            (lines[label],) = axes.plot(x, y, label=label, markevery=max(1, len(x) // 12), **style)
-    losses = [r["loss"] for records in curves.values() for r in records if r["loss"] is not None]
-    row[0].set_title("training objective; methods may have different ones", fontsize=10)
-    if losses and min(losses) > 0:
-        row[0].set_yscale("log")
-        row[0].yaxis.set_major_formatter("{x:g}")
-        if max(losses) < 1000 * min(losses):
-            row[0].yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-            row[0].yaxis.set_minor_formatter("{x:g}")
-    if is_validated:
-        row[1].set_title("validation accuracy", fontsize=10)
-    for axes in row:
-        axes.set_xlabel("meta-steps")
-        axes.grid(alpha=0.3)
-    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(3, len(lines)), frameon=False)
-    save(figure, file)
 
 
 def adapting_curve(files: Sequence[Path], task: CurveTask) -> None:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from rich.console import Console
+from scipy.special import stdtrit
 
 from maml_jax import processes
 from maml_jax.types import ArrayTree, Evaluation, MetaLearner
@@ -191,6 +192,30 @@ def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 
     return " ± ".join(format(scale * number, style) for number in (mean, ci95) if number is not None)
 
 
+def mean_and_interval(values: np.ndarray) -> dict[str, list[float]]:
+    """The mean over examples, episodes or seeds, and the half-width of its 95 % interval, by Student's t.
+
+    Args:
+      values: [E] or [E, K+1], E ≥ 2.
+
+    Returns:
+      "mean" and "ci95", lists of one or of K+1 numbers.
+    """
+    values = np.asarray(values, np.float64).reshape(len(values), -1)
+    with np.errstate(invalid="ignore", over="ignore"):
+        error = values.std(0, ddof=1) / math.sqrt(len(values))
+        return {"mean": values.mean(0).tolist(), "ci95": (stdtrit(len(values) - 1, 0.975) * error).tolist()}
+
+
+def read_log(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl, without a line that is just being written; none if there is no file."""
+    file, records = run_dir / "metrics.jsonl", []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
 @contextlib.contextmanager
 def open_run(run_dir: Path, config: Any) -> Iterator[Path]:
     """Claims a run directory for this job and this configuration. Process 0 does it for all processes.
@@ -246,17 +271,13 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def metrics_log(file: Path, step: int) -> Iterator[Callable[[dict], None]]:
-    """Appends records to a `.jsonl` file. Records after `step`, left by an interrupted run, are dropped first."""
+def metrics_log(run_dir: Path, step: int) -> Iterator[Callable[[dict], None]]:
+    """Appends records to metrics.jsonl. Records after `step`, left by an interrupted run, are dropped first."""
     if jax.process_index() > 0:
         yield lambda record: None
         return
-    kept = []
-    if file.exists():
-        for line in file.read_text().splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the line that was being written when it was killed
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
+    file = run_dir / "metrics.jsonl"
+    kept = [json.dumps(record) + "\n" for record in read_log(run_dir) if record["step"] <= step]
     partial = file.with_name(file.name + ".partial")
     partial.write_text("".join(kept))
     os.replace(partial, file)
@@ -395,10 +416,7 @@ def curve(run_dir: Path, num_points: int = 100) -> list[dict[str, float]]:
       run_dir: the directory of the run.
       num_points: about how many records there are, besides those with a validation.
     """
-    file = run_dir / "metrics.jsonl"
-    if not file.exists():  # in a process that writes nothing
-        return []
-    records = [json.loads(line) for line in file.read_text().splitlines()]
+    records = read_log(run_dir)
     every = max(1, round(len(records) / num_points))
     return [
         {name: record[name] for name in ("step", "loss", "val") if name in record}

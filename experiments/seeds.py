@@ -2,18 +2,16 @@
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 from rich.table import Table
-from scipy.special import stdtrit
 
 from experiments import figures
 from experiments.common import Member, Training, train_together
-from experiments.runs import console, curve, finite, format_mean, open_run, write_json
+from experiments.runs import console, curve, finite, format_mean, mean_and_interval, open_run, write_json
 
 
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:
@@ -41,11 +39,11 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             members, trainings[0].learner, trainings[0].sample_episode, num_best=trainings[0].num_best
         )
     results = [run(of_seed) for of_seed in configs]
-    metrics = {}
-    for name in results[0]["metrics"]:
-        curves = np.array([[np.nan if x is None else x for x in result["metrics"][name]["mean"]] for result in results])
-        error = np.std(curves, axis=0, ddof=1) / math.sqrt(len(curves))
-        metrics[name] = {"mean": curves.mean(0).tolist(), "ci95": (stdtrit(len(curves) - 1, 0.975) * error).tolist()}
+    # null, which stands for a number that is not finite, becomes NaN
+    metrics = {
+        name: mean_and_interval(np.array([result["metrics"][name]["mean"] for result in results], float))
+        for name in results[0]["metrics"]
+    }
     execution = together[0].execution
     summary = finite({"seeds": list(seeds), "metrics": metrics, "execution": execution, "results": results})
     write_json(config.run_dir / "seeds.json", summary)

@@ -30,10 +30,7 @@ def default_chunk_size(learner: MetaLearner, params: ArrayTree, episodes: Episod
     Returns:
       A number from 1 to T. The chunks that follow from it are of equal size if possible.
     """
-    num_tasks = count_tasks(episodes)
-    episode = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), episodes)
-    own = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(episode))
-    results = [own, *_result_bytes(jax.make_jaxpr(learner.objective)(params, episode).jaxpr)]
+    num_tasks, results = count_tasks(episodes), forward_bytes(learner, params, episodes)
     if jax.default_backend() == "cpu":
         most = CPU_CHUNK_BYTES // max(results)
     else:
@@ -41,6 +38,19 @@ def default_chunk_size(learner: MetaLearner, params: ArrayTree, episodes: Episod
         most = num_tasks if limit is None else ACCELERATOR_MEMORY_SHARE * limit // sum(results)
     num_chunks = -(-num_tasks // max(1, int(most)))
     return -(-num_tasks // num_chunks)
+
+
+def forward_bytes(learner: MetaLearner, params: ArrayTree, episodes: Episode) -> list[int]:
+    """The bytes of the data of one task, and of every result of its forward pass, in the order of the computation.
+
+    Args:
+      learner: the algorithm.
+      params: meta-parameters θ; arrays or their shapes.
+      episodes: leaves [T, ...]; arrays or their shapes.
+    """
+    episode = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), episodes)
+    own = sum(_num_bytes(leaf) for leaf in jax.tree.leaves(episode))
+    return [own, *_result_bytes(jax.make_jaxpr(learner.objective)(params, episode).jaxpr)]
 
 
 def _result_bytes(jaxpr: Any) -> Iterator[int]:

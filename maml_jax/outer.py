@@ -24,6 +24,7 @@ from maml_jax.types import (
     draw_episode,
     function_and_data,
     learner_at,
+    task_keys,
     with_data,
 )
 
@@ -240,16 +241,6 @@ def pmap_meta_step(
         return mapped(state, jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), episodes))
 
     return step
-
-
-def task_keys(key: PRNGKey, num_tasks: int) -> PRNGKey:
-    """Keys [T] of a meta-batch; the i-th depends on `key` and i only, whatever T is.
-
-    Args:
-      key: the randomness of the meta-batch.
-      num_tasks: T.
-    """
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_tasks))
 
 
 def make_train_loop(

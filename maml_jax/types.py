@@ -324,6 +324,16 @@ def as_floating(info: ArrayTree) -> ArrayTree:
     return jax.tree.map(convert, info)
 
 
+def task_keys(key: PRNGKey, num_tasks: int) -> PRNGKey:
+    """Keys [T] of a meta-batch; the i-th depends on `key` and i only, whatever T is.
+
+    Args:
+      key: the randomness of the meta-batch.
+      num_tasks: T.
+    """
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_tasks))
+
+
 def function_and_data(function: Callable) -> tuple[Callable, tuple]:
     """Splits a `jax.tree_util.Partial` into its function and its data `(args, keywords)`; another function has none.
 

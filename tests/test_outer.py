@@ -24,9 +24,8 @@ from maml_jax import (
     pmap_meta_step,
 )
 from maml_jax.meta_gradient import meta_gradient
-from maml_jax.outer import task_keys
 from maml_jax.tasks import few_shot
-from maml_jax.types import draw_episode
+from maml_jax.types import draw_episode, task_keys
 
 LEARNER = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax.tasks import few_shot
-from maml_jax.types import Episode, MetaState, PRNGKey, SampleEpisodeFn, check_integer
+from maml_jax.types import Episode, MetaState, PRNGKey, SampleEpisodeFn, check_integer, task_keys
 
 _IN_FLIGHT = 2  # meta-steps that were started and not waited for
 
@@ -108,8 +108,7 @@ def make_train_loop(
     @jax.jit
     def draw_all(table: few_shot.ClassTable, key: PRNGKey, first: jax.Array) -> few_shot.Draw:
         def of_step(step):
-            step_key = jax.random.fold_in(key, step)  # the keys of outer.make_train_loop and outer.task_keys
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(step_key, jnp.arange(meta_batch_size))
+            keys = task_keys(jax.random.fold_in(key, step), meta_batch_size)  # those of outer.make_train_loop
             return jax.vmap(lambda key: streamed.draws.draw(table, key))(keys)
 
         return jax.vmap(of_step)(first + jnp.arange(num_steps))

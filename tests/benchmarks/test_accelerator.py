@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from benchmarks import accelerator, common
+from benchmarks import accelerator, budget, common
+from benchmarks.advice import ACCELERATOR_MEMORY_SHARE, judge, judge_share
 from maml_jax import MetaState, make_meta_step
 from maml_jax.models.layers import conv_lax
 from maml_jax.tasks import omniglot
@@ -34,7 +35,7 @@ def clock(monkeypatch):
 
 
 def bench_of(seconds, **settings):
-    return accelerator.Bench(accelerator.Config(**settings), accelerator.Clock(seconds))
+    return budget.Bench(accelerator.Config(**settings), budget.Clock(seconds))
 
 
 # What is compared
@@ -64,7 +65,7 @@ def test_the_plain_meta_step_is_that_of_the_library(x64):
     ours = make_meta_step(accelerator.learner_of(workload, "conv_matmul"), optimizer, donate=False)(state, episodes)
     plain = jax.jit(accelerator.plain_meta_step(workload, optimizer))(state, episodes)
     gradients = [optax.tree.get(found[0].opt_state, "mu") for found in (plain, ours)]
-    assert accelerator.deviation(*gradients) < 1e-12
+    assert budget.deviation(*gradients) < 1e-12
     assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradients)) > 1e-3
     np.testing.assert_allclose(plain[1], ours[1].loss, rtol=1e-12)
 
@@ -81,8 +82,8 @@ def test_the_images_of_the_sweep_have_the_network_of_the_paper():
 
 def test_deviation_is_relative_to_the_largest_number():
     reference = {"a": np.array([3.0]), "b": np.array([[0.0, -4.0]])}
-    assert accelerator.deviation({"a": np.array([3.0]), "b": np.array([[1.0, -4.0]])}, reference) == 0.25
-    assert accelerator.deviation(reference, reference) == 0.0
+    assert budget.deviation({"a": np.array([3.0]), "b": np.array([[1.0, -4.0]])}, reference) == 0.25
+    assert budget.deviation(reference, reference) == 0.0
 
 
 def test_stages_vary_one_setting_and_start_from_the_best():
@@ -129,7 +130,7 @@ def row(value, milliseconds, factor=1.0, spread=0.01, repetitions=10, deviation=
     ],
 )
 def test_advice_on_a_comparison(stage, rows, advice):
-    assert accelerator.judge(stage, rows)["advice"].startswith(advice)
+    assert judge(stage, rows)["advice"].startswith(advice)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_advice_on_a_comparison(stage, rows, advice):
     ],
 )
 def test_advice_on_the_share_of_the_memory(changes, advice):
-    assert accelerator.ACCELERATOR_MEMORY_SHARE == 0.25
+    assert ACCELERATOR_MEMORY_SHARE == 0.25
     memory = {
         "workload": "",
         "tasks": 40,
@@ -154,7 +155,7 @@ def test_advice_on_the_share_of_the_memory(changes, advice):
         "bytes_limit": 100_000,
         "backend": "gpu",
     }
-    assert accelerator.judge_share(memory | changes)["advice"] == advice
+    assert judge_share(memory | changes)["advice"] == advice
 
 
 # How it plans
@@ -222,7 +223,7 @@ def test_rounds_spare_the_slow_and_end_with_the_time(clock):
         def call():
             clock[0] += seconds
 
-        return accelerator.Program(call, 0.0, seconds, 0, {})
+        return budget.Program(call, 0.0, seconds, 0, {})
 
     programs = {"a": program(1.0), "slow": program(50.0), "b": program(2.0)}
     seconds = bench_of(1000.0, max_repetitions=3, max_seconds=100.0).seconds_of(programs, 1.0)
@@ -241,7 +242,7 @@ def test_fast_calls_are_timed_in_bursts(clock):
         calls[0] += 1
         clock[0] += 0.01
 
-    program = accelerator.Program(call, 0.0, 0.01, 0, {})
+    program = budget.Program(call, 0.0, 0.01, 0, {})
     (found,) = bench_of(9.0, max_repetitions=2).seconds_of({"a": program}, 1.0).values()
     assert found == pytest.approx([0.01, 0.01])
     assert calls[0] == 1 + 2 * 5
@@ -250,7 +251,7 @@ def test_fast_calls_are_timed_in_bursts(clock):
 def test_a_signal_ends_it_between_two_calls(clock, slow_compiler):
     bench = bench_of(60.0)
     bench.clock.signal = signal.SIGTERM
-    with pytest.raises(accelerator.Stopped):
+    with pytest.raises(budget.Stopped):
         bench.program("a", "a", 1.0, slow_compiler)
     assert clock[0] == 0.0
 

@@ -16,7 +16,7 @@ import pytest
 
 from experiments import common, runs
 from experiments.tracking import Tracking
-from maml_jax import InnerDescent, InnerInfo, MetaInfo, checkpoint, losses, maml, models, outer
+from maml_jax import InnerDescent, InnerInfo, MetaInfo, checkpoint, losses, maml, models, types
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import sinusoid
 
@@ -205,7 +205,7 @@ def test_meta_gradients_that_are_not_finite_are_left_out_if_asked_to(tmp_path, c
     config = Config(on_nonfinite="skip", outer_optimizer="sgd")
     key = runs.streams(0).train
     first_inputs = [
-        SAMPLE(outer.task_keys(jax.random.fold_in(key, step), 4)[1]).support.inputs[0, 0] for step in (2, 5)
+        SAMPLE(types.task_keys(jax.random.fold_in(key, step), 4)[1]).support.inputs[0, 0] for step in (2, 5)
     ]
     learner = spoilt(lambda episode: jnp.any(episode.support.inputs[0, 0] == jnp.stack(first_inputs)))
     trained = train(tmp_path / "skipped", config, learner=learner)
@@ -215,7 +215,7 @@ def test_meta_gradients_that_are_not_finite_are_left_out_if_asked_to(tmp_path, c
     params = jax.tree.map(np.asarray, LEARNER.init(runs.streams(0).init, np.zeros((3, 1), np.float32)))
     for step in range(12):
         if step not in (2, 5):
-            episodes = jax.vmap(SAMPLE)(outer.task_keys(jax.random.fold_in(key, step), 4))
+            episodes = jax.vmap(SAMPLE)(types.task_keys(jax.random.fold_in(key, step), 4))
             _, grads = meta_gradient(LEARNER, params, episodes)
             params = jax.tree.map(lambda p, g: p - config.outer_lr * g, params, grads)
     chex.assert_trees_all_close(trained.params, params, rtol=1e-4, atol=1e-5)

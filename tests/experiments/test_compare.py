@@ -41,9 +41,9 @@ TINY_IMAGES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def no_figures():
-    """Trains without the figures of the runs themselves."""
+    """Trains without the figures of what adaptation does."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("inner_curves", "learning_curves", "predictions"):
+        for name in ("inner_curves", "predictions"):
             patch.setattr(f"experiments.figures.{name}", lambda *arguments: None)
         yield
 

@@ -161,13 +161,6 @@ def test_a_prediction_does_not_depend_on_other_examples(data, network):
     np.testing.assert_allclose(together[:1], alone, atol=1e-5)
 
 
-def test_the_interval_is_that_of_a_mean_over_examples():
-    # The variance of three ones and a zero is 1/4; the 0.975 quantile of Student's t with 3 degrees is 3.182.
-    metric = domains.as_metric(np.array([1.0, 0.0, 1.0, 1.0]))
-    assert metric["mean"] == [0.75]
-    np.testing.assert_allclose(metric["ci95"], [3.182446 * 0.5 / 2], rtol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -79,6 +79,23 @@ def test_means_are_scaled_with_their_interval():
     assert runs.format_mean(0.5, 0.25, scale=100) == "50.00 ± 25.00"
 
 
+def test_an_interval_is_students():
+    # The variance of three ones and a zero is 1/4; the 0.975 quantile of Student's t with 3 degrees is 3.182.
+    values = np.array([1.0, 0.0, 1.0, 1.0])
+    found = runs.mean_and_interval(values)
+    assert found["mean"] == [0.75]
+    np.testing.assert_allclose(found["ci95"], [3.182446 * 0.5 / 2], rtol=1e-5)
+    both = runs.mean_and_interval(np.stack([values, 2 * values], 1))
+    np.testing.assert_allclose(both["mean"], [0.75, 1.5])
+    np.testing.assert_allclose(both["ci95"], [found["ci95"][0], 2 * found["ci95"][0]])
+
+
+def test_a_line_that_is_being_written_is_no_record(tmp_path):
+    assert runs.read_log(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    assert runs.read_log(tmp_path) == [{"step": 1, "loss": 0.5}]
+
+
 def test_a_directory_held_by_a_live_process_is_refused(tmp_path):
     holder = (
         "import fcntl, sys, time\n"

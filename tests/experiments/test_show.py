@@ -4,7 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
-from types import SimpleNamespace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -141,9 +141,9 @@ def test_figures_are_written_as_png_and_pdf(saved, tmp_path):
 
 def test_embeddings_are_shown_as_the_images_that_they_are_of(drawings):
     # What a network with --network features sees are the embeddings of all rotations; here, the pixels themselves.
-    config = SimpleNamespace(
-        network="features", way=4, shot=2, query_shot=3, rotations=True, rotated_classes=True,
-        rotated_test_classes=True, data_dir=None, split_by="character",
+    config = dataclasses.replace(
+        omniglot.METHODS["leo"], network="features", pretrained_run=Path("a-run"), way=4, shot=2, query_shot=3,
+        rotations=True, rotated_classes=True, rotated_test_classes=True,
     )  # fmt: skip
     pixels = np.concatenate([np.rot90(drawings, turns, (2, 3)) for turns in range(4)]).astype(np.float32) / 255
     seen = few_shot.make_sampler(pixels, way=4, shot=2, query_shot=3)
