@@ -1,6 +1,7 @@
 """A run that is really killed, again and again, against one that never was."""
 
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -11,39 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import train_worker
 
 from maml_jax import checkpoint
 
 KILLS = 20
-# A checkpoint at every meta-step, so that a process is often killed within one.
-WORKER = """
-import sys
-from pathlib import Path
-import jax, optax
-jax.config.update("jax_num_cpu_devices", 1)
-from experiments import common, runs, sinusoid
-from maml_jax import losses, maml, models
-from maml_jax.tasks import sinusoid as tasks
-import dataclasses
-
-run_dir, steps = Path(sys.argv[1]), int(sys.argv[2])
-config = dataclasses.replace(
-    sinusoid.METHODS["maml"], num_meta_steps=steps, meta_batch_size=2, query_shot=3, val_every=1, log_every=1,
-    eval_episodes=2, chunk_size=2,
-)
-learner = maml(
-    models.mlp(features=(64, 64, 1)), losses.mean_squared_error, inner_optimizer=optax.sgd(0.01), num_inner_steps=1
-)
-with runs.open_run(run_dir, config):
-    print("claimed", flush=True)
-    common.train(run_dir, config, learner, tasks.make_sampler(shot=3, query_shot=3))
-"""
+TESTS = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
 
 
-def start(worker, run_dir, steps, **keywords):
-    command = [sys.executable, str(worker), str(run_dir), str(steps)]
-    root = str(Path(__file__).parents[2])
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": root}, **keywords)
+def command(run_dir, steps, *limit):
+    return [sys.executable, str(TESTS / "train_worker.py"), str(run_dir), str(steps), *limit]
 
 
 def lines(run_dir):
@@ -59,25 +38,32 @@ def arrays(run_dir, step):
     return {name: np.asarray(value) for name, value in found.items() if "train_seconds" not in name}
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
+@pytest.fixture
+def forks(monkeypatch):
+    """Starts processes by forking one that has imported everything and has no JAX backend yet."""
+    monkeypatch.setenv("PYTHONPATH", ENVIRONMENT["PYTHONPATH"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train_worker"])
+    return context.Process
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, forks):
     rng = random.Random(0)
     reached, within_a_checkpoint = [], 0
     run_dir = tmp_path / "killed"
     for _ in range(KILLS):
-        process = start(worker, run_dir, 100_000, stdout=subprocess.PIPE)
-        assert process.stdout.readline() == b"claimed\n"
         before = checkpoint.latest(run_dir / "checkpoints") or 0
+        process = forks(target=train_worker.train, args=(run_dir, 100_000))
+        process.start()
         deadline = time.monotonic() + 120
         while (checkpoint.latest(run_dir / "checkpoints") or 0) <= before:
-            assert process.poll() is None, "the worker ended by itself"
+            assert process.is_alive(), "the worker ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(rng.uniform(0.0, 0.2))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         within_a_checkpoint += bool(list((run_dir / "checkpoints").glob(".incomplete*")))
         reached.append(checkpoint.latest(run_dir / "checkpoints"))
     assert reached == sorted(set(reached)), "every process went on from where the one before had come to"
@@ -85,7 +71,10 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
     steps = reached[-1] + 3
     (run_dir / "config.json").unlink()  # it asks for more meta-steps than are wanted now
     for of_run in (run_dir, tmp_path / "whole"):
-        assert start(worker, of_run, steps).wait() == 0
+        process = forks(target=train_worker.train, args=(of_run, steps))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
     assert lines(run_dir) == lines(tmp_path / "whole")
     assert [record["step"] for record in lines(run_dir)] == list(range(1, steps + 1))
     found, expected = arrays(run_dir, steps), arrays(tmp_path / "whole", steps)
@@ -96,9 +85,7 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_process_with_its_code_and_nothing_is_lost(tmp_path, number):
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    process = start(worker, tmp_path / "run", 100_000, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command(tmp_path / "run", 100_000), env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while checkpoint.latest(tmp_path / "run" / "checkpoints") is None:
         assert process.poll() is None
@@ -129,10 +116,8 @@ with common.stop_requests(lambda: 7):
 def test_a_compiled_call_that_takes_too_long_is_left(tmp_path, seconds, signals):
     """After the deadline, or at once with a second signal; the main thread never leaves the compiled call."""
     (tmp_path / "long.py").write_text(LONG_CALL)
-    root = str(Path(__file__).parents[2])
-    command = [sys.executable, str(tmp_path / "long.py"), str(seconds)]
-    environment = os.environ | {"PYTHONPATH": root}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    of_call = [sys.executable, str(tmp_path / "long.py"), str(seconds)]
+    process = subprocess.Popen(of_call, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "started\n"
     time.sleep(0.2)
     for _ in range(signals):
@@ -144,27 +129,15 @@ def test_a_compiled_call_that_takes_too_long_is_left(tmp_path, seconds, signals)
     assert ("compiled call after step 7 takes too long" in said) == (signals == 1)
 
 
-FULL_DISK = """
-import resource, signal, sys
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-exec(open(sys.argv[4]).read())
-"""
-
-
 def test_a_full_disk_ends_the_run_and_leaves_the_earlier_state_intact(tmp_path):
     """No file may grow beyond a limit, as if the disk was full; the parameters do not fit, the settings do."""
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    assert start(worker, tmp_path / "run", 3).wait() == 0
-    (tmp_path / "full.py").write_text(FULL_DISK)
-    command = [sys.executable, str(tmp_path / "full.py"), str(tmp_path / "run"), "6", "3000", str(worker)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_COMPILATION_CACHE_DIR": ""}
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    run_dir = tmp_path / "run"
+    subprocess.run(command(run_dir, 3), env=ENVIRONMENT, check=True)
+    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""}
+    ended = subprocess.run(command(run_dir, 6, "3000"), env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "cannot be written" in ended.stderr, ended.stderr
-    assert checkpoint.latest(tmp_path / "run" / "checkpoints") == 3
-    checkpoint._verify(tmp_path / "run" / "checkpoints" / "3")
-    assert start(worker, tmp_path / "run", 6).wait() == 0
-    assert start(worker, tmp_path / "whole", 6).wait() == 0
-    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    assert checkpoint.latest(run_dir / "checkpoints") == 3
+    checkpoint._verify(run_dir / "checkpoints" / "3")
+    subprocess.run(command(run_dir, 6), env=ENVIRONMENT, check=True)
+    assert [record["step"] for record in lines(run_dir)] == [1, 2, 3, 4, 5, 6]
