@@ -28,14 +28,15 @@ GROUPS = {
     "task": (),
     "network": (
         "network", "filters", "features", "pooling", "flatten", "norm_scale", "adapt_norm", "pretrained_run",
+        "head_scale",
     ),
     "outer_loop": (
         "meta_batch_size", "num_meta_steps", "outer_optimizer", "outer_lr", "outer_schedule", "outer_lr_end",
-        "outer_half_life", "outer_clip", "on_nonfinite",
+        "outer_half_life", "outer_clip", "on_nonfinite", "outer_rule", "max_kl", "metric_stride", "clip", "epochs",
     ),
     "test": (
         "eval_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive", "population", "ensemble",
-        "tune_inner_lr", "inner_lr_grid", "val_every",
+        "tune_inner_lr", "inner_lr_grid", "val_every", "eval_shot", "later_lr",
     ),
     "run": (
         "seed", "seeds", "run_dir", "log_every", "chunk_size", "precision", "distributed",

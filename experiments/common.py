@@ -30,7 +30,7 @@ from experiments.tracking import OFF, profiled, trackers
 from maml_jax import checkpoint, parallel, processes, replace_inner_state
 from maml_jax.cost import count_flops
 from maml_jax.meta_gradient import default_chunk_size
-from maml_jax.outer import StateProgram, init_meta_state, make_meta_step, make_train_loop
+from maml_jax.outer import OuterRule, StateProgram, init_meta_state, make_meta_step, make_train_loop
 from maml_jax.tasks import streaming
 from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, SampleEpisodeFn, draw_episode, learner_at
 
@@ -115,15 +115,21 @@ def train(
     sample_episode: SampleEpisodeFn,
     *,
     validate: Callable[[ArrayTree], float] | None = None,
-    num_best: int = 1,
+    **settings: Any,
 ) -> Trained:
     """`train_together` with one seed."""
-    (trained,) = train_together([Member(run_dir, config, validate)], learner, sample_episode, num_best=num_best)
+    (trained,) = train_together([Member(run_dir, config, validate)], learner, sample_episode, **settings)
     return trained
 
 
 def train_together(
-    members: Sequence[Member], learner: LearnerOrSchedule, sample_episode: SampleEpisodeFn, *, num_best: int = 1
+    members: Sequence[Member],
+    learner: LearnerOrSchedule,
+    sample_episode: SampleEpisodeFn,
+    *,
+    num_best: int = 1,
+    optimizer: optax.GradientTransformation | OuterRule | None = None,
+    inputs: ArrayTree = None,
 ) -> list[Trained]:
     """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoints.
 
@@ -138,9 +144,12 @@ def train_together(
     Args:
       members: the seeds. Their settings differ in the seed and the directory alone.
       learner: the algorithm.
-      sample_episode: the task distribution, `(key) -> Episode`.
+      sample_episode: the task distribution.
       num_best: M, how many validated parameters are kept. Those that are returned have a leading axis [M] if M > 1, or
         as many as there were validations.
+      optimizer: the outer optimiser or rule; by default that of the settings.
+      inputs: inputs of one support set, of which only shapes and dtypes matter; by default those that `sample_episode`
+        draws. A task distribution that depends on the parameters needs them.
 
     Returns:
       What each seed has trained.
@@ -152,9 +161,10 @@ def train_together(
     """
     config, is_alone = members[0].config, len(members) == 1
     keys = [streams(member.config.seed) for member in members]
-    optimizer = outer_optimizer(config)
+    optimizer = outer_optimizer(config) if optimizer is None else optimizer
     mesh = mesh_for(config.meta_batch_size if is_alone else len(members))
-    inputs = jax.eval_shape(sample_episode, keys[0].train).support.inputs
+    if inputs is None:
+        inputs = jax.eval_shape(sample_episode, keys[0].train).support.inputs
     with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
         starts = [initial_state(learner, optimizer, inputs, k.init, mesh if is_alone else None) for k in keys]
         saved = load_states([member.run_dir / "checkpoints" for member in members], starts, num_best)
@@ -267,6 +277,10 @@ def record_of(info: MetaInfo, step: int, elapsed: float, is_skipped: bool) -> di
         "grad_norm": float(info.grad_norm[info.finite].mean()),
         "steps_per_second": len(info.loss) / elapsed,
     }
+    for name in ("reward", "returns", "kl", "entropy"):  # of reinforcement learning
+        if (values := getattr(info.objective, name, None)) is not None:
+            means = np.asarray(values)[info.finite].mean(0)
+            record |= {f"return_{k}": float(x) for k, x in enumerate(means)} if means.ndim else {name: float(means)}
     return record | ({"skipped": int(np.sum(~np.isfinite(info.grad_norm)))} if is_skipped else {})
 
 
@@ -287,13 +301,15 @@ class Training(NamedTuple):
       learner: the algorithm.
       sample_episode: the task distribution.
       validate: `(params) -> score`, larger is better; None if the last state is selected.
-      num_best: as in `train`.
+      num_best, optimizer, inputs: as in `train_together`.
     """
 
     learner: LearnerOrSchedule
     sample_episode: SampleEpisodeFn
     validate: Callable[[ArrayTree], float] | None = None
     num_best: int = 1
+    optimizer: optax.GradientTransformation | OuterRule | None = None
+    inputs: ArrayTree = None
 
 
 def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[MetaState, jax.Array], Any]:
@@ -304,7 +320,7 @@ def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[
 
 def initial_state(
     learner: LearnerOrSchedule,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | OuterRule,
     inputs: ArrayTree,
     key: jax.Array,
     mesh: jax.sharding.Mesh | None,
@@ -356,7 +372,13 @@ def load_states(directories: Sequence[Path], states: Sequence[MetaState], num_be
     ]
 
 
-def load_params(run_dir: Path, config: Any, learner: LearnerOrSchedule, inputs: ArrayTree) -> ArrayTree:
+def load_params(
+    run_dir: Path,
+    config: Any,
+    learner: LearnerOrSchedule,
+    inputs: ArrayTree,
+    optimizer: optax.GradientTransformation | OuterRule | None = None,
+) -> ArrayTree:
     """The parameters that a run has selected so far.
 
     Args:
@@ -364,11 +386,13 @@ def load_params(run_dir: Path, config: Any, learner: LearnerOrSchedule, inputs: 
       config: its settings.
       learner: the algorithm.
       inputs: inputs of one support set; only shapes and dtypes matter.
+      optimizer: the outer optimiser or rule of the training; by default that of the settings.
 
     Raises:
       RunError: if the run has no checkpoint.
     """
-    state = initial_state(learner, outer_optimizer(config), inputs, streams(config.seed).init, mesh=None)
+    optimizer = outer_optimizer(config) if optimizer is None else optimizer
+    state = initial_state(learner, optimizer, inputs, streams(config.seed).init, mesh=None)
     best = load_state(run_dir / "checkpoints", state, getattr(config, "ensemble", 1))["best"]
     if not np.isfinite(best["score"][0]):
         raise RunError(f"{run_dir} holds no checkpoint of a validated state; train longer, or name another directory")
@@ -429,14 +453,13 @@ def chosen_chunk_size(
 ) -> int:
     """The chunk size that was chosen for the tasks of one of the devices that the meta-batch is divided over."""
     keys = jax.random.split(jax.random.key(0), config.meta_batch_size // num_devices)
-    return default_chunk_size(
-        learner_at(learner, jnp.int32(0)), state.params, jax.eval_shape(jax.vmap(sample_episode), keys)
-    )
+    episodes = jax.eval_shape(jax.vmap(lambda key: draw_episode(sample_episode, key, state.params)), keys)
+    return default_chunk_size(learner_at(learner, jnp.int32(0)), state.params, episodes)
 
 
 def flops_of_a_meta_step(
     learner: LearnerOrSchedule,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | OuterRule,
     state: MetaState,
     sample_episode: SampleEpisodeFn,
     config: Any,

@@ -11,7 +11,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
+from experiments.published import NAVIGATION
 from experiments.runs import mean_and_interval
 from maml_jax import CATALOGUE
 
@@ -251,4 +253,61 @@ def memory(file: Path, rows: list[dict]) -> None:
     axes.set(xlabel="mini-batches", ylabel="temporaries, MB", yscale="log")
     axes.legend()
     axes.grid(alpha=0.3)
+    save(figure, file)
+
+
+def returns(file: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """The return against the updates at test, on fresh goals, with the published curve where there is one.
+
+    Args:
+      file: the figure to write.
+      results: by algorithm, the content of results.json of each seed of `experiments.navigation`. The interval is over
+        goals with one seed, and over seeds with several.
+    """
+    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    for index, (algorithm, of_seeds) in enumerate(results.items()):
+        metrics = [result["evaluations"][-1]["metrics"]["return"] for result in of_seeds]
+        means = np.array([metric["mean"] for metric in metrics], float)
+        half = np.array(metrics[0]["ci95"] if len(metrics) == 1 else mean_and_interval(means)["ci95"], float)
+        style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
+        text = title(algorithm) + (f", {len(metrics)} seeds" if len(metrics) > 1 else "")
+        axes.errorbar(range(means.shape[1]), means.mean(0), half, linestyle=DASHES[index % 4], label=text, **style)
+        if numbers := NAVIGATION.get(algorithm):
+            shown = numbers[: means.shape[1]]
+            axes.plot(range(len(shown)), shown, marker="x", color=f"C{index % 10}", linestyle="none", markersize=9)
+    axes.plot([], [], marker="x", color="0.3", linestyle="none", label="published")
+    axes.set(xlabel="updates", ylabel="mean return")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    save(figure, file)
+
+
+def paths(file: Path, walks: Sequence[Mapping[str, Any]]) -> None:
+    """Paths of a navigator before each update and after the last, a row for every goal.
+
+    Args:
+      file: the figure to write.
+      walks: for each goal "goal" [2] and "paths" [K+1, H, N, 2].
+    """
+    num_updates = len(walks[0]["paths"])
+    size = (2.3 * num_updates + 0.6, 2.3 * len(walks) + 0.5)
+    figure, grid = plt.subplots(
+        len(walks), num_updates, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    for number, (row, walk) in enumerate(zip(grid, walks, strict=True)):
+        for update, (axes, of_update) in enumerate(zip(row, walk["paths"], strict=True)):
+            axes.plot(of_update[..., 0], of_update[..., 1], color="C0", linewidth=0.8, alpha=0.6)
+            axes.plot(0.0, 0.0, "s", color="0.2", markersize=5)
+            axes.plot(*walk["goal"], "*", color="C3", markersize=13)
+            axes.set(xlim=(-0.9, 0.9), ylim=(-0.9, 0.9), aspect="equal")
+            axes.grid(alpha=0.3)
+            if number == 0:
+                axes.set_title("before adapting" if update == 0 else f"after {update} update{'s' * (update > 1)}")
+    handles = [
+        plt.Line2D([], [], color="C0", label="trajectory"),
+        plt.Line2D([], [], color="0.2", marker="s", linestyle="none", label="start"),
+        plt.Line2D([], [], color="C3", marker="*", markersize=11, linestyle="none", label="goal, which is not seen"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     save(figure, file)

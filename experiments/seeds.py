@@ -35,8 +35,14 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             stack.enter_context(open_run(of_seed.run_dir, of_seed))
         trainings = [training_of(of_seed) for of_seed in configs]
         members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
+        first = trainings[0]
         together = train_together(
-            members, trainings[0].learner, trainings[0].sample_episode, num_best=trainings[0].num_best
+            members,
+            first.learner,
+            first.sample_episode,
+            num_best=first.num_best,
+            optimizer=first.optimizer,
+            inputs=first.inputs,
         )
     results = [run(of_seed) for of_seed in configs]
     # null, which stands for a number that is not finite, becomes NaN

@@ -7,6 +7,7 @@ from maml_jax import models as models
 from maml_jax import parallel as parallel
 from maml_jax import portable as portable
 from maml_jax import processes as processes
+from maml_jax import rl as rl
 from maml_jax import tasks as tasks
 from maml_jax._version import __version__ as __version__
 from maml_jax.algorithms import CATALOGUE as CATALOGUE
@@ -80,6 +81,7 @@ from maml_jax.portable import classify as classify
 from maml_jax.portable import load_learner as load_learner
 from maml_jax.portable import save_learner as save_learner
 from maml_jax.types import Batch as Batch
+from maml_jax.types import Environment as Environment
 from maml_jax.types import Episode as Episode
 from maml_jax.types import Evaluation as Evaluation
 from maml_jax.types import InnerInfo as InnerInfo
@@ -94,6 +96,7 @@ __all__ = [
     "ContextDescent",
     "DomainSplits",
     "Entry",
+    "Environment",
     "Episode",
     "Evaluation",
     "ExternalMemory",
@@ -170,6 +173,7 @@ __all__ = [
     "r2d2",
     "replace_inner_state",
     "reptile",
+    "rl",
     "save_learner",
     "siamese",
     "switch_at",

@@ -83,6 +83,24 @@ class SampleEpisodeFn(Protocol):
     def __call__(self, key: PRNGKey, *params: ArrayTree) -> Episode: ...
 
 
+class Environment(NamedTuple):
+    """A distribution of Markov decision processes: three pure functions. A task is any pytree, and nothing else says
+    which process it is, so `jax.vmap` over tasks is all that batches them.
+
+    No function starts a new trajectory by itself. The shapes and dtypes of state and observation never change.
+
+    Attributes:
+      sample_task: `(key) -> task`.
+      reset: `(task, key) -> (state, observation)`.
+      step: `(task, state, action, key) -> (state, observation, reward, done)`, with a reward and a bool for the end of
+        the trajectory, both scalars.
+    """
+
+    sample_task: Callable[[PRNGKey], ArrayTree]
+    reset: Callable[[ArrayTree, PRNGKey], tuple[ArrayTree, ArrayTree]]
+    step: Callable[[ArrayTree, ArrayTree, ArrayTree, PRNGKey], tuple[ArrayTree, ArrayTree, jax.Array, jax.Array]]
+
+
 class InnerGradFn(Protocol):
     """A transform with the signature of `jax.value_and_grad`.
 

@@ -17,7 +17,7 @@ import pytest
 
 import maml_jax
 from experiments import common, runs, sinusoid
-from maml_jax import models, tasks
+from maml_jax import models, rl, tasks
 
 ROOT = Path(maml_jax.__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -120,7 +120,7 @@ def test_internal_links_resolve(site, pages):
 def test_every_public_name_is_in_the_api(site, pages):
     anchors = set().union(*(found.anchors for page, found in pages.items() if page.parent == site / "api"))
     wanted = {f"maml_jax.{name}" for name in maml_jax.__all__}
-    for module in (models, tasks):
+    for module in (models, rl, tasks):
         wanted |= {f"{module.__name__}.{name}" for name in module.__all__}
     assert not wanted - anchors
     # A builder is documented, and not the module in which it is.

@@ -22,6 +22,7 @@ def anil(
     inner_optimizer: optax.GradientTransformation,
     num_inner_steps: int,
     inner_grad: InnerGradFn = mixed_mode,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds ANIL ("almost no inner loop"): MAML whose inner loop changes the head only.
 
@@ -36,6 +37,7 @@ def anil(
       inner_optimizer: any optax transformation.
       num_inner_steps: K ≥ 0.
       inner_grad: how the inner gradient is differentiated.
+      data_per_step: whether each inner step has a support set of its own, leaves [K, S, ...].
 
     Returns:
       A `MetaLearner`, as `maml` does.
@@ -54,4 +56,5 @@ def anil(
         num_inner_steps=num_inner_steps,
         where=head,
         inner_grad=inner_grad,
+        data_per_step=data_per_step,
     )

@@ -23,6 +23,7 @@ def boil(
     num_inner_steps: int,
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds BOIL ("body only update in inner loop"): MAML whose inner loop changes everything but the head.
 
@@ -37,6 +38,7 @@ def boil(
       num_inner_steps: K ≥ 0.
       where: `(name) -> bool`, the parameters that may adapt at all; by default all.
       inner_grad: how the inner gradient is differentiated.
+      data_per_step: whether each inner step has a support set of its own, leaves [K, S, ...].
 
     Returns:
       A `MetaLearner`, as `maml` does.
@@ -55,4 +57,5 @@ def boil(
         num_inner_steps=num_inner_steps,
         where=lambda name: not head(name) and (where is None or where(name)),
         inner_grad=inner_grad,
+        data_per_step=data_per_step,
     )

@@ -27,6 +27,7 @@ def maml(
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
     num_microbatches: int = 1,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds MAML: min_θ E[L_Q(φ_K)] with φ_0 = θ and φ_{k+1} = φ_k + rule(∇L_S(φ_k)).
 
@@ -44,6 +45,7 @@ def maml(
       inner_grad: how the inner gradient is differentiated: `mixed_mode` (exact, flat memory), `checkpointed`
         or `jax.value_and_grad` (exact, reverse over reverse), or `first_order`.
       num_microbatches: parts of the support set whose gradients are computed one after another.
+      data_per_step: whether each inner step has a support set of its own, leaves [K, S, ...].
 
     Returns:
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
@@ -65,6 +67,7 @@ def maml(
         where=where,
         inner_grad=inner_grad,
         num_microbatches=num_microbatches,
+        data_per_step=data_per_step,
     )
 
 
@@ -77,6 +80,7 @@ def fomaml(
     num_inner_steps: int,
     where: Callable[[str], bool] | None = None,
     num_microbatches: int = 1,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds first-order MAML: the meta-gradient is ∇L_Q at φ_K, without second derivatives.
 
@@ -94,6 +98,7 @@ def fomaml(
         where=where,
         inner_grad=first_order,
         num_microbatches=num_microbatches,
+        data_per_step=data_per_step,
     )
 
 

@@ -25,6 +25,7 @@ def meta_curvature(
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
     num_microbatches: int = 1,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds Meta-Curvature: min_{θ, M} E[L_Q(φ_K)] with φ_0 = θ and φ_{k+1} = φ_k − α M(∇L_S(φ_k)).
 
@@ -41,6 +42,7 @@ def meta_curvature(
       where: `(name) -> bool`, the parameters that adapt and have matrices; by default all.
       inner_grad: how the inner gradient is differentiated. With `first_order` the matrices still learn.
       num_microbatches: parts of the support set whose gradients are computed one after another.
+      data_per_step: whether each inner step has a support set of its own, leaves [K, S, ...].
 
     Returns:
       A `MetaLearner` with the meta-parameters {"params": θ, "curvature": a list of matrices for every parameter that
@@ -74,6 +76,7 @@ def meta_curvature(
         where=where,
         inner_grad=inner_grad,
         num_microbatches=num_microbatches,
+        data_per_step=data_per_step,
     )
 
 

@@ -25,6 +25,7 @@ def meta_sgd(
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
     num_microbatches: int = 1,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds Meta-SGD: min_{θ, α} E[L_Q(φ_K)] with φ_0 = θ and φ_{k+1} = φ_k − α ∘ ∇L_S(φ_k).
 
@@ -40,6 +41,7 @@ def meta_sgd(
       where: `(name) -> bool`, the parameters that adapt and have rates; by default all.
       inner_grad: how the inner gradient is differentiated. With `first_order` the rates still learn.
       num_microbatches: parts of the support set whose gradients are computed one after another.
+      data_per_step: whether each inner step has a support set of its own, leaves [K, S, ...].
 
     Returns:
       A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}; α is None where a parameter does not adapt.
@@ -66,6 +68,7 @@ def meta_sgd(
         where=where,
         inner_grad=inner_grad,
         num_microbatches=num_microbatches,
+        data_per_step=data_per_step,
     )
 
 

@@ -37,6 +37,7 @@ def gradient_based(
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
     num_microbatches: int = 1,
+    data_per_step: bool = False,
 ) -> MetaLearner:
     """Builds a learner that takes K steps of a rule from a start, both of which may be meta-learned.
 
@@ -57,29 +58,40 @@ def gradient_based(
       where: `(name) -> bool`, the parameters of `start` that adapt; by default all. See `inner_loop`.
       inner_grad: how the inner gradient is differentiated.
       num_microbatches: parts of the support set whose gradients are computed one after another; see `inner_loop`.
+      data_per_step: whether the support set has leaves [K, S, ...], of which inner step k sees entry k. Without, all
+        steps see the whole support set [S, ...].
 
     Returns:
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if a count is no integer in its range, or `model` is no `Model`.
+      ValueError: if a count is no integer in its range, `model` is no `Model`, or microbatches are asked for of data
+        per step.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
     check_model(model)
+    if data_per_step and num_microbatches > 1:
+        raise ValueError(
+            f"num_microbatches={num_microbatches} divides a support set that all steps share; with data_per_step take "
+            "more steps instead"
+        )
 
-    def support_loss(params, batch, key=None):
+    def support_loss(params, shared, of_step=(None, None)):
+        own, key = of_step
+        batch = own if data_per_step else shared
         return loss_fn(model.call(params, batch.inputs, key), batch.targets)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
+        keys = step_keys(key, num_inner_steps) if model.stochastic else None
         task_params, info = inner_loop(
             support_loss,
             rule(meta_params),
             start(meta_params),
-            support,
+            None if data_per_step else support,
             num_steps=num_inner_steps,
             where=where,
-            per_step=step_keys(key, num_inner_steps) if model.stochastic else None,
+            per_step=(support if data_per_step else None, keys) if data_per_step or keys is not None else None,
             num_microbatches=num_microbatches,
             inner_grad=inner_grad,
             observe_fn=observe_fn,

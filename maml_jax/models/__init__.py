@@ -12,6 +12,8 @@ from maml_jax.models.multi_scale import multi_scale as multi_scale
 from maml_jax.models.normalisation import BatchStatNorm as BatchStatNorm
 from maml_jax.models.normalisation import PopulationNorm as PopulationNorm
 from maml_jax.models.normalisation import fill_population_statistics as fill_population_statistics
+from maml_jax.models.recurrent import RecurrentModel as RecurrentModel
+from maml_jax.models.recurrent import gru as gru
 from maml_jax.models.resnet12 import ResNet12 as ResNet12
 from maml_jax.models.resnet12 import resnet12 as resnet12
 
@@ -21,11 +23,13 @@ __all__ = [
     "Conv4",
     "MultiScale",
     "PopulationNorm",
+    "RecurrentModel",
     "ResNet12",
     "conv4",
     "fill_population_statistics",
     "from_linen",
     "from_nnx",
+    "gru",
     "mlp",
     "multi_scale",
     "omniglot_mlp",

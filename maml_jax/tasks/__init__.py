@@ -5,6 +5,8 @@ from maml_jax.tasks import domains as domains
 from maml_jax.tasks import drawings as drawings
 from maml_jax.tasks import few_shot as few_shot
 from maml_jax.tasks import image_folder as image_folder
+from maml_jax.tasks import mazes as mazes
+from maml_jax.tasks import navigation as navigation
 from maml_jax.tasks import omniglot as omniglot
 from maml_jax.tasks import sinusoid as sinusoid
 from maml_jax.tasks import streaming as streaming
@@ -17,6 +19,8 @@ __all__ = [
     "drawings",
     "few_shot",
     "image_folder",
+    "mazes",
+    "navigation",
     "omniglot",
     "sinusoid",
     "streaming",

@@ -1,0 +1,154 @@
+"""Returns, generalised advantages, and a baseline that is linear in features of the observations."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maml_jax.rl.distributions import Distribution
+from maml_jax.types import ArrayTree, check_not_negative, check_positive
+
+
+class Trajectories(NamedTuple):
+    """N trajectories of a policy in one task, of at most H time steps, leaves [H, N, ...].
+
+    Attributes:
+      observation: what the policy saw before each action.
+      action: what it did.
+      reward: [H, N], 0 after the end of a trajectory.
+      mask: [H, N], 1 for a time step that belongs to its trajectory and 0 after its end.
+      policy: the distributions that the actions were drawn from.
+    """
+
+    observation: ArrayTree
+    action: ArrayTree
+    reward: jax.Array
+    mask: jax.Array
+    policy: Distribution
+
+
+AdvantageFn = Callable[[Trajectories], jax.Array]
+"""`(trajectories) -> advantages [H, N]`."""
+
+
+def discounted_returns(reward: jax.Array, discount: float = 1.0) -> jax.Array:
+    """The returns to go R_t = r_t + γ R_{t+1}.
+
+    Args:
+      reward: [H, ...], time first; 0 after the end of a trajectory.
+      discount: γ.
+
+    Returns:
+      [H, ...].
+    """
+
+    def add(later, reward):
+        return (total := reward + discount * later), total
+
+    return jax.lax.scan(add, jnp.zeros_like(reward[0]), reward, reverse=True)[1]
+
+
+def generalised_advantages(
+    reward: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    discount: float,
+    decay: float,
+    continues: jax.Array | None = None,
+) -> jax.Array:
+    """Generalised advantage estimates A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V(s_{t+1}) − V(s_t).
+
+    What comes after the last time step has the value 0, as has what comes after the end of a trajectory.
+
+    Args:
+      reward: [H, N].
+      value: V(s_t) [H, N].
+      mask: [H, N], 1 where a time step belongs to its trajectory.
+      discount: γ.
+      decay: λ. With 1 it is the return minus the value, with 0 the error of one step.
+      continues: [H, N], 0 where the value after a step is that of another trajectory in the same row, else 1; by
+        default 1 everywhere.
+
+    Returns:
+      [H, N], 0 where the mask is 0.
+
+    References:
+      Schulman et al., 2016, equation 16. https://arxiv.org/abs/1506.02438
+    """
+    goes_on = jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
+    if continues is not None:
+        goes_on = goes_on * continues
+    following = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
+    error = (reward + discount * goes_on * following - value) * mask
+
+    def add(later, step):
+        error, goes_on = step
+        return (total := error + discount * decay * goes_on * later), total
+
+    return jax.lax.scan(add, jnp.zeros_like(error[0]), (error, goes_on), reverse=True)[1] * mask
+
+
+def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array, *, ridge: float = 1e-5) -> jax.Array:
+    """The values of a ridge regression of the returns on features of observation and time.
+
+    The features are the numbers of the observation, their squares, t/100, its square and its cube, and 1. The
+    regression is fitted to the trajectories whose values it returns.
+
+    Args:
+      observation: [H, N, ...].
+      returns: the returns to go [H, N].
+      mask: [H, N]; other time steps are left out of the fit.
+      ridge: the strength of the penalty on the squared coefficients.
+
+    Returns:
+      [H, N].
+
+    References:
+      Duan et al., 2016, supplementary material, section 2. https://arxiv.org/abs/1604.06778
+    """
+    horizon, num_trajectories = mask.shape
+    seen = observation.reshape(horizon, num_trajectories, -1).astype(returns.dtype)
+    time = jnp.arange(horizon, dtype=returns.dtype)[:, None, None] / 100.0
+    time = jnp.broadcast_to(time, (horizon, num_trajectories, 1))
+    features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)
+    valid = features * mask[..., None]
+    gram = jnp.einsum("tnd,tne->de", valid, features) + ridge * jnp.eye(features.shape[-1], dtype=returns.dtype)
+    coefficients = jnp.linalg.solve(gram, jnp.einsum("tnd,tn->d", valid, returns))
+    return features @ coefficients
+
+
+def standardised(values: jax.Array, mask: jax.Array) -> jax.Array:
+    """Values [H, N] with mean 0 and standard deviation 1 over the time steps of the mask, and 0 elsewhere."""
+    count = jnp.maximum(jnp.sum(mask), 1.0)
+    centred = (values - jnp.sum(values * mask) / count) * mask
+    return centred / (jnp.sqrt(jnp.sum(jnp.square(centred)) / count) + 1e-8)
+
+
+def linear_advantages(*, discount: float = 0.99, decay: float = 1.0, ridge: float = 1e-5) -> AdvantageFn:
+    """Builds standardised generalised advantages over `linear_baseline`, as the code of the MAML paper has them.
+
+    Args:
+      discount: γ.
+      decay: λ.
+      ridge: of the baseline.
+
+    Returns:
+      `(trajectories) -> advantages [H, N]`.
+
+    Raises:
+      ValueError: if γ or λ is negative or above 1, or `ridge` not positive.
+    """
+    for name, value in {"discount": discount, "decay": decay}.items():
+        check_not_negative(name, value)
+        if value > 1.0:
+            raise ValueError(f"{name}={value} must be at most 1")
+    check_positive("ridge", ridge)
+
+    def advantages(trajectories: Trajectories) -> jax.Array:
+        reward, mask = trajectories.reward, trajectories.mask
+        value = linear_baseline(trajectories.observation, discounted_returns(reward, discount), mask, ridge=ridge)
+        return standardised(generalised_advantages(reward, value, mask, discount=discount, decay=decay), mask)
+
+    return advantages

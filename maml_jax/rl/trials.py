@@ -1,0 +1,284 @@
+"""RL²: a recurrent policy whose state carries what it has learnt of a task from one episode to the next.
+
+A trial is several episodes of one task. The policy sees what it did last, what that earned, and whether an episode has
+just ended. Its state is zero at the start of a trial and is kept at the ends of episodes. Whole trials are trained with
+the loss of proximal policy optimisation, so that exploring in one episode pays in the next.
+
+Duan, Schulman, Chen, Bartlett, Sutskever and Abbeel, 2016, RL²: fast reinforcement learning via slow reinforcement
+learning. https://arxiv.org/abs/1611.02779
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from maml_jax import models
+from maml_jax.rl.advantages import generalised_advantages, standardised
+from maml_jax.rl.distributions import Categorical
+from maml_jax.rl.rollout import check_environment
+from maml_jax.rl.surrogates import Transition, clipped_surrogate, masked_mean
+from maml_jax.types import (
+    ArrayTree,
+    Batch,
+    Environment,
+    Episode,
+    InnerInfo,
+    MetaLearner,
+    PRNGKey,
+    SampleEpisodeFn,
+    check_integer,
+    check_not_negative,
+)
+
+
+class RecurrentPolicy(NamedTuple):
+    """A policy with a state.
+
+    Attributes:
+      init: `(key, inputs [..., D]) -> params`.
+      start: `() -> carry`, the state at the start of a trial.
+      step: `(params, carry, inputs [D]) -> (carry, (Categorical, value))`.
+      num_actions: A.
+    """
+
+    init: Callable[[PRNGKey, jax.Array], ArrayTree]
+    start: Callable[[], ArrayTree]
+    step: Callable[[ArrayTree, ArrayTree, jax.Array], tuple[ArrayTree, tuple[Categorical, jax.Array]]]
+    num_actions: int
+
+
+class Trial(NamedTuple):
+    """One trial, leaves [L, ...] for at most L time steps.
+
+    Attributes:
+      inputs: [L, D], what the policy saw: observation, last action (one-hot), last reward, end of the last episode.
+      action: int32 [L].
+      reward: [L], 0 after the end of the trial.
+      mask: [L], 1 for a time step of the trial and 0 after its end.
+      episode: int32 [L], the index of the episode.
+      done: [L], 1 where the environment ended the episode at this time step.
+      policy: the distributions that the actions were drawn from.
+      value: [L], the values that the policy expected.
+    """
+
+    inputs: jax.Array
+    action: jax.Array
+    reward: jax.Array
+    mask: jax.Array
+    episode: jax.Array
+    done: jax.Array
+    policy: Categorical
+    value: jax.Array
+
+
+class TrialTargets(NamedTuple):
+    """What the loss of a trial needs beside the inputs.
+
+    Attributes:
+      transition: what happened, leaves [L, ...].
+      value: [L], the targets of the values.
+    """
+
+    transition: Transition
+    value: jax.Array
+
+
+class TrialInfo(NamedTuple):
+    """What the objective of RL² reports about one trial.
+
+    Attributes:
+      reward: the sum of all rewards.
+      kl: KL(policy that acted ‖ policy now), a mean over time steps, in nats.
+      entropy: of the policy, a mean over time steps, in nats.
+      value_error: the mean squared error of the values.
+    """
+
+    reward: jax.Array
+    kl: jax.Array
+    entropy: jax.Array
+    value_error: jax.Array
+
+
+def gru_policy(*, num_actions: int, hidden_size: int = 64) -> RecurrentPolicy:
+    """A gated recurrent unit with a linear layer for the logits and one for the value.
+
+    Args:
+      num_actions: A.
+      hidden_size: the number of units.
+
+    Raises:
+      ValueError: if a number is no positive integer.
+    """
+    num_actions = check_integer("num_actions", num_actions, at_least=1)
+    network = models.gru(hidden_size=hidden_size, heads={"logits": num_actions, "value": 1})
+
+    def step(params: ArrayTree, carry: ArrayTree, inputs: jax.Array) -> tuple:
+        carry, outputs = network.step(params, carry, inputs)
+        return carry, (Categorical(outputs["logits"]), outputs["value"][..., 0])
+
+    return RecurrentPolicy(network.init, network.start, step, num_actions)
+
+
+def run_trial(
+    environment: Environment,
+    policy: RecurrentPolicy,
+    params: ArrayTree,
+    task: ArrayTree,
+    key: PRNGKey,
+    *,
+    num_episodes: int,
+    horizon: int,
+    greedy: bool = False,
+) -> Trial:
+    """Lets a recurrent policy act through the episodes of one trial.
+
+    An episode ends when the environment says so, or after `horizon` time steps; the next one starts at once.
+
+    Args:
+      environment: the processes.
+      policy: with as many actions as the environment.
+      params: of the policy.
+      task: of the environment.
+      key: the randomness.
+      num_episodes: E.
+      horizon: H, the most time steps of an episode.
+      greedy: whether the most probable action is taken, in place of a draw.
+
+    Returns:
+      A `Trial` with L = E·H.
+
+    Raises:
+      ValueError: if a count is wrong, or the environment breaks its contract.
+    """
+    num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
+    horizon = check_integer("horizon", horizon, at_least=1)
+    reset_key, act_key = jax.random.split(key)
+    state, observation = environment.reset(task, reset_key)
+    one = Categorical(jnp.zeros((1, policy.num_actions)))
+    check_environment(environment, task, one, *jax.tree.map(lambda x: x[None], (state, observation)))
+
+    def act(carry, key):
+        state, observation, last, hidden, episode, time = carry
+        action_key, step_key, reset_key = jax.random.split(key, 3)
+        inputs = jnp.concatenate([*(leaf.reshape(-1) for leaf in jax.tree.leaves(observation)), last])
+        hidden, (distribution, value) = policy.step(params, hidden, inputs)
+        action = distribution.mode() if greedy else distribution.sample(action_key)
+        mask = (episode < num_episodes).astype(inputs.dtype)
+        state, observation, reward, done = environment.step(task, state, action, step_key)
+        reward = jnp.where(mask > 0, reward, 0.0)
+        ends = done | (time + 1 >= horizon)
+        step = Trial(inputs, action, reward, mask, episode, mask * done, distribution, value)
+        state, observation = jax.tree.map(
+            lambda fresh, old: jnp.where(ends, fresh, old), environment.reset(task, reset_key), (state, observation)
+        )
+        last = jnp.concatenate(
+            [jax.nn.one_hot(action, policy.num_actions), jnp.stack([reward, ends]).astype(inputs.dtype)]
+        )
+        return (state, observation, last, hidden, episode + ends, jnp.where(ends, 0, time + 1)), step
+
+    nothing = jnp.zeros(policy.num_actions + 2)
+    start = (state, observation, nothing, policy.start(), jnp.int32(0), jnp.int32(0))
+    return jax.lax.scan(act, start, jax.random.split(act_key, num_episodes * horizon))[1]
+
+
+def make_trial_sampler(
+    environment: Environment,
+    policy: RecurrentPolicy,
+    *,
+    num_episodes: int,
+    horizon: int,
+    discount: float = 0.99,
+    decay: float = 0.95,
+) -> SampleEpisodeFn:
+    """A distribution of trials that the current policy goes through.
+
+    Args:
+      environment: the processes.
+      policy: the recurrent policy.
+      num_episodes: E, of a trial.
+      horizon: H, the most time steps of an episode.
+      discount: γ, over the time steps of the whole trial.
+      decay: λ of the generalised advantages.
+
+    Returns:
+      `sample_episode(key, params)`, an episode whose support set is the trial, [L, ...], with an empty query set.
+
+    Raises:
+      ValueError: if a count is wrong, or γ or λ negative or above 1.
+    """
+    num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
+    horizon = check_integer("horizon", horizon, at_least=1)
+    for name, value in {"discount": discount, "decay": decay}.items():
+        check_not_negative(name, value)
+        if value > 1.0:
+            raise ValueError(f"{name}={value} must be at most 1")
+
+    def sample_episode(key: PRNGKey, params: ArrayTree) -> Episode:
+        task_key, trial_key = jax.random.split(key)
+        task = environment.sample_task(task_key)
+        trial = run_trial(environment, policy, params, task, trial_key, num_episodes=num_episodes, horizon=horizon)
+        advantage = generalised_advantages(trial.reward, trial.value, trial.mask, discount=discount, decay=decay)
+        transition = Transition(trial.action, trial.reward, advantage, trial.mask, trial.policy)
+        return Episode(Batch(trial.inputs, TrialTargets(transition, advantage + trial.value)), Batch((), ()))
+
+    return sample_episode
+
+
+def standardise_advantages(episodes: Episode) -> Episode:
+    """Trials [T, L, ...] whose advantages have mean 0 and standard deviation 1 over all of them."""
+    targets = episodes.support.targets
+    transition = targets.transition
+    transition = transition._replace(advantage=standardised(transition.advantage, transition.mask))
+    return episodes._replace(support=episodes.support._replace(targets=targets._replace(transition=transition)))
+
+
+def rl2(
+    policy: RecurrentPolicy, *, clip: float = 0.2, value_weight: float = 0.5, entropy_weight: float = 0.01
+) -> MetaLearner:
+    """Builds RL²: the inner loop is the recurrent policy itself, and the outer one trains it on whole trials.
+
+    The objective of one trial is its `clipped_surrogate`, plus the squared error of the values, minus the entropy.
+
+    Args:
+      policy: the recurrent policy.
+      clip: ε of the clipped ratio.
+      value_weight: of half the mean squared error of the values.
+      entropy_weight: of the mean entropy, in nats.
+
+    Returns:
+      A `MetaLearner` for `make_trial_sampler`. `adapt` reads a trial [L, ...] and gives {"params": θ, "carry": the
+      state of the policy}; `predict` goes on from there through inputs [L, D], and returns distributions and values.
+      The info of the objective is a `TrialInfo`.
+
+    Raises:
+      ValueError: if a weight is negative, or `clip` not positive.
+    """
+    surrogate = clipped_surrogate(clip)
+    check_not_negative("value_weight", value_weight)
+    check_not_negative("entropy_weight", entropy_weight)
+
+    def read(params: ArrayTree, carry: ArrayTree, inputs: jax.Array) -> tuple:
+        return jax.lax.scan(lambda carry, step: policy.step(params, carry, step), carry, inputs)
+
+    def adapt(meta_params, support, *, key=None, observe_fn=None):
+        carry, _ = read(meta_params, policy.start(), support.inputs)
+        task_params = {"params": meta_params, "carry": carry}
+        observed = None if observe_fn is None else jax.tree.map(lambda x: jnp.asarray(x)[None], observe_fn(task_params))
+        return task_params, InnerInfo(jnp.zeros(0), observed)
+
+    def predict(task_params, inputs):
+        return read(task_params["params"], task_params["carry"], inputs)[1]
+
+    def objective(meta_params, episode):
+        targets = episode.support.targets
+        _, (distribution, value) = read(meta_params, policy.start(), episode.support.inputs)
+        transition, mask = targets.transition, targets.transition.mask
+        error = masked_mean(jnp.square(value - targets.value), mask)
+        entropy = masked_mean(distribution.entropy(), mask)
+        loss = surrogate(distribution, transition) + 0.5 * value_weight * error - entropy_weight * entropy
+        kl = masked_mean(transition.policy.kl(distribution), mask)
+        return loss, TrialInfo(jnp.sum(transition.reward), kl, entropy, error)
+
+    return MetaLearner(policy.init, adapt, predict, objective)

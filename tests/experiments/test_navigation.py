@@ -1,0 +1,167 @@
+"""The navigation experiment in miniature."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import navigation, published, runs
+from experiments.cli import parse
+from experiments.runs import RunError
+
+TINY = {
+    "num_meta_steps": 2,
+    "val_every": 2,
+    "log_every": 1,
+    "meta_batch_size": 2,
+    "shot": 3,
+    "eval_shot": 3,
+    "horizon": 6,
+    "eval_episodes": 4,
+    "eval_inner_steps": 2,
+}
+
+
+def config_of(algorithm="maml", **settings):
+    return dataclasses.replace(navigation.METHODS[algorithm], **TINY | settings)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    config = config_of(run_dir=tmp_path_factory.mktemp("finished"))
+    return config, navigation.run(config)
+
+
+def test_a_run_reports_the_return_after_every_update(finished):
+    config, results = finished
+    assert json.loads((config.run_dir / "results.json").read_text()) == results
+    published, fresh = results["evaluations"]
+    assert (published["goals"], published["count"]) == ("published", 40)
+    assert (fresh["goals"], fresh["count"]) == ("fresh", 4)
+    for evaluation in (published, fresh):
+        metric = evaluation["metrics"]["return"]
+        assert len(metric["mean"]) == len(metric["ci95"]) == 3
+        assert all(mean < evaluation["optimum"] for mean in metric["mean"])
+    assert results["rates"][0] == 0.5
+    assert results["rates"][1:] in [[rate] for rate in navigation.LATER_RATES]
+    assert len(results["policy_std"]) == 2
+    record = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"return_0", "return_1", "kl", "entropy", "val"} <= record.keys()
+    assert 0.0 <= record["kl"] <= 0.01
+    for name in ("returns.png", "paths.pdf", "learning_curve.png"):
+        assert (config.run_dir / "figures" / name).exists()
+
+
+def test_the_state_of_a_run_can_be_used(finished):
+    config, results = finished
+    learner, params, loaded = runs.load(config.run_dir)
+    assert loaded.algorithm == "maml"
+    goals = navigation.published_goals()
+    _, key, _ = jax.random.split(runs.streams(config.seed).test, 3)
+    found = navigation.returns_at(config, params, goals, key, results["rates"], config.eval_shot)
+    np.testing.assert_allclose(found.mean(0), results["metrics"]["return"]["mean"], rtol=1e-5)
+    distribution = learner.predict(params, jnp.zeros((7, 2)))
+    assert distribution.mean.shape == (7, 2)
+
+
+@pytest.mark.parametrize("algorithm", ["fomaml", "anil", "pretrained", "random", "oracle"])
+def test_a_method_runs(algorithm, tmp_path):
+    settings = {"num_meta_steps": 0} if algorithm == "random" else {"outer_rule": "clipped", "surrogate": "loaded-dice"}
+    results = navigation.run(config_of(algorithm, run_dir=tmp_path, **settings))
+    updates = 0 if algorithm == "oracle" else 2
+    assert len(results["metrics"]["return"]["mean"]) == updates + 1
+    assert len(results["rates"]) == updates
+    if algorithm in ("pretrained", "random"):
+        assert results["rates"][0] in navigation.FIRST_RATES
+    assert (tmp_path / "figures" / "returns.png").exists()
+
+
+def test_the_oracle_sees_the_goal():
+    environment = navigation.environment_of(navigation.METHODS["oracle"])
+    goal = jnp.array([0.3, -0.4])
+    state, observation = environment.reset(goal, jax.random.key(0))
+    np.testing.assert_allclose(observation, [0.0, 0.0, 0.3, -0.4])
+    state, observation, *_ = environment.step(goal, state, jnp.array([1.0, 0.0]), jax.random.key(0))
+    np.testing.assert_allclose(observation, [0.1, 0.0, 0.3, -0.4], rtol=1e-6)
+
+
+def test_the_published_goals_are_those_of_numpy():
+    np.random.seed(1)  # the authors' code uses the global generator
+    expected = np.random.uniform(-0.5, 0.5, (40, 2))
+    np.testing.assert_allclose(navigation.published_goals(), expected, rtol=1e-6)
+    # Before adapting, the published policy earned about what standing still earns.
+    standing_still = -100 * np.linalg.norm(expected, axis=1).mean()
+    np.testing.assert_allclose(standing_still, published.NAVIGATION["maml"][0], atol=1.0)
+
+
+def test_rates_are_chosen_on_goals_of_their_own(monkeypatch):
+    keys = []
+    monkeypatch.setattr(navigation, "returns_at", lambda *args: keys.append(args[2]) or np.full((4, 5), -args[4][1]))
+    rates, score = navigation.on_validation_goals(config_of(), {})
+    assert rates == [0.5, 0.05]
+    assert score == pytest.approx(-0.05)
+    test_goals = navigation.draw_goals(jax.random.split(runs.streams(0).test, 3)[0], 40)
+    assert not np.any(np.isin(np.asarray(keys[0]), np.asarray(test_goals)))
+    given = navigation.on_validation_goals(config_of(later_lr=0.2), {})[0]
+    assert given == [0.5, 0.2]
+
+
+def test_adapting_is_descent_at_the_rates(finished):
+    config, _ = finished
+    _, params, _ = runs.load(config.run_dir)
+    support, _ = navigation.collect(config, params, jnp.ones(2) / 3, jax.random.key(0), jnp.array([0.5, 0.1]), 2, 3)
+    adapted, _ = navigation.learner_of(config, [0.5, 0.1], 2).adapt(params, support)
+    policy = navigation.make_policy(config)
+    expected = params
+    for step, rate in enumerate((0.5, 0.1)):
+        batch = jax.tree.map(lambda x, step=step: x[step], support)
+        grads = jax.grad(
+            lambda p, batch=batch: navigation.rl.policy_gradient(policy.apply(p, batch.inputs), batch.targets)
+        )(expected)
+        expected = jax.tree.map(lambda p, g, rate=rate: p - rate * g, expected, grads)
+    for a, b in zip(jax.tree.leaves(adapted), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"horizon": 0}, "--horizon must be an integer of at least 1, got 0"),
+        ({"max_kl": float("inf")}, "--max-kl=inf must be a positive number"),
+        ({"later_lr": -0.1}, r"--later-lr=-0\.1 must be a positive number"),
+        ({"on_nonfinite": "skip"}, "--on-nonfinite skip needs --outer-rule clipped"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+
+
+def test_a_policy_that_is_not_finite_stops_the_run_and_keeps_the_last_state(finished, tmp_path, monkeypatch):
+    make_policy = navigation.make_policy
+
+    def broken(config):
+        policy = make_policy(config)
+        return policy._replace(apply=lambda params, x: jax.tree.map(lambda y: y * jnp.nan, policy.apply(params, x)))
+
+    monkeypatch.setattr(navigation, "make_policy", broken)
+    with pytest.raises(
+        RunError, match=r"the loss is not finite at meta-step 0 .*The checkpoints in .* are from before"
+    ):
+        navigation.run(config_of(run_dir=tmp_path, shot=2))
+
+
+def test_seeds_are_trained_in_one_program(tmp_path):
+    results = navigation.run(config_of(run_dir=tmp_path, seeds=2, outer_rule="clipped"))
+    assert results["seeds"] == [0, 1]
+    assert len(results["metrics"]["return"]["mean"]) == 3
+
+
+def test_the_command_line_has_the_defaults():
+    config = parse(navigation.METHODS, "", ["maml", "--max-kl", "0.02", "--inner-lr", "0.1"])
+    assert config.max_kl == 0.02
+    assert config.hyperparameters.inner_lr == 0.1
+    assert navigation.with_paper_defaults(config).run_dir.name == "navigation-maml-0"

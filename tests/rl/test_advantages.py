@@ -1,0 +1,81 @@
+"""Returns, advantages and the linear baseline, against sums and numpy's least squares."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maml_jax import rl
+from maml_jax.rl import Normal, Trajectories
+
+H, N = 6, 3
+rng = np.random.default_rng(0)
+MASK = np.ones((H, N))
+MASK[4:, 1] = 0.0
+REWARD, VALUE = rng.normal(size=(H, N)) * MASK, rng.normal(size=(H, N))
+
+
+def test_returns_are_discounted_sums(x64):
+    found = rl.discounted_returns(jnp.asarray(REWARD), 0.9)
+    for t in range(H):
+        np.testing.assert_allclose(found[t], sum(0.9 ** (s - t) * REWARD[s] for s in range(t, H)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
+def test_advantages_are_sums_of_errors(decay, x64):
+    found = rl.generalised_advantages(
+        jnp.asarray(REWARD), jnp.asarray(VALUE), jnp.asarray(MASK), discount=0.9, decay=decay
+    )
+    following = np.concatenate([VALUE[1:] * MASK[1:], np.zeros((1, N))])
+    error = (REWARD + 0.9 * following - VALUE) * MASK
+    for t in range(H):
+        expected = sum((0.9 * decay) ** (s - t) * error[s] for s in range(t, H)) * MASK[t]
+        np.testing.assert_allclose(found[t], expected, rtol=1e-12)
+    if decay == 1.0:
+        returns = rl.discounted_returns(jnp.asarray(REWARD), 0.9)
+        np.testing.assert_allclose(found, (returns - VALUE) * MASK, rtol=1e-12)
+
+
+def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
+    observation, returns = rng.normal(size=(H, N, 2)), rng.normal(size=(H, N))
+    found = rl.linear_baseline(jnp.asarray(observation), jnp.asarray(returns), jnp.asarray(MASK), ridge=0.1)
+    rows, targets = [], []
+    for t in range(H):
+        for n in range(N):
+            rows.append([*observation[t, n], *observation[t, n] ** 2, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1.0])
+            targets.append(returns[t, n])
+    rows, targets, valid = np.array(rows), np.array(targets), MASK.reshape(-1).astype(bool)
+    penalised = np.concatenate([rows[valid], np.sqrt(0.1) * np.eye(8)])
+    coefficients = np.linalg.lstsq(penalised, np.concatenate([targets[valid], np.zeros(8)]), rcond=None)[0]
+    np.testing.assert_allclose(found, (rows @ coefficients).reshape(H, N), rtol=1e-9)
+
+
+def test_advantages_of_trajectories_are_standardised():
+    observation = jnp.asarray(rng.normal(size=(H, N, 2)), jnp.float32)
+    policy = Normal(observation, observation)
+    reward, mask = jnp.asarray(REWARD, jnp.float32), jnp.asarray(MASK, jnp.float32)
+    found = rl.linear_advantages(ridge=1.0)(Trajectories(observation, observation, reward, mask, policy))
+    valid = np.asarray(found)[MASK > 0]
+    np.testing.assert_allclose([valid.mean(), valid.std()], [0.0, 1.0], atol=1e-5)
+    assert not np.any(np.asarray(found)[MASK == 0])
+    # A reward after the end must not matter, nor an observation.
+    other = Trajectories(observation + 9.0 * (1.0 - mask)[..., None], observation, reward, mask, policy)
+    np.testing.assert_allclose(rl.linear_advantages(ridge=1.0)(other), found, atol=1e-5)
+
+
+def test_equal_rewards_leave_no_advantage():
+    same = jnp.zeros((H, N))
+    trajectories = Trajectories(jnp.ones((H, N, 1)), same, same, jnp.ones((H, N)), Normal(same, same))
+    assert jnp.all(jnp.abs(rl.linear_advantages()(trajectories)) < 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"discount": 1.5}, r"discount=1\.5 must be at most 1"),
+        ({"decay": -0.1}, r"decay=-0\.1 must be a number of at least 0"),
+        ({"ridge": 0.0}, r"ridge=0\.0 must be a positive number"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rl.linear_advantages(**settings)

@@ -1,0 +1,290 @@
+"""The meta-objective and the outer rules: clipped epochs and the trust region."""
+
+import chex
+import enumerated_mdp as mdp
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maml_jax import Episode, first_order, init_meta_state, make_train_loop, maml, mixed_mode, models, parallel, rl
+from maml_jax.meta_gradient import meta_gradient
+from maml_jax.tasks.navigation import navigation
+
+ENVIRONMENT = navigation()
+POLICY = rl.normal_policy(models.mlp(features=(5, 2), activation=jnp.tanh), action_size=2)
+SETTINGS = {"num_trajectories": 6, "horizon": 8}
+NUM_TASKS = 4
+
+
+def learner_of(num_steps, inner_grad=mixed_mode, rate=0.2):
+    return maml(
+        POLICY, rl.policy_gradient, inner_optimizer=optax.sgd(rate), num_inner_steps=num_steps, inner_grad=inner_grad,
+        data_per_step=True,
+    )  # fmt: skip
+
+
+LEARNER = rl.meta_policy(learner_of(1))
+SAMPLER = rl.make_sampler(learner_of, ENVIRONMENT, num_updates=1, **SETTINGS)
+PARAMS = LEARNER.init(jax.random.key(0), jnp.zeros((1, 2)))
+EPISODES = jax.jit(jax.vmap(SAMPLER, (0, None)))(jax.random.split(jax.random.key(1), NUM_TASKS), PARAMS)
+
+
+def gradient_fn(params, episodes):
+    return meta_gradient(LEARNER, params, episodes, chunk_size=1)
+
+
+def test_the_objective_reports_returns_and_divergence():
+    episode = jax.tree.map(lambda x: x[0], EPISODES)
+    loss, info = LEARNER.objective(PARAMS, episode)
+    adapted, inner = learner_of(1).adapt(PARAMS, episode.support)
+    outputs = POLICY.apply(adapted, episode.query.inputs)
+    np.testing.assert_allclose(loss, rl.ratio_surrogate(outputs, episode.query.targets), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(info.returns, rl.returns_of(episode.support, episode.query), rtol=1e-6)
+    np.testing.assert_allclose(info.kl, 0.0, atol=1e-6)  # the adapted policy is that which acted
+    np.testing.assert_allclose(info.entropy, outputs.entropy().mean(), rtol=1e-5)
+    np.testing.assert_array_equal(info.support_loss, inner.support_loss)
+    moved = jax.tree.map(lambda x: x + 0.1, PARAMS)
+    outputs = POLICY.apply(learner_of(1).adapt(moved, episode.support)[0], episode.query.inputs)
+    expected = episode.query.targets.policy.kl(outputs).mean()
+    np.testing.assert_allclose(LEARNER.objective(moved, episode)[1].kl, expected, rtol=1e-4)
+    assert expected > 1e-3
+
+
+@pytest.mark.parametrize("num_updates", [1, 2])
+def test_the_meta_gradient_has_the_differences_of_the_objective(num_updates, x64):
+    """With common random numbers: the data stay those of θ, and the objective moves."""
+    policy = rl.normal_policy(models.mlp(features=(3, 2), activation=jnp.tanh, param_dtype=jnp.float64), action_size=2)
+
+    def of_steps(num_steps):
+        return maml(
+            policy, rl.ratio_surrogate, inner_optimizer=optax.sgd(0.2), num_inner_steps=num_steps, data_per_step=True
+        )
+
+    learner = rl.meta_policy(of_steps(num_updates))
+    params = in_float64(learner.init(jax.random.key(0), jnp.zeros((1, 2))))
+    sample = rl.make_sampler(of_steps, ENVIRONMENT, num_updates=num_updates, num_trajectories=4, horizon=5)
+    episode = in_float64(sample(jax.random.key(1), params))
+    grads = jax.grad(learner.objective, has_aux=True)(params, episode)[0]
+    direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
+    ahead, behind = (
+        learner.objective(optax.tree.add_scale(params, sign * 1e-5, direction), episode)[0] for sign in (1.0, -1.0)
+    )
+    np.testing.assert_allclose((ahead - behind) / 2e-5, optax.tree.vdot(grads, direction), rtol=1e-6)
+    first = rl.meta_policy(of_steps(num_updates)._replace(adapt=_first_order_adapt(policy, num_updates)))
+    other = jax.grad(first.objective, has_aux=True)(params, episode)[0]
+    assert optax.tree.norm(optax.tree.sub(other, grads)) > 1e-4 * optax.tree.norm(grads)
+
+
+def _first_order_adapt(policy, num_steps):
+    return maml(
+        policy, rl.ratio_surrogate, inner_optimizer=optax.sgd(0.2), num_inner_steps=num_steps, inner_grad=first_order,
+        data_per_step=True,
+    ).adapt  # fmt: skip
+
+
+def in_float64(tree):
+    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def flat(tree):
+    return jax.flatten_util.ravel_pytree(tree)[0]
+
+
+def test_the_step_is_the_natural_gradient_of_the_whole_fisher_matrix(x64):
+    """Against the Fisher matrix written out, column by column, in forward mode through the inner step."""
+    params, episodes = in_float64(PARAMS), in_float64(EPISODES)
+    learner = learner_of(1, inner_grad=jax.value_and_grad)
+    rule = rl.trust_region(LEARNER, max_kl=1e-3, num_cg_steps=60, damping=0.1, metric_stride=2)
+    new, _, info = jax.jit(lambda params, episodes: rule.update(gradient_fn, params, episodes, ()))(params, episodes)
+    vector, unravel = jax.flatten_util.ravel_pytree(params)
+
+    def outputs_of(vector, episode):
+        adapted, _ = learner.adapt(unravel(vector), episode.support)
+        return learner.predict(adapted, episode.query.inputs[::2])
+
+    fisher = np.zeros((len(vector), len(vector)))
+    for index in range(NUM_TASKS):
+        episode = jax.tree.map(lambda x, i=index: x[i], episodes)
+        outputs = outputs_of(vector, episode)
+        slopes = jax.jacfwd(outputs_of)(vector, episode)  # leaves [H, N, A, P]
+        # The Fisher information of a normal: 1/σ² for each mean, 2 for each log σ.
+        weight = jnp.exp(-2.0 * outputs.log_std)[..., None]
+        mean, log_std = (x.reshape(-1, len(vector)) for x in (slopes.mean * jnp.sqrt(weight), slopes.log_std))
+        steps = outputs.mean.shape[0] * outputs.mean.shape[1]
+        fisher += np.asarray(mean.T @ mean + 2.0 * log_std.T @ log_std) / steps / NUM_TASKS
+    gradient = np.asarray(flat(gradient_fn(params, episodes)[1]))
+    direction = np.linalg.solve(fisher + 0.1 * np.eye(len(vector)), gradient)
+    full = -np.sqrt(2e-3 / (direction @ fisher @ direction)) * direction
+    moved = np.asarray(flat(new) - vector)
+    length = np.linalg.norm(moved) / np.linalg.norm(full)
+    np.testing.assert_allclose(moved, length * full, rtol=1e-6, atol=1e-9)
+    exponent = np.log(length) / np.log(0.8)
+    np.testing.assert_allclose(exponent, round(exponent), atol=1e-6)
+    assert 0.0 < info.objective.kl <= 1e-3
+
+
+def test_more_conjugate_gradients_than_numbers_do_no_harm():
+    rule = rl.trust_region(LEARNER, num_cg_steps=200, damping=0.1)
+    new, _, info = rule.update(gradient_fn, PARAMS, EPISODES, ())
+    assert info.objective.kl > 0.0
+    chex.assert_tree_all_finite(new)
+
+
+def measure(params, episodes=EPISODES):
+    losses, info = jax.vmap(LEARNER.objective, (None, 0))(params, episodes)
+    return losses.mean(), info.kl.mean()
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 1e-2, 1.0])
+def test_the_divergence_stays_within_its_bound_and_the_objective_falls(max_kl):
+    rule = rl.trust_region(LEARNER, max_kl=max_kl)
+    new, _, info = jax.jit(lambda params, episodes: rule.update(gradient_fn, params, episodes, ()))(PARAMS, EPISODES)
+    loss, kl = measure(new)
+    assert loss < measure(PARAMS)[0]
+    assert 0.01 * max_kl < kl <= max_kl * 1.001
+    np.testing.assert_allclose(info.objective.kl, kl, rtol=1e-3)
+    assert info.finite
+
+
+def test_where_nothing_can_be_gained_the_parameters_stay():
+    targets = EPISODES.query.targets
+    equal = targets._replace(advantage=jnp.zeros_like(targets.advantage))
+    rule = rl.trust_region(LEARNER)
+    flat_episodes = EPISODES._replace(query=EPISODES.query._replace(targets=equal))
+    new, _, info = rule.update(gradient_fn, PARAMS, flat_episodes, ())
+    chex.assert_trees_all_equal(new, PARAMS)
+    assert info.objective.kl == 0.0
+    assert info.finite
+
+
+def test_the_inner_gradient_may_be_differentiated_either_way(x64):
+    params, episodes, found = in_float64(PARAMS), in_float64(EPISODES), []
+    for inner_grad in (mixed_mode, jax.value_and_grad):
+        rule = rl.trust_region(rl.meta_policy(learner_of(1, inner_grad=inner_grad)), damping=0.01, num_cg_steps=40)
+        found.append(rule.update(gradient_fn, params, episodes, ())[0])
+    assert np.any(flat(found[0]) != flat(params))
+    chex.assert_trees_all_close(*found, rtol=1e-8)
+
+
+def rules(mesh):
+    return {
+        "trust region": rl.trust_region(LEARNER, metric_stride=2, damping=0.01, mesh=mesh),
+        "clipped epochs": rl.clipped_epochs(optax.adam(1e-3), num_epochs=3, max_kl=0.5),
+        "minibatches": rl.clipped_epochs(optax.adam(1e-3), num_epochs=2, num_minibatches=2),
+    }
+
+
+@pytest.mark.parametrize("name", rules(None))
+def test_one_device_and_several_take_the_same_path(name):
+    found = []
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        rule = rules(mesh)[name]
+        state = init_meta_state(LEARNER, rule, jax.random.key(0), jnp.zeros((1, 2)))
+        loop = make_train_loop(LEARNER, rule, SAMPLER, meta_batch_size=NUM_TASKS, num_steps=2, mesh=mesh)
+        state, info = loop(state, jax.random.key(5))
+        found.append((state.params, info.loss, info.objective.kl))
+    start = LEARNER.init(jax.random.key(0), jnp.zeros((1, 2)))
+    scale = float(np.abs(flat(found[0][0]) - flat(start)).max())
+    assert scale > 1e-4
+    chex.assert_trees_all_close(*found, rtol=2e-2, atol=2e-2 * scale)
+
+
+def test_an_epoch_is_an_optax_step_and_a_bound_stops_them():
+    optimizer = optax.adam(3e-2)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    divergences = []
+    for _ in range(4):
+        (_, info), grads = gradient_fn(params, EPISODES)
+        divergences.append(float(info.kl))
+        updates, state = optimizer.update(grads, state)
+        params = optax.apply_updates(params, updates)
+
+    def after(num_epochs, max_kl=None):
+        rule = rl.clipped_epochs(optimizer, num_epochs=num_epochs, max_kl=max_kl)
+        return rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))
+
+    chex.assert_trees_all_close(after(4)[0], params, rtol=1e-4, atol=1e-6)
+    assert divergences == sorted(divergences)
+    # After two steps the divergence passes the bound, so the third and fourth are not taken.
+    bound = 0.5 * (divergences[1] + divergences[2])
+    chex.assert_trees_all_close(after(4, bound)[0], after(2)[0], rtol=1e-5, atol=1e-7)
+    info = after(4)[2]
+    np.testing.assert_allclose(info.objective.kl, divergences[-1], rtol=1e-3)
+    assert info.finite
+
+
+def test_minibatches_go_through_all_tasks():
+    # One step of plain descent on each half, in a random order; with a rate near 0 their sum is that of a whole step.
+    rule = rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1, num_minibatches=2)
+    new, state, _ = rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))
+    whole = gradient_fn(PARAMS, EPISODES)[1]
+    np.testing.assert_allclose(flat(new) - flat(PARAMS), -2e-3 * flat(whole), rtol=0.05, atol=1e-7)
+    again, *_ = rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))
+    chex.assert_trees_all_equal(new, again)
+    assert np.any(state["key"] != rule.init(PARAMS)["key"])
+    with pytest.raises(ValueError, match="num_minibatches=3 does not divide the 4 tasks of a meta-batch"):
+        rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, num_minibatches=3).update(
+            gradient_fn, PARAMS, EPISODES, rule.init(PARAMS)
+        )
+
+
+def test_what_prepares_the_episodes_comes_first():
+    def doubled(episodes):
+        targets = episodes.query.targets
+        targets = targets._replace(advantage=2.0 * targets.advantage)
+        return Episode(episodes.support, episodes.query._replace(targets=targets))
+
+    plain, prepared = (rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1, prepare=prepare) for prepare in (None, doubled))
+    steps = [
+        flat(rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))[0]) - flat(PARAMS)
+        for rule in (plain, prepared)
+    ]
+    np.testing.assert_allclose(2.0 * steps[0], steps[1], rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_kl": 0.0}, r"max_kl=0\.0 must be a positive number"),
+        ({"max_kl": float("inf")}, "max_kl=inf must be a positive number"),
+        ({"backtrack": 1.0}, r"backtrack=1\.0 must be below 1"),
+        ({"num_cg_steps": 0}, "num_cg_steps must be an integer of at least 1, got 0"),
+        ({"metric_stride": 0}, "metric_stride must be an integer of at least 1, got 0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rl.trust_region(LEARNER, **settings)
+
+
+def test_epochs_and_bounds_out_of_range_are_refused():
+    with pytest.raises(ValueError, match="num_epochs must be an integer of at least 1, got 0"):
+        rl.clipped_epochs(optax.sgd(1.0), num_epochs=0)
+    with pytest.raises(ValueError, match=r"max_kl=-1\.0 must be a positive number"):
+        rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, max_kl=-1.0)
+    with pytest.raises(ValueError, match="optimizer must be an optax transformation"):
+        rl.clipped_epochs(1e-3, num_epochs=1)
+
+
+def test_a_policy_that_is_not_finite_is_reported():
+    broken = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
+    for rule in (rl.trust_region(LEARNER), rl.clipped_epochs(optax.sgd(1.0), num_epochs=1)):
+        *_, info = rule.update(gradient_fn, broken, EPISODES, rule.init(broken))
+        assert not info.finite
+
+
+def test_the_fisher_matrix_of_a_table_is_that_of_the_process(x64):
+    """Categorical outputs: the bound holds for the KL that the trajectories of the process have."""
+    batch = mdp.batch(mdp.THETA)
+    episodes = jax.tree.map(lambda x: x[None], Episode(jax.tree.map(lambda x: x[None][:0], batch), batch))
+    learner = rl.meta_policy(
+        maml(mdp.POLICY, rl.policy_gradient, inner_optimizer=optax.sgd(0.1), num_inner_steps=0, data_per_step=True)
+    )
+    rule = rl.trust_region(learner, max_kl=1e-3)
+    new, _, info = rule.update(
+        lambda params, episodes: meta_gradient(learner, params, episodes), jnp.asarray(mdp.THETA), episodes, ()
+    )
+    assert mdp.expected_return(new) > mdp.expected_return(mdp.THETA)
+    assert 1e-4 < info.objective.kl <= 1e-3

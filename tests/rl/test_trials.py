@@ -1,0 +1,191 @@
+"""RL²: trials of several episodes, the state that crosses them, and the loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maml_jax import init_meta_state, make_train_loop, parallel, rl
+from maml_jax.rl import Categorical, RecurrentPolicy
+from maml_jax.types import Environment
+
+A, H, E = 3, 4, 3
+
+
+def step(task, state, action, key):
+    state = state + 1
+    return state, state[None].astype(jnp.float32), (action == task).astype(jnp.float32), state >= task + 2
+
+
+# One of the actions pays, and the episode ends after 2, 3 or 4 time steps, as the task says.
+ENVIRONMENT = Environment(
+    sample_task=lambda key: jax.random.randint(key, (), 0, A),
+    reset=lambda task, key: (jnp.int32(0), jnp.zeros(1)),
+    step=step,
+)
+POLICY = rl.gru_policy(num_actions=A, hidden_size=8)
+PARAMS = POLICY.init(jax.random.key(0), jnp.zeros((1, 1 + A + 2)))
+# Counts the time steps of a trial in its state, and says so in its value.
+COUNTER = RecurrentPolicy(
+    init=lambda key, inputs: {"w": jnp.zeros(A)},
+    start=lambda: jnp.zeros(()),
+    step=lambda params, carry, inputs: (carry + 1.0, (Categorical(params["w"]), carry)),
+    num_actions=A,
+)
+
+
+def trial(task=0, policy=POLICY, params=PARAMS, seed=0, **settings):
+    settings = {"num_episodes": E, "horizon": H} | settings
+    return rl.run_trial(ENVIRONMENT, policy, params, jnp.int32(task), jax.random.key(seed), **settings)
+
+
+@pytest.mark.parametrize("task", range(A))
+def test_episodes_follow_one_another_until_the_trial_ends(task):
+    found = trial(task)
+    length = min(task + 2, H)
+    assert found.reward.shape == (E * H,)
+    expected = np.minimum(np.arange(E * H) // length, E)
+    np.testing.assert_array_equal(np.asarray(found.episode)[: E * length], expected[: E * length])
+    np.testing.assert_array_equal(found.mask, np.arange(E * H) < E * length)
+    np.testing.assert_array_equal(found.reward, (found.action == task) * found.mask)
+    np.testing.assert_array_equal(found.done, ((np.arange(E * H) % length) == length - 1) * found.mask)
+
+
+def test_the_horizon_ends_an_episode_that_is_not_done():
+    found = trial(2, horizon=2)
+    np.testing.assert_array_equal(found.episode, [0, 0, 1, 1, 2, 2])
+    assert not np.any(found.done)
+    np.testing.assert_array_equal(found.inputs[:, 0], [0, 1, 0, 1, 0, 1])  # the count of the environment starts again
+
+
+def test_the_policy_sees_what_it_did_and_what_that_earned():
+    found = trial(1)
+    np.testing.assert_array_equal(found.inputs[0], np.zeros(1 + A + 2))  # nothing has happened yet
+    before = jax.nn.one_hot(found.action[:-1], A)
+    np.testing.assert_array_equal(found.inputs[1:, 1 : 1 + A], before)
+    np.testing.assert_array_equal(found.inputs[1:, 1 + A], found.reward[:-1])
+    ends = np.diff(np.asarray(found.episode)) > 0
+    np.testing.assert_array_equal(found.inputs[1:, 2 + A][: 3 * E - 1], ends[: 3 * E - 1])
+
+
+def test_the_state_crosses_episodes_and_not_trials():
+    found = trial(0, COUNTER, COUNTER.init(None, None))
+    np.testing.assert_array_equal(found.value, np.arange(E * H))  # it counts on through all episodes
+    sample = rl.make_trial_sampler(ENVIRONMENT, COUNTER, num_episodes=E, horizon=H)
+    episodes = jax.vmap(sample, (0, None))(jax.random.split(jax.random.key(1), 5), COUNTER.init(None, None))
+    advantage = episodes.support.targets.transition.advantage
+    values = episodes.support.targets.value - advantage
+    np.testing.assert_allclose(values, np.broadcast_to(np.arange(E * H), (5, E * H)), atol=1e-4)  # each from 0
+
+
+def test_greedy_takes_the_most_probable_action():
+    params = {"w": jnp.array([0.0, 0.1, 0.0])}
+    assert np.all(trial(0, COUNTER, params, greedy=True).action == 1)
+    assert not np.all(trial(0, COUNTER, params).action == 1)
+
+
+@pytest.mark.parametrize("name", ["num_episodes", "horizon"])
+def test_counts_out_of_range_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+        trial(**{name: 0})
+    with pytest.raises(ValueError, match=f"{name} must be an integer of at least 1, got 0"):
+        rl.make_trial_sampler(ENVIRONMENT, POLICY, **({"num_episodes": 1, "horizon": 1} | {name: 0}))
+
+
+LEARNER = rl.rl2(POLICY, entropy_weight=0.1)
+SAMPLER = rl.make_trial_sampler(ENVIRONMENT, POLICY, num_episodes=E, horizon=H, discount=0.9, decay=0.8)
+
+
+EPISODE = SAMPLER(jax.random.key(3), PARAMS)
+
+
+def test_the_objective_is_the_loss_of_a_trial_written_out():
+    other = jax.tree.map(lambda x: x + 0.05 * jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), PARAMS)
+    loss, info = LEARNER.objective(other, EPISODE)
+    targets, carry, terms = EPISODE.support.targets, POLICY.start(), []
+    transition = targets.transition
+    for t in range(E * H):
+        carry, (distribution, value) = POLICY.step(other, carry, EPISODE.support.inputs[t])
+        if not transition.mask[t]:
+            continue
+        log_p = jax.nn.log_softmax(distribution.logits)
+        old = jax.nn.log_softmax(transition.policy.logits[t])
+        ratio = jnp.exp(log_p - old)[transition.action[t]]
+        gain = jnp.minimum(ratio * transition.advantage[t], jnp.clip(ratio, 0.8, 1.2) * transition.advantage[t])
+        entropy = -jnp.sum(jnp.exp(log_p) * log_p)
+        error = (value - targets.value[t]) ** 2
+        terms.append([-gain + 0.25 * error - 0.1 * entropy, jnp.sum(jnp.exp(old) * (old - log_p)), entropy, error])
+    means = np.mean(terms, 0)
+    np.testing.assert_allclose(loss, means[0], rtol=1e-4)
+    np.testing.assert_allclose([info.kl, info.entropy, info.value_error], means[1:], rtol=1e-3)
+    np.testing.assert_allclose(info.reward, transition.reward.sum())
+
+
+def test_it_reads_a_trial_and_goes_on_from_there():
+    inputs = EPISODE.support.inputs
+    task_params, info = LEARNER.adapt(
+        PARAMS, jax.tree.map(lambda x: x[:5], EPISODE.support), observe_fn=lambda task_params: task_params["carry"][0]
+    )
+    assert info.observed.shape == (1,)
+    distribution, value = LEARNER.predict(task_params, inputs[5:])
+    targets = EPISODE.support.targets
+    np.testing.assert_allclose(distribution.logits, targets.transition.policy.logits[5:], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(value, (targets.value - targets.transition.advantage)[5:], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_have_the_differences_of_the_objective(x64):
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
+    episode = jax.tree.map(
+        lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+        EPISODE,
+    )
+    moved = jax.tree.map(lambda x: x + 0.01, params)  # beside the kink of the clipped ratio at 1
+    jax.test_util.check_grads(lambda p: LEARNER.objective(p, episode)[0], (moved,), order=1, modes=["rev"], rtol=1e-6)
+
+
+def test_advantages_are_standardised_over_all_trials():
+    episodes = jax.vmap(SAMPLER, (0, None))(jax.random.split(jax.random.key(1), 6), PARAMS)
+    transition = rl.standardise_advantages(episodes).support.targets.transition
+    valid = np.asarray(transition.advantage)[np.asarray(transition.mask) > 0]
+    np.testing.assert_allclose([valid.mean(), valid.std()], [0.0, 1.0], atol=1e-5)
+
+
+RULE = rl.clipped_epochs(optax.adam(1e-2), num_epochs=4, num_minibatches=2, prepare=rl.standardise_advantages)
+
+
+def train(num_steps, mesh=None):
+    state = init_meta_state(LEARNER, RULE, jax.random.key(0), jnp.zeros((1, 1 + A + 2)))
+    loop = make_train_loop(LEARNER, RULE, SAMPLER, meta_batch_size=64, num_steps=num_steps, chunk_size=16, mesh=mesh)
+    return loop(state, jax.random.key(2))
+
+
+def test_it_learns_to_find_the_action_that_pays_and_to_keep_to_it():
+    # Nothing but the reward tells the tasks apart, so what it earns late in a trial it has learnt in the trial.
+    state, info = train(150)
+    assert np.all(info.finite)
+    tasks = jnp.arange(300) % A
+    trials = jax.vmap(lambda task, key: trial_of(state.params, task, key))(
+        tasks, jax.random.split(jax.random.key(9), 300)
+    )
+    by_episode = [
+        np.sum(trials.reward * (trials.episode == e)) / np.sum(trials.mask * (trials.episode == e)) for e in range(E)
+    ]
+    assert by_episode[0] < 0.75
+    assert by_episode[2] > 0.95
+
+
+def trial_of(params, task, key):
+    return rl.run_trial(ENVIRONMENT, POLICY, params, task, key, num_episodes=E, horizon=H, greedy=True)
+
+
+def test_one_device_and_two_take_the_same_path():
+    (one, first), (two, second) = (train(2, mesh) for mesh in (None, parallel.task_mesh(jax.devices()[:2])))
+    np.testing.assert_allclose(first.loss, second.loss, rtol=1e-3, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_a_policy_needs_actions():
+    with pytest.raises(ValueError, match="num_actions must be an integer of at least 1, got 0"):
+        rl.gru_policy(num_actions=0)
