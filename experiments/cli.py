@@ -33,6 +33,7 @@ GROUPS = {
     "outer_loop": (
         "meta_batch_size", "num_meta_steps", "outer_optimizer", "outer_lr", "outer_schedule", "outer_lr_end",
         "outer_half_life", "outer_clip", "on_nonfinite", "outer_rule", "max_kl", "metric_stride", "clip", "epochs",
+        "max_norm",
     ),
     "test": (
         "eval_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive", "population", "ensemble",

@@ -76,14 +76,21 @@ def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
     return parallel.task_mesh(devices) if len(devices) > 1 else None
 
 
-def outer_optimizer(config: Any) -> optax.GradientTransformation:
-    """The optimiser of the meta-parameters, with the rate and the schedule of `config`."""
-    start, end, num_steps = config.outer_lr, config.outer_lr_end, max(1, config.num_meta_steps)
+def outer_optimizer(config: Any, updates_per_step: int = 1) -> optax.GradientTransformation:
+    """The optimiser of the meta-parameters, with the rate and the schedule of `config`.
+
+    Args:
+      config: the settings.
+      updates_per_step: how many updates of the optimiser a meta-step has.
+    """
+    start, end, num_steps = config.outer_lr, config.outer_lr_end, max(1, config.num_meta_steps) * updates_per_step
     rates = {
         "constant": lambda: start,
         "linear": lambda: optax.linear_schedule(start, end, num_steps),
         "cosine": lambda: optax.cosine_decay_schedule(start, num_steps, alpha=end / start),
-        "halved": lambda: optax.exponential_decay(start, config.outer_half_life, 0.5, staircase=True),
+        "halved": lambda: optax.exponential_decay(
+            start, config.outer_half_life * updates_per_step, 0.5, staircase=True
+        ),
     }
     optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule]())
     if (bound := getattr(config, "outer_clip", None)) is not None:
@@ -162,7 +169,9 @@ def train_together(
     config, is_alone = members[0].config, len(members) == 1
     keys = [streams(member.config.seed) for member in members]
     optimizer = outer_optimizer(config) if optimizer is None else optimizer
-    mesh = mesh_for(config.meta_batch_size if is_alone else len(members))
+    # An outer update may be made on a part of the meta-batch, which is divided over the devices too.
+    minibatches = getattr(getattr(config, "hyperparameters", None), "minibatches", 1)
+    mesh = mesh_for(config.meta_batch_size // minibatches if is_alone else len(members))
     if inputs is None:
         inputs = jax.eval_shape(sample_episode, keys[0].train).support.inputs
     with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):

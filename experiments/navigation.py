@@ -222,7 +222,8 @@ def meta_learner_of(config: Config) -> MetaLearner:
 def outer_rule_of(config: Config, learner: MetaLearner) -> OuterRule:
     """The outer update."""
     if config.outer_rule == "clipped":
-        return rl.clipped_epochs(common.outer_optimizer(config), num_epochs=config.epochs, max_kl=config.max_kl)
+        optimizer = common.outer_optimizer(config, updates_per_step=config.epochs)
+        return rl.clipped_epochs(optimizer, num_epochs=config.epochs, max_kl=config.max_kl)
     mesh = common.mesh_for(config.meta_batch_size) if config.seeds == 1 else None
     return rl.trust_region(learner, max_kl=config.max_kl, metric_stride=config.metric_stride, mesh=mesh)
 

@@ -117,3 +117,40 @@ NAVIGATION = {
 }
 """Mean return after 0, 1, ... updates in 2D navigation, on 40 goals: Finn et al., 2017, figure 4, from the data files
 of the authors' code."""
+
+_STRATEGIES = (
+    "random", "Gittins", "Thompson sampling", "optimistic Thompson sampling", "UCB1", "epsilon-greedy", "greedy", "RL²",
+)  # fmt: skip
+BANDITS = {
+    sizes: dict(zip(_STRATEGIES, rewards, strict=True))
+    for sizes, rewards in {
+        (10, 5): (5.0, 6.6, 5.7, 6.5, 6.7, 6.6, 6.6, 6.7),
+        (10, 10): (5.0, 6.6, 5.5, 6.2, 6.7, 6.6, 6.6, 6.7),
+        (10, 50): (5.1, 6.5, 5.2, 5.5, 6.6, 6.5, 6.5, 6.8),
+        (100, 5): (49.9, 78.3, 74.7, 77.9, 78.0, 75.4, 74.8, 78.7),
+        (100, 10): (49.9, 82.8, 76.7, 81.4, 82.4, 77.4, 77.1, 83.5),
+        (100, 50): (49.8, 85.2, 64.5, 67.7, 84.3, 78.3, 78.0, 84.9),
+        (500, 5): (249.8, 405.8, 402.0, 406.7, 405.8, 388.2, 380.6, 401.6),
+        (500, 10): (249.0, 437.8, 429.5, 438.9, 437.1, 408.0, 395.0, 432.5),
+        (500, 50): (249.6, 463.7, 427.2, 437.6, 457.6, 413.6, 402.8, 438.9),
+    }.items()
+}
+"""Mean total reward on Bernoulli bandits by (pulls, arms) and strategy: Duan et al., 2016, table 1, on 1,000 tasks."""
+
+MDPS = {
+    episodes: dict(
+        zip(("random", "PSRL", "OPSRL", "UCRL2", "BEB", "epsilon-greedy", "greedy", "RL²"), rewards, strict=True)
+    )
+    for episodes, rewards in {
+        10: (100.1, 138.1, 144.1, 146.6, 150.2, 132.8, 134.8, 156.2),
+        25: (250.2, 408.8, 425.2, 424.1, 427.8, 377.3, 368.8, 445.7),
+        50: (499.7, 904.4, 930.7, 918.9, 917.8, 823.3, 769.3, 936.1),
+        75: (749.9, 1417.1, 1449.2, 1427.6, 1422.6, 1293.9, 1172.9, 1428.8),
+        100: (999.4, 1939.5, 1973.9, 1942.1, 1935.1, 1778.2, 1578.5, 1913.7),
+    }.items()
+}
+"""Mean total reward in random processes by episodes and strategy: Duan et al., 2016, table 2, on 1,000 tasks."""
+
+MAZES = {"steps": (52.4, 39.1), "success": (0.993, 0.996), "improved": 0.917}
+"""Steps and success of both episodes in small mazes, and the share of mazes whose second episode was no longer: Duan et
+al., 2016, tables 3 and 4. Those mazes are three-dimensional, so only shares and ratios can be compared."""

@@ -30,6 +30,7 @@ from maml_jax.types import (
     SampleEpisodeFn,
     check_integer,
     check_not_negative,
+    check_positive,
 )
 
 
@@ -191,6 +192,7 @@ def make_trial_sampler(
     horizon: int,
     discount: float = 0.99,
     decay: float = 0.95,
+    reward_scale: float = 1.0,
 ) -> SampleEpisodeFn:
     """A distribution of trials that the current policy goes through.
 
@@ -201,12 +203,14 @@ def make_trial_sampler(
       horizon: H, the most time steps of an episode.
       discount: γ, over the time steps of the whole trial.
       decay: λ of the generalised advantages.
+      reward_scale: what rewards are multiplied by before values and advantages are computed. If returns are large,
+        the squared error of the values outweighs the rest of the objective.
 
     Returns:
       `sample_episode(key, params)`, an episode whose support set is the trial, [L, ...], with an empty query set.
 
     Raises:
-      ValueError: if a count is wrong, or γ or λ negative or above 1.
+      ValueError: if a count is wrong, γ or λ negative or above 1, or the scale not positive.
     """
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
@@ -214,12 +218,14 @@ def make_trial_sampler(
         check_not_negative(name, value)
         if value > 1.0:
             raise ValueError(f"{name}={value} must be at most 1")
+    check_positive("reward_scale", reward_scale)
 
     def sample_episode(key: PRNGKey, params: ArrayTree) -> Episode:
         task_key, trial_key = jax.random.split(key)
         task = environment.sample_task(task_key)
         trial = run_trial(environment, policy, params, task, trial_key, num_episodes=num_episodes, horizon=horizon)
-        advantage = generalised_advantages(trial.reward, trial.value, trial.mask, discount=discount, decay=decay)
+        scaled = reward_scale * trial.reward
+        advantage = generalised_advantages(scaled, trial.value, trial.mask, discount=discount, decay=decay)
         transition = Transition(trial.action, trial.reward, advantage, trial.mask, trial.policy)
         return Episode(Batch(trial.inputs, TrialTargets(transition, advantage + trial.value)), Batch((), ()))
 

@@ -1,6 +1,7 @@
 """Task distributions: functions from a key to an episode."""
 
 from maml_jax.tasks import augment as augment
+from maml_jax.tasks import bandits as bandits
 from maml_jax.tasks import domains as domains
 from maml_jax.tasks import drawings as drawings
 from maml_jax.tasks import few_shot as few_shot
@@ -10,11 +11,13 @@ from maml_jax.tasks import navigation as navigation
 from maml_jax.tasks import omniglot as omniglot
 from maml_jax.tasks import sinusoid as sinusoid
 from maml_jax.tasks import streaming as streaming
+from maml_jax.tasks import tabular_mdp as tabular_mdp
 from maml_jax.tasks import tfds_classes as tfds_classes
 from maml_jax.tasks import variable as variable
 
 __all__ = [
     "augment",
+    "bandits",
     "domains",
     "drawings",
     "few_shot",
@@ -24,6 +27,7 @@ __all__ = [
     "omniglot",
     "sinusoid",
     "streaming",
+    "tabular_mdp",
     "tfds_classes",
     "variable",
 ]

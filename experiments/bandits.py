@@ -1,0 +1,123 @@
+"""Bernoulli bandits by RL² (Duan et al., 2016, section 3.1 and table 1).
+
+A recurrent policy pulls the arms of a new bandit n times. It sees which arm it pulled last and what that paid, and no
+algorithm tells it how to explore. The probabilities of the arms are uniform in [0, 1]. The strategies of the literature
+are tested beside it on as many tasks, and for few pulls the largest expected reward that any strategy can have.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from experiments import bandit_strategies, published, runs, seeds, trials
+from experiments.cli import main, with_defaults
+from experiments.runs import console, stored_config
+from maml_jax.tasks.bandits import bandits
+from maml_jax.types import ArrayTree, MetaLearner, check_integer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(trials.TrialConfig):
+    """The settings of one run; the paper's policy sees up to 250 million pulls."""
+
+    experiment: ClassVar[str] = "bandits"
+
+    num_arms: int = 5
+    """Arms of a bandit; 5, 10 and 50 in the paper."""
+    num_pulls: int = 10
+    """Pulls of a trial; 10, 100 and 500 in the paper."""
+    num_meta_steps: int = 900
+    """Outer updates. A run with a constant rate may be continued with a larger number."""
+    val_every: int = 100
+    """Meta-steps between validations; a checkpoint is written at each."""
+    log_every: int = 20
+    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        super().__post_init__()
+        check_integer("--num-arms", self.num_arms, at_least=2)
+        check_integer("--num-pulls", self.num_pulls, at_least=1)
+
+
+METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentPolicy())}
+
+
+def about() -> dict[str, str]:
+    """A line on each method for --help."""
+    numbers = ", ".join(
+        f"{rewards['RL²']} with {pulls} pulls of {arms} arms" for (pulls, arms), rewards in published.BANDITS.items()
+    )
+    return {"rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}."}
+
+
+def with_paper_defaults(config: Config) -> Config:
+    """Fills in what depends on other settings."""
+    name = f"{config.algorithm}-{config.num_arms}arms-{config.num_pulls}pulls-{config.seed}"
+    return with_defaults(config, {"run_dir": Path(f"runs/bandits-{name}"), "chunk_size": config.meta_batch_size})
+
+
+def problem_of(config: Config) -> trials.Problem:
+    """One episode of `num_pulls` time steps."""
+    return trials.Problem(
+        environment=bandits(config.num_arms),
+        num_actions=config.num_arms,
+        num_inputs=1 + config.num_arms + 2,
+        num_episodes=1,
+        horizon=config.num_pulls,
+    )
+
+
+def test(config: Config, params: ArrayTree) -> dict[str, Any]:
+    """The total reward of the policy and of the strategies, and the largest that can be expected."""
+    keys = jax.random.split(runs.streams(config.seed).test, 3)
+    metrics = {
+        name: runs.mean_and_interval(
+            trials.outcome(config, problem_of(config), params, key, config.eval_episodes, greedy=greedy).reward
+        )
+        for key, (name, greedy) in zip(keys, {"reward": True, "reward_of_draws": False}.items(), strict=False)
+    }
+    sizes = {"num_arms": config.num_arms, "num_pulls": config.num_pulls, "num_tasks": config.eval_episodes}
+    strategies = bandit_strategies.compare(keys[2], **sizes)
+    try:
+        optimum = bandit_strategies.bayes_optimum(config.num_arms, config.num_pulls)
+    except ValueError:  # there are too many states for the dynamic programme
+        optimum = None
+    return {"metrics": metrics, "strategies": strategies, "optimum": optimum}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, tests, prints, and returns the content of results.json, or of seeds.json."""
+    config = with_paper_defaults(config)
+    if config.seeds > 1:
+        return seeds.run_seeds(run, lambda of_seed: trials.training_of(of_seed, problem_of(of_seed)), config)
+    protocol = {"shot": config.num_pulls, "way": config.num_arms}
+    results = trials.train_and_test(config, problem_of(config), lambda params: test(config, params), protocol)
+    show(results)
+    return results
+
+
+def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
+    """The learner and the selected parameters of a run."""
+    config = with_paper_defaults(stored_config(METHODS, Path(run_dir)))
+    return trials.load(config, problem_of(config))
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints the total reward of the policy and of the strategies beside the published ones."""
+    arms, pulls = (results["config"][name] for name in ("num_arms", "num_pulls"))
+    count = results["protocol"]["episodes"]
+    table = trials.reward_table(
+        results,
+        published.BANDITS.get((pulls, arms), {}),
+        f"mean total reward of {pulls} pulls, {arms} arms, {count:,} bandits",
+    )
+    if results["optimum"] is not None:
+        table.add_row("largest that can be expected", "", f"{results['optimum']:.3f}", "")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main(METHODS, run, __doc__, about=about())

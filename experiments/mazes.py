@@ -1,0 +1,148 @@
+"""Mazes by RL² (Duan et al., 2016, section 3.3).
+
+A recurrent policy walks twice through the same maze, whose walls and goal it sees only from near. The first time it has
+to search. The second time it can go straight to the goal, if its state remembers the way. Mazes are grids here and
+pictures in the paper, so that only the success, the ratio of the lengths and the share of mazes in which the second
+walk is no longer can be compared.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from rich.table import Table
+
+from experiments import published, runs, seeds, trials
+from experiments.cli import main, with_defaults
+from experiments.runs import console, stored_config
+from maml_jax.tasks.mazes import MOVES, mazes, shortest_path
+from maml_jax.types import ArrayTree, MetaLearner, check_integer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(trials.TrialConfig):
+    """The settings of one run."""
+
+    experiment: ClassVar[str] = "mazes"
+
+    size: int = 5
+    """Cells along a side of a maze; 5, and 9 for the test of extrapolation, in the paper."""
+    view: int = 3
+    """Squares along a side of what the agent sees, an odd number: 3 are the walls around its cell, 5 also the cells
+    around it."""
+    num_episodes: int = 2
+    """Walks through the same maze."""
+    horizon: int = 100
+    """Time steps after which a walk is given up; 250 in the paper, whose steps are smaller."""
+    meta_batch_size: int = 256
+    """Trials per meta-step, each of a new maze."""
+    num_meta_steps: int = 1000
+    """Outer updates. A run with a constant rate may be continued with a larger number."""
+    outer_lr: float = 1e-3
+    """Rate of the outer optimiser."""
+    outer_lr_end: float = 1e-4
+    """The outer rate at the end of a linear or cosine schedule."""
+    eval_episodes: int = 1000
+    """Mazes of the test and of each validation."""
+    val_every: int = 100
+    """Meta-steps between validations; a checkpoint is written at each."""
+    log_every: int = 10
+    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        super().__post_init__()
+        for name, smallest in {"size": 2, "num_episodes": 2, "horizon": 1}.items():
+            check_integer(f"--{name.replace('_', '-')}", getattr(self, name), at_least=smallest)
+        if check_integer("--view", self.view, at_least=3) % 2 == 0:
+            raise ValueError(f"--view {self.view} has no middle; choose an odd number")
+
+
+METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentPolicy(hidden_size=128, entropy_weight=0.01))}
+
+
+def about() -> dict[str, str]:
+    """A line on each method for --help."""
+    first, second = published.MAZES["steps"]
+    return {
+        "rl2": f"RL² (Duan et al., 2016). Published: success in {published.MAZES['success'][0]:.1%}, the second walk "
+        f"{second / first:.2f} times as long as the first and no longer in {published.MAZES['improved']:.1%} of mazes."
+    }
+
+
+def with_paper_defaults(config: Config) -> Config:
+    """Fills in what depends on other settings."""
+    name = f"{config.algorithm}-{config.size}x{config.size}-view{config.view}-{config.seed}"
+    return with_defaults(config, {"run_dir": Path(f"runs/mazes-{name}"), "chunk_size": config.meta_batch_size})
+
+
+def problem_of(config: Config) -> trials.Problem:
+    """Several walks through one maze."""
+    return trials.Problem(
+        environment=mazes(size=config.size, view=config.view),
+        num_actions=len(MOVES),
+        num_inputs=2 * config.view**2 + len(MOVES) + 2,
+        num_episodes=config.num_episodes,
+        horizon=config.horizon,
+    )
+
+
+def test(config: Config, params: ArrayTree) -> dict[str, Any]:
+    """Success and steps of every walk, by the most probable actions and by drawn ones, beside the shortest path."""
+    key = runs.streams(config.seed).test
+    problem, metrics = problem_of(config), {}
+    for name, greedy in {"draws": False, "most_probable": True}.items():
+        found = trials.outcome(config, problem, params, key, config.eval_episodes, greedy=greedy)
+        # A walk that was given up has the length of the horizon.
+        metrics |= {
+            f"steps_of_{name}": runs.mean_and_interval(found.steps),
+            f"success_of_{name}": runs.mean_and_interval(found.done),
+            f"improved_of_{name}": runs.mean_and_interval((found.steps[:, 1:2] <= found.steps[:, :1]).astype(float)),
+        }
+    # The mazes of `trials.outcome` with this key.
+    task_keys = jax.vmap(lambda key: jax.random.split(key)[0])(jax.random.split(key, config.eval_episodes))
+    shortest = jax.jit(jax.vmap(lambda key: shortest_path(problem.environment.sample_task(key))))(task_keys)
+    return {"metrics": metrics, "shortest_path": float(np.mean(shortest))}
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Trains, tests, prints, and returns the content of results.json, or of seeds.json."""
+    config = with_paper_defaults(config)
+    if config.seeds > 1:
+        return seeds.run_seeds(run, lambda of_seed: trials.training_of(of_seed, problem_of(of_seed)), config)
+    protocol = {"shot": config.num_episodes}
+    results = trials.train_and_test(config, problem_of(config), lambda params: test(config, params), protocol)
+    show(results)
+    return results
+
+
+def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
+    """The learner and the selected parameters of a run."""
+    config = with_paper_defaults(stored_config(METHODS, Path(run_dir)))
+    return trials.load(config, problem_of(config))
+
+
+def show(results: dict[str, Any]) -> None:
+    """Prints success and steps of every walk."""
+    metrics, count = results["metrics"], len(results["metrics"]["steps_of_draws"]["mean"])
+    size = results["config"]["size"]
+    table = Table(title=f"mazes of {size} x {size} cells, {results['protocol']['episodes']:,} of them")
+    for heading in ("actions", "walk", "steps", "reached the goal, %", "no longer than the first, %"):
+        table.add_column(heading, justify="left" if heading == "actions" else "right")
+    for name in ("draws", "most_probable"):
+        for walk in range(count):
+            cells = [
+                runs.format_mean(*(metrics[f"{what}_of_{name}"][part][walk] for part in ("mean", "ci95")), scale=scale)
+                for what, scale in (("steps", 1), ("success", 100))
+            ]
+            improved = metrics[f"improved_of_{name}"]
+            shown = runs.format_mean(improved["mean"][0], improved["ci95"][0], scale=100) if walk == 1 else ""
+            table.add_row(name.replace("_", " "), str(walk + 1), *cells, shown)
+    console.print(table)
+    console.print(f"the shortest path has {results['shortest_path']:.2f} steps on average")
+
+
+if __name__ == "__main__":
+    main(METHODS, run, __doc__, about=about())

@@ -1,0 +1,271 @@
+"""What the experiments with RL² share: the settings, the training on whole trials, the test."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from rich.table import Table
+
+from experiments import common, figures, runs
+from experiments.cli import RunConfig, flag
+from experiments.common import Training
+from maml_jax import parallel, rl
+from maml_jax.types import (
+    ArrayTree,
+    Environment,
+    MetaLearner,
+    PRNGKey,
+    check_integer,
+    check_not_negative,
+    check_positive,
+)
+
+TEST_CHUNK = 500
+"""Trials of the test that are vmapped together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentPolicy:
+    """Hyperparameters of RL²: a gated recurrent unit, trained by proximal policy optimisation on whole trials."""
+
+    hidden_size: int = 64
+    """Units of the recurrent layer; 256 in the paper."""
+    discount: float = 0.99
+    """Discount of a time step, over the whole trial."""
+    decay: float = 0.95
+    """The decay λ of the generalised advantages; 0.3 in the paper."""
+    clip: float = 0.2
+    """The change of the ratio of probabilities beyond which nothing is gained. The paper has a trust region instead."""
+    epochs: int = 4
+    """How often the trials of a meta-step are gone through."""
+    minibatches: int = 2
+    """Parts of the trials that one update each is made on; it divides --meta-batch-size."""
+    entropy_weight: float = 0.02
+    """Weight of the entropy of the policy in the objective."""
+    value_weight: float = 0.5
+    """Weight of the squared error of the values in the objective."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that cannot be."""
+        for name in ("hidden_size", "epochs", "minibatches"):
+            check_integer(flag(name), getattr(self, name), at_least=1)
+        for name in ("discount", "decay", "entropy_weight", "value_weight"):
+            check_not_negative(flag(name), getattr(self, name))
+        for name in ("discount", "decay"):
+            if getattr(self, name) > 1.0:
+                raise ValueError(f"{flag(name)} {getattr(self, name)} must be at most 1")
+        check_positive("--clip", self.clip)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrialConfig(RunConfig):
+    """The settings of one run."""
+
+    shot: Annotated[int, tyro.conf.Suppress] = 1
+    query_shot: Annotated[int | None, tyro.conf.Suppress] = None
+    meta_batch_size: int = 2000
+    """Trials per meta-step, each of a new task."""
+    outer_lr: float = 4e-3
+    """Rate of the outer optimiser."""
+    outer_schedule: Literal["constant", "linear", "cosine", "halved"] = "linear"
+    """How the outer rate falls: to --outer-lr-end over --num-meta-steps, or by half every --outer-half-life steps. A
+    finished linear or cosine run cannot be continued with more steps."""
+    outer_lr_end: float = 4e-4
+    """The outer rate at the end of a linear or cosine schedule."""
+    max_norm: float = 0.5
+    """The Euclidean norm that bounds the meta-gradient."""
+    eval_episodes: int = 20_000
+    """Tasks of the test, and at most 2,000 of them in each validation."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        super().__post_init__()
+        check_positive("--max-norm", self.max_norm)
+        minibatches = self.hyperparameters.minibatches
+        if self.meta_batch_size % minibatches:
+            raise ValueError(
+                f"--minibatches {minibatches} does not divide --meta-batch-size {self.meta_batch_size}; choose a "
+                "divisor"
+            )
+
+
+class Problem(NamedTuple):
+    """What an experiment with RL² is about.
+
+    Attributes:
+      environment: its tasks.
+      num_actions: A.
+      num_inputs: the numbers that the policy sees: those of the observation, the actions, and two more.
+      num_episodes: E, of a trial.
+      horizon: H, the most time steps of an episode.
+    """
+
+    environment: Environment
+    num_actions: int
+    num_inputs: int
+    num_episodes: int
+    horizon: int
+
+
+class Outcome(NamedTuple):
+    """What happened in each episode of n trials, leaves [n, E].
+
+    Attributes:
+      reward: the sum of the rewards.
+      steps: the number of time steps.
+      done: whether the environment ended the episode, rather than the horizon.
+    """
+
+    reward: np.ndarray
+    steps: np.ndarray
+    done: np.ndarray
+
+
+def make_policy(config: TrialConfig, problem: Problem) -> rl.RecurrentPolicy:
+    """The recurrent policy."""
+    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=config.hyperparameters.hidden_size)
+
+
+def training_of(config: TrialConfig, problem: Problem, score: Callable[[Outcome], float] | None = None) -> Training:
+    """What is trained, at settings without gaps.
+
+    Args:
+      config: the settings.
+      problem: the tasks.
+      score: what selects the state, larger is better; by default the mean reward of a trial.
+    """
+    settings, policy = config.hyperparameters, make_policy(config, problem)
+    learner = rl.rl2(
+        policy, clip=settings.clip, value_weight=settings.value_weight, entropy_weight=settings.entropy_weight
+    )
+    sampler = rl.make_trial_sampler(
+        problem.environment,
+        policy,
+        num_episodes=problem.num_episodes,
+        horizon=problem.horizon,
+        discount=settings.discount,
+        decay=settings.decay,
+        # Values are then averages of rewards, whatever the length of a trial.
+        reward_scale=1.0 / sum(settings.discount**t for t in range(problem.num_episodes * problem.horizon)),
+    )
+    updates = settings.epochs * settings.minibatches
+    rule = rl.clipped_epochs(
+        optax.chain(
+            optax.clip_by_global_norm(config.max_norm), common.outer_optimizer(config, updates_per_step=updates)
+        ),
+        num_epochs=settings.epochs,
+        num_minibatches=settings.minibatches,
+        prepare=rl.standardise_advantages,
+    )
+
+    def validate(params: ArrayTree) -> float:
+        found = outcome(config, problem, params, runs.streams(config.seed).val, min(2000, config.eval_episodes))
+        return float(found.reward.sum(1).mean()) if score is None else score(found)
+
+    return Training(learner, sampler, validate, optimizer=rule, inputs=jnp.zeros((1, problem.num_inputs)))
+
+
+def outcome(
+    config: TrialConfig, problem: Problem, params: ArrayTree, key: PRNGKey, count: int, *, greedy: bool = False
+) -> Outcome:
+    """Goes through `count` trials of new tasks."""
+    program = outcome_program(problem, make_policy(config, problem), count, greedy)
+    return Outcome(*map(np.asarray, program(params, jax.random.split(key, count))))
+
+
+@functools.lru_cache(maxsize=8)
+def outcome_program(problem: Problem, policy: rl.RecurrentPolicy, count: int, greedy: bool) -> Callable:
+    """A compiled function of `(params, keys)`, divided over the devices."""
+
+    def go_through(params, keys):
+        def one(key):
+            task_key, trial_key = jax.random.split(key)
+            task = problem.environment.sample_task(task_key)
+            trial = rl.run_trial(
+                problem.environment,
+                policy,
+                params,
+                task,
+                trial_key,
+                num_episodes=problem.num_episodes,
+                horizon=problem.horizon,
+                greedy=greedy,
+            )
+            of_episode = (trial.episode[None] == jnp.arange(problem.num_episodes)[:, None]) * trial.mask[None]
+            return Outcome(*(of_episode @ values for values in (trial.reward, trial.mask, trial.done)))
+
+        return jax.lax.map(one, keys, batch_size=TEST_CHUNK)
+
+    mesh = common.mesh_for(count)
+    return jax.jit(go_through) if mesh is None else parallel.each_task(go_through, mesh)
+
+
+def train_and_test(
+    config: TrialConfig,
+    problem: Problem,
+    test: Callable[[ArrayTree], dict[str, Any]],
+    protocol: Mapping[str, Any],
+    score: Callable[[Outcome], float] | None = None,
+) -> dict[str, Any]:
+    """Trains (or resumes, or finds finished) a run, tests it, and returns the content of results.json."""
+    training = training_of(config, problem, score)
+    with runs.open_run(config.run_dir, config) as run_dir:
+        trained = common.train(
+            run_dir,
+            config,
+            training.learner,
+            training.sample_episode,
+            validate=training.validate,
+            optimizer=training.optimizer,
+            inputs=training.inputs,
+        )
+        about = {
+            "episodes": config.eval_episodes,
+            "split": "new tasks",
+            "selection": "best of the validated states on other tasks",
+            "selected_step": trained.best_step,
+            "normalisation": "none",
+        }
+        results = runs.finish(
+            run_dir, type(config).experiment, config, trained, about | protocol, lambda: test(trained.params)
+        )
+        if jax.process_index() == 0 and (curve := runs.curve(run_dir)):
+            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [curve]})
+    return results
+
+
+def load(config: TrialConfig, problem: Problem) -> tuple[MetaLearner, ArrayTree]:
+    """The learner and the selected parameters of a run."""
+    training = training_of(config, problem)
+    run_dir = Path(config.run_dir)
+    return training.learner, common.load_params(run_dir, config, training.learner, training.inputs, training.optimizer)
+
+
+def reward_table(results: Mapping[str, Any], paper: Mapping[str, float], title: str) -> Table:
+    """The total reward of the policy and of the strategies beside the published ones.
+
+    Args:
+      results: with "metrics" and "strategies".
+      paper: the published rewards by strategy.
+      title: of the table.
+    """
+    table = Table(title=title)
+    for heading in ("", "parameter", "reward", "published"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = {
+        "RL², most probable action": ({}, results["metrics"]["reward"], paper.get("RL²", "")),
+        "RL², drawn action": ({}, results["metrics"]["reward_of_draws"], ""),
+        **{name: (found, found, paper.get(name, "")) for name, found in results["strategies"].items()},
+    }
+    for name, (settings, found, number) in rows.items():
+        parameter = settings.get("parameter")
+        shown = "" if parameter is None else f"{parameter:g}"
+        table.add_row(name, shown, runs.format_mean(found["mean"][0], found["ci95"][0], digits=3), str(number))
+    return table

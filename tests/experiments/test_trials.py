@@ -1,0 +1,147 @@
+"""The experiments with RL² in miniature."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bandit_strategies, bandits, mazes, mdps, published, runs, trials
+from experiments.cli import parse
+
+TINY = {"num_meta_steps": 2, "val_every": 2, "log_every": 1, "meta_batch_size": 8, "eval_episodes": 8}
+SMALL = {
+    bandits: {"num_arms": 3, "num_pulls": 4},
+    mdps: {"num_episodes": 2},
+    mazes: {"size": 3, "horizon": 6},
+}
+
+
+def config_of(module, *, settings=None, **changes):
+    config = module.METHODS["rl2"]
+    hyperparameters = dataclasses.replace(config.hyperparameters, **{"hidden_size": 6} | (settings or {}))
+    return dataclasses.replace(config, hyperparameters=hyperparameters, **TINY | SMALL[module] | changes)
+
+
+@pytest.fixture(scope="module", params=SMALL, ids=lambda module: module.__name__.split(".")[-1])
+def finished(request, tmp_path_factory):
+    """An experiment, its configuration and the results of a finished run."""
+    # The grids of the strategies are for larger tests.
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (bandit_strategies, mdps.mdp_strategies):
+            short = {name: s._replace(grid=s.grid[:2]) for name, s in module.STRATEGIES.items()}
+            patch.setattr(module, "STRATEGIES", short)
+        config = config_of(request.param, run_dir=tmp_path_factory.mktemp("finished"))
+        yield request.param, config, request.param.run(config)
+
+
+def test_a_run_is_tested_and_can_be_used(finished):
+    module, config, results = finished
+    assert json.loads((config.run_dir / "results.json").read_text()) == results
+    record = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"reward", "kl", "entropy", "val"} <= record.keys()
+    assert (config.run_dir / "figures" / "learning_curve.png").exists()
+    learner, params, loaded = runs.load(config.run_dir)
+    assert loaded.num_meta_steps == config.num_meta_steps
+    problem = module.problem_of(config)
+    key = runs.streams(config.seed).test
+    test_key = key if module is mazes else jax.random.split(key, 3)[0]
+    again = trials.outcome(config, problem, params, test_key, config.eval_episodes, greedy=True)
+    expected = results["metrics"]["steps_of_most_probable" if module is mazes else "reward"]["mean"]
+    found = again.steps.mean(0) if module is mazes else again.reward.sum(1).mean()
+    np.testing.assert_allclose(found, expected if module is mazes else expected[0], rtol=1e-5)
+    inputs = jnp.zeros((3, problem.num_inputs))
+    distribution, value = learner.predict({"params": params, "carry": jnp.zeros(6)}, inputs)
+    assert distribution.logits.shape == (3, problem.num_actions)
+    assert value.shape == (3,)
+
+
+def test_strategies_are_beside_the_policy(finished):
+    module, _, results = finished
+    if module is mazes:
+        assert results["shortest_path"] > 1.0
+        return
+    strategies = results["strategies"]
+    assert all(np.isfinite(found["mean"][0]) and found["ci95"][0] > 0 for found in strategies.values())
+    table = published.BANDITS[10, 5] if module is bandits else published.MDPS[10]
+    assert table.keys() - {"RL²"} <= strategies.keys()
+    assert strategies["random"]["parameter"] is None
+    assert strategies["epsilon-greedy"]["parameter"] is not None
+    if module is bandits:
+        assert results["optimum"] == pytest.approx(bandit_strategies.bayes_optimum(3, 4))
+
+
+def test_outcomes_are_divided_by_episode():
+    config = config_of(mazes)
+    problem = mazes.problem_of(config)
+    params = trials.make_policy(config, problem).init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    found = trials.outcome(config, problem, params, jax.random.key(1), 40)
+    assert found.steps.shape == found.reward.shape == found.done.shape == (40, 2)
+    assert np.all((found.steps >= 1) & (found.steps <= 6))
+    assert np.all((found.steps < 6) <= (found.done == 1))  # a walk that ends early has reached the goal
+    reached, given_up = found.reward[found.done == 1], found.reward[found.done == 0]
+    assert np.all(reached >= 1 - 6 * 0.041)
+    assert np.all(given_up <= -6 * 0.04 + 1e-6)
+
+
+def test_too_many_states_have_no_optimum(monkeypatch):
+    monkeypatch.setattr(bandit_strategies, "MAX_STATES", 3)
+    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: {})
+    monkeypatch.setattr(trials, "outcome", lambda *a, **k: trials.Outcome(*(np.ones((4, 1)),) * 3))
+    assert bandits.test(config_of(bandits), {})["optimum"] is None
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (bandits, {"num_arms": 1}, "--num-arms must be an integer of at least 2, got 1"),
+        (bandits, {"num_pulls": 0}, "--num-pulls must be an integer of at least 1, got 0"),
+        (bandits, {"meta_batch_size": 7}, "--minibatches 2 does not divide --meta-batch-size 7"),
+        (bandits, {"max_norm": 0.0}, r"--max-norm=0\.0 must be a positive number"),
+        (mdps, {"num_episodes": 0}, "--num-episodes must be an integer of at least 1, got 0"),
+        (mazes, {"view": 4}, "--view 4 has no middle; choose an odd number"),
+        (mazes, {"horizon": 0}, "--horizon must be an integer of at least 1, got 0"),
+        (mazes, {"size": 1}, "--size must be an integer of at least 2, got 1"),
+        (bandits, {"settings": {"discount": 1.5}}, r"--discount 1\.5 must be at most 1"),
+        (bandits, {"settings": {"hidden_size": 0}}, "--hidden-size must be an integer of at least 1, got 0"),
+        (bandits, {"settings": {"entropy_weight": -1.0}}, r"--entropy-weight=-1\.0 must be a number of at least 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(module, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(module, **changes)
+
+
+@pytest.mark.parametrize("module", SMALL)
+def test_the_command_line_has_the_defaults(module):
+    config = parse(module.METHODS, "", ["rl2", "--hidden-size", "32", "--outer-lr", "0.002"])
+    assert config.hyperparameters.hidden_size == 32
+    assert config.outer_lr == 0.002
+    assert module.with_paper_defaults(config).chunk_size == config.meta_batch_size
+    assert "RL² (Duan et al., 2016). Published" in module.about()["rl2"]
+
+
+def test_values_are_averages_of_rewards():
+    # With every reward 1 the discounted average is 1, whatever the length of the trial.
+    config = config_of(bandits, num_pulls=50)
+    environment = bandits.problem_of(config).environment
+    always = environment._replace(
+        step=lambda task, state, action, key: (state, jnp.zeros(1), jnp.float32(1.0), jnp.bool_(False))
+    )
+    problem = bandits.problem_of(config)._replace(environment=always)
+    policy = trials.make_policy(config, problem)
+    params = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    params = params | {"value": jax.tree.map(jnp.zeros_like, params["value"])}
+    config = dataclasses.replace(config, hyperparameters=dataclasses.replace(config.hyperparameters, decay=1.0))
+    sampler = trials.training_of(config, problem).sample_episode
+    targets = sampler(jax.random.key(1), params).support.targets
+    np.testing.assert_allclose(targets.value[0], 1.0, rtol=1e-4)
+
+
+def test_seeds_are_trained_in_one_program(tmp_path, monkeypatch):
+    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: {})
+    results = bandits.run(config_of(bandits, run_dir=tmp_path, seeds=2))
+    assert results["seeds"] == [0, 1]
+    assert len(results["metrics"]["reward"]["mean"]) == 1
