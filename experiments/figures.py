@@ -261,18 +261,18 @@ def returns(file: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> N
 
     Args:
       file: the figure to write.
-      results: by algorithm, the content of results.json of each seed of `experiments.navigation`. The interval is over
+      results: by label, the content of results.json of each seed of `experiments.navigation`. The interval is over
         goals with one seed, and over seeds with several.
     """
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
-    for index, (algorithm, of_seeds) in enumerate(results.items()):
+    for index, (label, of_seeds) in enumerate(results.items()):
         metrics = [result["evaluations"][-1]["metrics"]["return"] for result in of_seeds]
         means = np.array([metric["mean"] for metric in metrics], float)
         half = np.array(metrics[0]["ci95"] if len(metrics) == 1 else mean_and_interval(means)["ci95"], float)
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
-        text = title(algorithm) + (f", {len(metrics)} seeds" if len(metrics) > 1 else "")
+        text = label + (f", {len(metrics)} seeds" if len(metrics) > 1 else "")
         axes.errorbar(range(means.shape[1]), means.mean(0), half, linestyle=DASHES[index % 4], label=text, **style)
-        if numbers := NAVIGATION.get(algorithm):
+        if numbers := NAVIGATION.get(of_seeds[0]["algorithm"]):
             shown = numbers[: means.shape[1]]
             axes.plot(range(len(shown)), shown, marker="x", color=f"C{index % 10}", linestyle="none", markersize=9)
     axes.plot([], [], marker="x", color="0.3", linestyle="none", label="published")
@@ -308,6 +308,37 @@ def paths(file: Path, walks: Sequence[Mapping[str, Any]]) -> None:
         plt.Line2D([], [], color="C0", label="trajectory"),
         plt.Line2D([], [], color="0.2", marker="s", linestyle="none", label="start"),
         plt.Line2D([], [], color="C3", marker="*", markersize=11, linestyle="none", label="goal, which is not seen"),
+    ]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    save(figure, file)
+
+
+def mazes(file: Path, drawn: Sequence[Mapping[str, Any]]) -> None:
+    """Walks through mazes, a row for every maze and a column for every walk.
+
+    Args:
+      file: the figure to write.
+      drawn: for each maze "maze", a `maml_jax.tasks.mazes.Maze`, and "walks", the squares [steps + 1, 2] of each walk.
+    """
+    num_walks = len(drawn[0]["walks"])
+    size = (3.0 * num_walks + 0.4, 3.0 * len(drawn) + 0.5)
+    figure, grid = plt.subplots(len(drawn), num_walks, figsize=size, squeeze=False, layout="constrained")
+    for row, record in zip(grid, drawn, strict=True):
+        maze = record["maze"]
+        for index, (axes, squares) in enumerate(zip(row, record["walks"], strict=True)):
+            axes.imshow(maze.walls, cmap="Greys", vmin=0, vmax=1.6)
+            # Steps that are taken twice lie side by side.
+            beside = np.linspace(-0.25, 0.25, len(squares))
+            axes.plot(squares[:, 1] + beside, squares[:, 0] + beside, color="C0", linewidth=1.2)
+            axes.plot(maze.start[1], maze.start[0], "s", color="0.2", markersize=7)
+            axes.plot(maze.goal[1], maze.goal[0], "*", color="C3", markersize=15)
+            end = "reaches the goal" if np.array_equal(squares[-1], maze.goal) else "is given up"
+            axes.set_title(f"walk {index + 1} {end} after {len(squares) - 1} steps", fontsize=9)
+            axes.set(xticks=[], yticks=[])
+    handles = [
+        plt.Line2D([], [], color="C0", label="path"),
+        plt.Line2D([], [], color="0.2", marker="s", linestyle="none", label="start"),
+        plt.Line2D([], [], color="C3", marker="*", markersize=11, linestyle="none", label="goal"),
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     save(figure, file)

@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import published, runs, seeds, trials
+from experiments import figures, published, runs, seeds, trials
 from experiments.cli import main, with_defaults
 from experiments.runs import console, stored_config
-from maml_jax.tasks.mazes import MOVES, mazes, shortest_path
+from maml_jax import rl
+from maml_jax.tasks.mazes import MOVES, Maze, mazes, shortest_path
 from maml_jax.types import ArrayTree, MetaLearner, check_integer
 
 
@@ -95,11 +96,12 @@ def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     problem, metrics = problem_of(config), {}
     for name, greedy in {"draws": False, "most_probable": True}.items():
         found = trials.outcome(config, problem, params, key, config.eval_episodes, greedy=greedy)
-        # A walk that was given up has the length of the horizon.
+        # A walk that was given up has the length of the horizon, and is no improvement.
+        improved = (found.steps[:, 1:2] <= found.steps[:, :1]) & (found.done[:, 1:2] > 0)
         metrics |= {
             f"steps_of_{name}": runs.mean_and_interval(found.steps),
             f"success_of_{name}": runs.mean_and_interval(found.done),
-            f"improved_of_{name}": runs.mean_and_interval((found.steps[:, 1:2] <= found.steps[:, :1]).astype(float)),
+            f"improved_of_{name}": runs.mean_and_interval(improved.astype(float)),
         }
     # The mazes of `trials.outcome` with this key.
     task_keys = jax.vmap(lambda key: jax.random.split(key)[0])(jax.random.split(key, config.eval_episodes))
@@ -114,6 +116,9 @@ def run(config: Config) -> dict[str, Any]:
         return seeds.run_seeds(run, lambda of_seed: trials.training_of(of_seed, problem_of(of_seed)), config)
     protocol = {"shot": config.num_episodes}
     results = trials.train_and_test(config, problem_of(config), lambda params: test(config, params), protocol)
+    if jax.process_index() == 0:
+        _, params = load(config.run_dir)
+        draw_behaviour(config.run_dir / "figures" / "behaviour.png", config, params, 3, config.seed)
     show(results)
     return results
 
@@ -124,12 +129,39 @@ def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     return trials.load(config, problem_of(config))
 
 
+def draw_behaviour(file: Path, config: Config, params: ArrayTree, num_mazes: int, seed: int) -> None:
+    """Draws every walk through the first mazes of the test, actions drawn."""
+    problem = problem_of(config)
+    policy, drawn = trials.make_policy(config, problem), []
+    for key in jax.random.split(runs.streams(seed).test, num_mazes):
+        task_key, trial_key = jax.random.split(key)
+        maze = problem.environment.sample_task(task_key)
+        sizes = {"num_episodes": config.num_episodes, "horizon": config.horizon}
+        trial = rl.run_trial(problem.environment, policy, params, maze, trial_key, **sizes)
+        drawn.append({"maze": jax.tree.map(np.asarray, maze), "walks": squares_of(maze, trial, config.num_episodes)})
+    figures.mazes(file, drawn)
+
+
+def squares_of(maze: Maze, trial: rl.Trial, num_walks: int) -> list[np.ndarray]:
+    """The squares (row, column) of every walk, each [steps + 1, 2]."""
+    walls, walks = np.asarray(maze.walls), []
+    for walk in range(num_walks):
+        square = np.asarray(maze.start)
+        squares = [square]
+        for action in np.asarray(trial.action)[(np.asarray(trial.episode) == walk) & (np.asarray(trial.mask) > 0)]:
+            if not walls[tuple(square + MOVES[action])]:
+                square = square + 2 * MOVES[action]
+            squares.append(square)
+        walks.append(np.stack(squares))
+    return walks
+
+
 def show(results: dict[str, Any]) -> None:
     """Prints success and steps of every walk."""
     metrics, count = results["metrics"], len(results["metrics"]["steps_of_draws"]["mean"])
     size = results["config"]["size"]
     table = Table(title=f"mazes of {size} x {size} cells, {results['protocol']['episodes']:,} of them")
-    for heading in ("actions", "walk", "steps", "reached the goal, %", "no longer than the first, %"):
+    for heading in ("actions", "walk", "steps", "reached the goal, %", "reached and no longer than the first, %"):
         table.add_column(heading, justify="left" if heading == "actions" else "right")
     for name in ("draws", "most_probable"):
         for walk in range(count):

@@ -140,6 +140,17 @@ TEXTS = {
 }
 
 
+TITLES = {
+    "maml": "MAML",
+    "fomaml": "FOMAML",
+    "anil": "ANIL",
+    "pretrained": "pretrained on all goals",
+    "random": "random parameters",
+    "oracle": "oracle (sees the goal)",
+}
+"""The methods in tables and figures."""
+
+
 def about() -> dict[str, str]:
     """A line on each method for --help, with its published returns."""
 
@@ -381,8 +392,8 @@ def run(config: Config) -> dict[str, Any]:
         }
         results = runs.finish(run_dir, "navigation", config, trained, protocol, lambda: test(config, params))
         if jax.process_index() == 0:
-            figures.returns(run_dir / "figures" / "returns.png", {config.algorithm: [results]})
-            figures.paths(run_dir / "figures" / "paths.png", walks(config, params, results["rates"]))
+            figures.returns(run_dir / "figures" / "returns.png", {TITLES[config.algorithm]: [results]})
+            draw_behaviour(run_dir / "figures" / "behaviour.png", config, params, 4, config.seed)
             figures.learning_curves(
                 run_dir / "figures" / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]}
             )
@@ -398,20 +409,15 @@ def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     return training.learner, params
 
 
-def walks(config: Config, params: ArrayTree, rates: Sequence[float], num_goals: int = 4) -> list[dict[str, Any]]:
-    """Paths of the policies before each update and after the last, at the first published goals.
-
-    Returns:
-      For each goal "goal" [2] and "paths" [K+1, H+1, N, 2], not a number after the end of a trajectory.
-    """
-    found = []
+def draw_behaviour(file: Path, config: Config, params: ArrayTree, num_goals: int, seed: int) -> None:
+    """Draws the paths of the policies before each update and after the last, at the first published goals."""
+    found, rates = [], on_validation_goals(config, params)[0]
     for index, goal in enumerate(published_goals()[:num_goals]):
-        key = jax.random.fold_in(runs.streams(config.seed).test, index)
+        key = jax.random.fold_in(runs.streams(seed).test, index)
         support, query = collect(config, params, goal, key, jnp.array(rates, jnp.float32), len(rates), 10)
         batches = [jax.tree.map(lambda x, k=k: x[k], support) for k in range(len(rates))] + [query]
-        paths = [positions(batch) for batch in batches]
-        found.append({"goal": np.asarray(goal), "paths": np.stack(paths)})
-    return found
+        found.append({"goal": np.asarray(goal), "paths": np.stack([positions(batch) for batch in batches])})
+    figures.paths(file, found)
 
 
 def positions(batch: Batch) -> np.ndarray:
@@ -423,7 +429,7 @@ def positions(batch: Batch) -> np.ndarray:
 def show(results: dict[str, Any]) -> None:
     """Prints the returns after every update."""
     count = len(results["metrics"]["return"]["mean"])
-    table = Table(title=f"{results['algorithm']}, 2D navigation: mean return after each update")
+    table = Table(title=f"{TITLES[results['algorithm']]}, 2D navigation: mean return after each update")
     for heading in ("goals", "number", *map(str, range(count)), "optimum"):
         table.add_column(heading, justify="right")
     for evaluation in results["evaluations"]:

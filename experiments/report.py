@@ -14,17 +14,23 @@ from pathlib import Path
 import tyro
 
 from experiments import (
+    bandits,
     cli,
     cross_domain,
     domains,
     figures,
     hyperparameters,
     images,
+    mazes,
+    mdps,
+    navigation,
     omniglot,
     published,
+    rl_report,
     runs,
     sinusoid,
 )
+from experiments.tables import markdown_table
 from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
@@ -67,6 +73,10 @@ EXPERIMENTS = {
     "images": images,
     "domains": domains,
     "hyperparameters": hyperparameters,
+    "navigation": navigation,
+    "bandits": bandits,
+    "mdps": mdps,
+    "mazes": mazes,
 }
 FROM_DATA = ("num_classes",)
 """Settings that a run takes from its data if no flag gives them."""
@@ -95,12 +105,6 @@ def command(results: dict) -> str:
     """The command line that made `results`, without its seed."""
     flags = [flag for flag in changed_flags(results) if not flag.startswith("--seed")]
     return " ".join([f"python -m experiments.{results['experiment']} {results['algorithm']}", *flags])
-
-
-def markdown_table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def by_command(results: list[dict]) -> dict[str, list[dict]]:
@@ -380,7 +384,7 @@ def details(results: list[dict]) -> str:
     parts = []
     for line, group in by_command(results).items():
         first = group[0]
-        (name,) = first["metrics"]
+        name = next(iter(first["metrics"]))
         versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
         parts.append(
             f"`{line}`\n\n- seeds {', '.join(str(result['seed']) for result in group)}; {first['device']}; {versions}\n"
@@ -466,6 +470,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"published 1-shot and 5-shot numbers of MANN are the second and the fifth.\n\n{sections['omniglot-instances']}"
         + photographs
         + other_kinds
+        + rl_report.section(of)
         + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
         "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
@@ -487,6 +492,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
                 first["evaluations"]
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+    rl_report.draw(report.parent / "figures", of)
     for result in of["cross_domain"]:
         cross_domain.draw(report.parent / "figures" / "cross_domain.png", result)
     if curves_of_seeds:

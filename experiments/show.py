@@ -1,7 +1,8 @@
 """Draws what adaptation does in a run: predictions before the first and after every inner step.
 
 For sinusoids the curves, for images the support set and each query with the predicted class and its probability. A
-learner without inner steps has one prediction. The episodes are the first ones of the test.
+learner without inner steps has one prediction. The episodes are the first ones of the test. For navigation the paths
+before and after every update, and for mazes every walk.
 """
 
 import dataclasses
@@ -36,9 +37,10 @@ class Config:
     """What is drawn."""
 
     run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """The directory of a run of experiments.sinusoid, or of one that classifies images; it need not be finished."""
+    """The directory of a run of experiments.sinusoid, experiments.navigation or experiments.mazes, or of one that
+    classifies images; it need not be finished."""
     episodes: int = 3
-    """Episodes; one figure each, as .png and as .pdf."""
+    """Episodes; one figure each, as .png and as .pdf, or one row each of a figure of behaviour."""
     seed: int = 0
     """Seed of the episodes. Its episodes are the first ones of the test of a run with the same --seed."""
     out: Path | None = None
@@ -95,13 +97,19 @@ def run(config: Config) -> list[Path]:
       RunError: if the run does not adapt, is no run directory or holds no checkpoint.
     """
     shown = open_run(config.run_dir)
-    if shown.data is None and shown.experiment != "sinusoid":
+    draw_behaviour = getattr(runs.experiment_of(config.run_dir), "draw_behaviour", None)
+    if shown.data is None and shown.experiment != "sinusoid" and draw_behaviour is None:
         raise RunError(
-            f"{config.run_dir} is a run of experiments.{shown.experiment}, whose models do not adapt; give a run of "
-            "experiments.sinusoid or of few-shot classification"
+            f"there are no pictures of runs of experiments.{shown.experiment}; give a run of experiments.sinusoid, "
+            "experiments.navigation, experiments.mazes or of few-shot classification"
         )
     check_checkpoint(config.run_dir)
     learner, params, _ = runs.load(config.run_dir)
+    if draw_behaviour is not None:
+        file = (config.out or config.run_dir / "figures") / "behaviour.png"
+        draw_behaviour(file, shown.config, params, config.episodes, config.seed)
+        console.print(f"figures: {escape(str(file))} and .pdf", highlight=False)
+        return [file, file.with_suffix(".pdf")]
     draw = sinusoid_figure
     if shown.experiment == "sinusoid":
         learner = sinusoid_learner(shown, shown.config.eval_shots[0])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import navigation, published, runs
+from experiments import navigation, published, runs, show
 from experiments.cli import parse
 from experiments.runs import RunError
 
@@ -51,7 +51,7 @@ def test_a_run_reports_the_return_after_every_update(finished):
     record = json.loads((config.run_dir / "metrics.jsonl").read_text().splitlines()[-1])
     assert {"return_0", "return_1", "kl", "entropy", "val"} <= record.keys()
     assert 0.0 <= record["kl"] <= 0.01
-    for name in ("returns.png", "paths.pdf", "learning_curve.png"):
+    for name in ("returns.png", "behaviour.pdf", "learning_curve.png"):
         assert (config.run_dir / "figures" / name).exists()
 
 
@@ -77,6 +77,13 @@ def test_a_method_runs(algorithm, tmp_path):
     if algorithm in ("pretrained", "random"):
         assert results["rates"][0] in navigation.FIRST_RATES
     assert (tmp_path / "figures" / "returns.png").exists()
+
+
+def test_paths_are_drawn(finished, tmp_path):
+    config, _ = finished
+    files = show.run(show.Config(run_dir=config.run_dir, episodes=2, out=tmp_path))
+    assert [file.name for file in files] == ["behaviour.png", "behaviour.pdf"]
+    assert all(file.stat().st_size > 5000 for file in files)
 
 
 def test_the_oracle_sees_the_goal():

@@ -114,6 +114,10 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
         ("sinusoid", "reptile --num-inner-steps 5"),
         ("omniglot", "maml --way 20"),
         ("omniglot", "fomaml --shot 5 --no-rotations"),
+        ("navigation", "maml --surrogate loaded-dice"),
+        ("bandits", "rl2 --num-arms 10 --decay 0.3"),
+        ("mdps", "rl2"),
+        ("mazes", "rl2 --size 9"),
     ],
 )
 def test_the_command_is_recovered_from_the_results(experiment, flags):

@@ -250,7 +250,7 @@ def test_mistakes_are_named(saved, tmp_path):
     shutil.rmtree(unsaved / "checkpoints")
     for run_dir, message in (
         (tmp_path / "none", "is no run directory"),
-        (domain, "is a run of experiments.domains, whose models do not adapt"),
+        (domain, "there are no pictures of runs of experiments.domains"),
         (unsaved, "holds no checkpoint"),
     ):
         with pytest.raises(RunError, match=message):

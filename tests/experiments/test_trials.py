@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bandit_strategies, bandits, mazes, mdps, published, runs, trials
+from experiments import bandit_strategies, bandits, mazes, mdps, published, runs, show, trials
 from experiments.cli import parse
+from maml_jax import rl
 
 TINY = {"num_meta_steps": 2, "val_every": 2, "log_every": 1, "meta_batch_size": 8, "eval_episodes": 8}
 SMALL = {
@@ -84,6 +85,36 @@ def test_outcomes_are_divided_by_episode():
     reached, given_up = found.reward[found.done == 1], found.reward[found.done == 0]
     assert np.all(reached >= 1 - 6 * 0.041)
     assert np.all(given_up <= -6 * 0.04 + 1e-6)
+
+
+def test_walks_are_drawn_as_they_went(finished, tmp_path):
+    module, config, _ = finished
+    if module is not mazes:
+        with pytest.raises(runs.RunError, match="there are no pictures of runs of experiments"):
+            show.run(show.Config(run_dir=config.run_dir))
+        return
+    files = show.run(show.Config(run_dir=config.run_dir, episodes=2, out=tmp_path))
+    assert all(file.stat().st_size > 5000 for file in files)
+    problem = mazes.problem_of(config)
+    _, params, _ = runs.load(config.run_dir)
+    for seed in range(5):
+        maze = problem.environment.sample_task(jax.random.key(seed))
+        trial = rl.run_trial(
+            problem.environment,
+            trials.make_policy(config, problem),
+            params,
+            maze,
+            jax.random.key(seed),
+            num_episodes=2,
+            horizon=6,
+        )
+        walks = mazes.squares_of(maze, trial, 2)
+        for index, squares in enumerate(walks):
+            steps = (trial.episode == index) & (trial.mask > 0)
+            assert len(squares) == int(steps.sum()) + 1
+            assert squares[0].tolist() == maze.start.tolist()
+            assert (squares[-1].tolist() == maze.goal.tolist()) == bool(trial.done[steps][-1])
+            assert not np.any(np.asarray(maze.walls)[tuple(squares.T)])
 
 
 def test_too_many_states_have_no_optimum(monkeypatch):

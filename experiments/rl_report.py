@@ -1,0 +1,147 @@
+"""The part of the report on reinforcement learning."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments import figures, navigation, published, runs
+from experiments.tables import markdown_table
+
+Results = Sequence[Mapping[str, Any]]
+
+
+def navigation_table(results: Results) -> str:
+    """The mean return after every update, one row a run and set of goals, with the published returns."""
+    rows = []
+    for result in sorted(results, key=lambda r: (list(navigation.METHODS).index(r["algorithm"]), r["seed"])):
+        settings = navigation.METHODS[result["algorithm"]]
+        changed = [
+            f"`--{name.replace('_', '-')} {result['config'][name]}`"
+            for name in ("surrogate", "outer_rule")
+            if result["config"][name] != getattr(settings, name)
+        ]
+        for evaluation in result["evaluations"]:
+            metric = evaluation["metrics"]["return"]
+            cells = [runs.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
+            rows.append(
+                [
+                    ", ".join([navigation.TITLES[result["algorithm"]], *changed]),
+                    str(result["seed"]),
+                    f"{evaluation['count']} {evaluation['goals']}",
+                    *[*cells, *[""] * 5][:5],
+                    ", ".join(f"{rate:g}" for rate in result["rates"][:2]),
+                    f"{result['policy_std'][0]:.2f}",
+                    f"{result['meta_steps']:,}",
+                    f"{result['seconds']['train'] / 60:.0f} min",
+                ]
+            )
+    for algorithm in dict.fromkeys(result["algorithm"] for result in results):
+        if returns := published.NAVIGATION.get(algorithm):
+            shown = [*map(str, returns), *[""] * 5][:5]
+            rows.append([f"{navigation.TITLES[algorithm]}, published values", "", "40", *shown, "", "", "", ""])
+    header = ["", "seed", "goals", *map(str, range(5)), "rates", "std", "meta-steps", "training"]
+    return markdown_table(header, rows)
+
+
+def strategies_table(results: Results, paper: Mapping[Any, Mapping[str, float]], sizes: Mapping[str, str]) -> str:
+    """The total reward of RL² and of the strategies, a column for each size of the problem.
+
+    Args:
+      results: of one experiment.
+      paper: the published rewards by size and strategy.
+      sizes: the settings that make the size, by the word for them in the table.
+    """
+    columns: dict[str, dict[str, str]] = defaultdict(dict)
+    for result in sorted(results, key=lambda r: [r["config"][name] for name in reversed(sizes)]):
+        numbers = tuple(result["config"][name] for name in sizes)
+        column = columns[", ".join(f"{number} {word}" for number, word in zip(numbers, sizes.values(), strict=True))]
+        of_paper = paper.get(numbers if len(numbers) > 1 else numbers[0], {})
+        found = {"RL²": result["metrics"]["reward"], "RL², drawn actions": result["metrics"]["reward_of_draws"]}
+        for name, metric in (found | result["strategies"]).items():
+            beside = f" (published {of_paper[name]})" if name in of_paper else ""
+            column[name] = runs.format_mean(metric["mean"][0], metric["ci95"][0]) + beside
+        if result.get("optimum"):
+            column["largest that can be expected"] = f"{result['optimum']:.3f}"
+        column["meta-steps of RL²"] = f"{result['meta_steps']:,}"
+    names = list(dict.fromkeys(name for column in columns.values() for name in column))
+    names.sort(key=lambda name: name == "meta-steps of RL²")
+    return markdown_table(["", *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
+
+
+def mazes_table(results: Results) -> str:
+    """Steps and success of both walks, one row a run."""
+    rows = []
+    for result in results:
+        metrics, config = result["metrics"], result["config"]
+        steps = metrics["steps_of_draws"]
+        first, second = steps["mean"][:2]
+        rows.append(
+            [
+                f"{config['size']} x {config['size']}, view {config['view']}",
+                *(runs.format_mean(steps["mean"][walk], steps["ci95"][walk]) for walk in (0, 1)),
+                f"{second / first:.2f}",
+                " / ".join(f"{100 * share:.1f}" for share in metrics["success_of_draws"]["mean"][:2]),
+                runs.format_mean(
+                    metrics["improved_of_draws"]["mean"][0], metrics["improved_of_draws"]["ci95"][0], scale=100
+                ),
+                f"{result['shortest_path']:.2f}",
+                f"{result['meta_steps']:,}",
+            ]
+        )
+    first, second = published.MAZES["steps"]
+    success = " / ".join(f"{100 * share:.1f}" for share in published.MAZES["success"])
+    improved = f"{100 * published.MAZES['improved']:.1f}"
+    paper = ["published, in pictures", str(first), str(second), f"{second / first:.2f}", success, improved, "", ""]
+    header = [
+        "cells", "steps, first walk", "second", "ratio", "success, %", "second no longer, %", "shortest path",
+        "meta-steps",
+    ]  # fmt: skip
+    return markdown_table(header, [*rows, paper])
+
+
+def section(of: Mapping[str, Results]) -> str:
+    """The text of the report, with what there are results of.
+
+    Args:
+      of: the results by experiment.
+    """
+    parts = []
+    if of["navigation"]:
+        parts.append(
+            "### 2D navigation\n\nMean return after 0 to 4 updates, with its 95 % interval over goals. The optimum is "
+            f"{of['navigation'][0]['evaluations'][-1]['optimum']:.2f}. Only the first update is trained; its rate is "
+            "the authors' 0.5. The rates of the later ones, and the state, were chosen on 40 other goals. "
+            '"std" is the standard deviation of the policy, which the authors\' policy had at 0.47.\n\n'
+            f"{navigation_table(of['navigation'])}\n\n![return against updates](figures/navigation.png)"
+        )
+    if of["bandits"]:
+        parts.append(
+            "### Bandits\n\nMean total reward, with its 95 % interval over bandits. RL² pulls the most probable arm. "
+            "The parameters of strategies were chosen on other bandits; the published numbers have standard errors of "
+            "0.06 with 10 pulls and 0.4 with 100.\n\n"
+            + strategies_table(of["bandits"], published.BANDITS, {"num_pulls": "pulls", "num_arms": "arms"})
+        )
+    if of["mdps"]:
+        parts.append(
+            "### Random Markov decision processes\n\nMean total reward, with its 95 % interval over processes of 10 "
+            "states and 5 actions. The authors' strategies have another prior of the rewards, which makes greedy worse "
+            "and PSRL better than here.\n\n"
+            + strategies_table(of["mdps"], published.MDPS, {"num_episodes": "episodes"})
+        )
+    if of["mazes"]:
+        parts.append(
+            "### Mazes\n\nTwo walks through the same maze, actions drawn. A walk that does not reach the goal counts "
+            "with the steps after which it is given up.\n\n" + mazes_table(of["mazes"])
+        )
+    return "\n\n## Reinforcement learning\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def draw(directory: Path, of: Mapping[str, Results]) -> None:
+    """Writes the figures of the section."""
+    by_algorithm = defaultdict(list)
+    for result in of["navigation"]:
+        if result["config"]["surrogate"] == "policy-gradient" and result["config"]["outer_rule"] == "trust-region":
+            by_algorithm[navigation.TITLES[result["algorithm"]]].append(result)
+    if by_algorithm:
+        figures.returns(directory / "navigation.png", by_algorithm)

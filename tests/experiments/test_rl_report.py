@@ -1,0 +1,89 @@
+"""The tables on reinforcement learning, from made-up results."""
+
+from experiments import published, rl_report
+
+EMPTY = {"navigation": [], "bandits": [], "mdps": [], "mazes": []}
+
+
+def metric(*means):
+    return {"mean": list(means), "ci95": [0.5] * len(means)}
+
+
+def rows_of(table):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+
+
+def navigation_result(algorithm="maml", seed=0, **config):
+    returns = [-40.0, -11.0, -4.0, -3.0, -3.5]
+    return {
+        "algorithm": algorithm,
+        "seed": seed,
+        "config": {"surrogate": "policy-gradient", "outer_rule": "trust-region"} | config,
+        "evaluations": [
+            {"goals": goals, "count": count, "optimum": -0.5, "metrics": {"return": metric(*returns)}}
+            for goals, count in (("published", 40), ("fresh", 600))
+        ],
+        "rates": [0.5, 0.1, 0.1, 0.1],
+        "policy_std": [0.41, 0.4],
+        "meta_steps": 300,
+        "seconds": {"train": 120.0},
+    }
+
+
+def test_returns_stand_beside_the_published_ones():
+    rows = rows_of(
+        rl_report.navigation_table([navigation_result(), navigation_result(surrogate="loaded-dice", seed=1)])
+    )
+    assert rows[0][:4] == ["MAML", "0", "40 published", "-40.00 ± 0.50"]
+    assert rows[1][2] == "600 fresh"
+    assert rows[2][:2] == ["MAML, `--surrogate loaded-dice`", "1"]
+    assert rows[-1][0] == "MAML, published values"
+    assert rows[-1][3:8] == [str(number) for number in published.NAVIGATION["maml"]]
+    assert rows[0][8:] == ["0.5, 0.1", "0.41", "300", "2 min"]
+
+
+def bandit_result(arms, reward):
+    return {
+        "config": {"num_pulls": 10, "num_arms": arms},
+        "metrics": {"reward": metric(reward), "reward_of_draws": metric(reward - 0.1)},
+        "strategies": {"UCB1": metric(6.6) | {"parameter": 0.1}},
+        "optimum": 6.66,
+        "meta_steps": 900,
+    }
+
+
+def test_strategies_have_a_column_for_each_size():
+    results = [bandit_result(10, 6.65), bandit_result(5, 6.55)]
+    table = rl_report.strategies_table(results, published.BANDITS, {"num_pulls": "pulls", "num_arms": "arms"})
+    assert table.splitlines()[0] == "|  | 10 pulls, 5 arms | 10 pulls, 10 arms |"
+    rows = {row[0]: row[1:] for row in rows_of(table)}
+    assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)", "6.65 ± 0.50 (published 6.7)"]
+    assert rows["RL², drawn actions"][0] == "6.45 ± 0.50"
+    assert rows["UCB1"][0] == "6.60 ± 0.50 (published 6.7)"
+    assert rows["largest that can be expected"] == ["6.660", "6.660"]
+    assert list(rows)[-1] == "meta-steps of RL²"
+
+
+def test_walks_stand_beside_the_published_ones():
+    result = {
+        "config": {"size": 5, "view": 3},
+        "metrics": {
+            "steps_of_draws": metric(20.0, 10.0),
+            "success_of_draws": metric(0.99, 1.0),
+            "improved_of_draws": metric(0.9),
+        },
+        "shortest_path": 5.5,
+        "meta_steps": 100,
+    }
+    ours, paper = rows_of(rl_report.mazes_table([result]))
+    assert ours[3:5] == ["0.50", "99.0 / 100.0"]
+    assert paper[1:6] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
+
+
+def test_only_what_there_is_has_a_section(tmp_path):
+    assert rl_report.section(EMPTY) == ""
+    text = rl_report.section(EMPTY | {"navigation": [navigation_result()]})
+    assert "### 2D navigation" in text
+    assert "### Bandits" not in text
+    rl_report.draw(tmp_path, EMPTY | {"navigation": [navigation_result(), navigation_result(seed=1)]})
+    assert (tmp_path / "navigation.png").exists()
