@@ -32,6 +32,7 @@ SMALLER = {
         "num_steps=20": "num_steps=5",
         "num_episodes=600": "num_episodes=20",
     },
+    "reinforcement_learning": {"NUM_META_STEPS = 100": "NUM_META_STEPS = 2"},
     "evaluate": {"num_steps=300": "num_steps=20", "num_episodes=600": "num_episodes=100"},
     "choose": {"(0.003, 0.01)": "(0.01,)", "num_steps=100": "num_steps=10", "num_episodes=100": "num_episodes=10"},
 }
@@ -231,6 +232,9 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     if page.stem == "evaluate":
         assert found["result"].mean.shape == (11,)
         assert found["difference"].shape == (100,)
+    if page.stem == "reinforcement_learning":
+        assert bool(found["info"].finite.all())
+        assert found["rl"].returns_of(found["support"], found["query"]).shape == (4,)
     if page.stem == "choose":
         assert len(found["rows"]) == 2
         first, second = (next(row[4] for row in found["rows"] if row[0] == title) for title in ("FOMAML", "MAML"))
