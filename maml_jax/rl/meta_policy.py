@@ -144,7 +144,9 @@ def clipped_epochs(
 
         start = (params, state["optimizer"], jnp.bool_(True), jnp.arange(num_tasks))
         (params, opt_state, _, _), steps = jax.lax.scan(step, start, jnp.arange(num_epochs * num_minibatches))
-        (loss, grad_norm, info), last = jax.tree.map(lambda x: x[0], steps), jax.tree.map(lambda x: x[-1], steps[2])
+        # Those of the first step, but not finite if those of any step are not.
+        loss, grad_norm = (values[0] + 0.0 * jnp.sum(values) for values in steps[:2])
+        info, last = (jax.tree.map(lambda x, step=step: x[step], steps[2]) for step in (0, -1))
         if hasattr(info, "kl"):
             info = info._replace(kl=last.kl)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((steps[:2], params))])

@@ -173,6 +173,6 @@ def test_values_are_averages_of_rewards():
 
 def test_seeds_are_trained_in_one_program(tmp_path, monkeypatch):
     monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: {})
-    results = bandits.run(config_of(bandits, run_dir=tmp_path, seeds=2))
+    results = bandits.run(config_of(bandits, run_dir=tmp_path, seeds=2, on_nonfinite="skip"))
     assert results["seeds"] == [0, 1]
     assert len(results["metrics"]["reward"]["mean"]) == 1

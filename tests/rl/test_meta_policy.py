@@ -215,6 +215,18 @@ def test_an_epoch_is_an_optax_step_and_a_bound_stops_them():
     assert info.finite
 
 
+def test_a_later_step_that_is_not_finite_shows_in_the_norm():
+    def breaks_later(params, episodes):
+        value, grads = gradient_fn(params, episodes)
+        moved = jnp.any(params["log_std"] != PARAMS["log_std"])
+        return value, jax.tree.map(lambda g: jnp.where(moved, jnp.nan, g), grads)
+
+    rule = rl.clipped_epochs(optax.sgd(0.1), num_epochs=2)
+    *_, info = rule.update(breaks_later, PARAMS, EPISODES, rule.init(PARAMS))
+    assert jnp.isnan(info.grad_norm)
+    assert not info.finite
+
+
 def test_minibatches_go_through_all_tasks():
     # One step of plain descent on each half, in a random order; with a rate near 0 their sum is that of a whole step.
     rule = rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1, num_minibatches=2)
