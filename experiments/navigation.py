@@ -84,7 +84,7 @@ class Config(RunConfig):
     above it."""
     metric_stride: int = 7
     """The metric of the trust region sees every so many time steps. The authors' code sees all of them, at four times
-    the cost."""
+    the cost of an update."""
     clip: float = 0.2
     """The change of the ratio beyond which nothing is gained, with --outer-rule clipped."""
     epochs: int = 5

@@ -182,7 +182,9 @@ def trust_region(
       damping: added to the Fisher matrix.
       num_backtracks: how many lengths are tried.
       backtrack: the factor from one length to the next.
-      metric_stride: the Fisher matrix sees every so many time steps of the query set.
+      metric_stride: the Fisher matrix sees every so many time steps, of the support sets as of the query set. It is then
+        that of policies which adapted to less data; objective and KL are still those of all. With 7 a step takes a
+        quarter of the time.
       mesh: that of the training program, or None.
 
     Returns:
@@ -222,9 +224,11 @@ def trust_region(
         return jnp.mean(losses), jnp.mean(info.kl)
 
     def fisher_product(params: ArrayTree, episodes: Episode) -> Callable[[ArrayTree], ArrayTree]:
-        thinned = jax.tree.map(lambda x: x[:, ::metric_stride], episodes.query)
-        mask = thinned.targets.mask
-        seen = episodes._replace(query=thinned)
+        seen = episodes._replace(
+            support=jax.tree.map(lambda x: x[:, :, ::metric_stride], episodes.support),
+            query=jax.tree.map(lambda x: x[:, ::metric_stride], episodes.query),
+        )
+        mask = seen.query.targets.mask
         outputs, pull = jax.vjp(lambda params: over_tasks(adapted_outputs)(params, seen), params)
         # J v is the derivative of u -> Jᵀ u along v. Forward mode would not pass `mixed_mode`.
         _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], jax.tree.map(jnp.zeros_like, outputs))
