@@ -266,7 +266,10 @@ def images_table(results: list[dict]) -> str:
     """Accuracy on photographs with 1 and 5 examples of a class, one row a method, its head and its flags."""
     groups, rows = defaultdict(list), []
     for result in sorted(results, key=_order):
-        groups[result["algorithm"], tuple(variation(result)), result["meta_steps"]].append(result)
+        # How often a run is validated and logged is left to the list of commands.
+        hidden = ("--size", "--eval-episodes", "--val-every", "--log-every")
+        flags = tuple(flag for flag in variation(result) if not flag.startswith(hidden))
+        groups[result["algorithm"], flags, result["meta_steps"]].append(result)
     for (algorithm, flags, meta_steps), group in groups.items():
         first = group[0]
         by_head = defaultdict(lambda: defaultdict(list))
@@ -278,19 +281,20 @@ def images_table(results: list[dict]) -> str:
         for head, cells in by_head.items():
             of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
             paper = published.IMAGES.get(of_head)
-            variations = (f"`{flag}`" for flag in flags if not flag.startswith("--size"))
+            variations = (f"`{flag}`" for flag in flags)
             rows.append(
                 [
                     ", ".join([figures.title(algorithm), *filter(None, [head]), *variations]),
                     *(", ".join(cells.get(shot, [])) for shot in (1, 5)),
                     " / ".join(paper) if paper else "",
                     f"{first['config']['size']}",
+                    f"{first['protocol']['episodes']}",
                     first["protocol"]["normalisation"].partition(" of ")[0],
                     f"{meta_steps:,} of {images.METHODS[algorithm].num_meta_steps:,}",
                     f"{statistics.fmean(result['seconds']['train'] for result in group) / 60:.0f} min",
                 ]
             )
-    header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "test", "meta-steps", "training"]
+    header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "episodes", "test", "meta-steps", "training"]
     return markdown_table(header, rows)
 
 
