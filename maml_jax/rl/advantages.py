@@ -115,7 +115,9 @@ def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array,
     features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)
     valid = features * mask[..., None]
     gram = jnp.einsum("tnd,tne->de", valid, features) + ridge * jnp.eye(features.shape[-1], dtype=returns.dtype)
-    coefficients = jnp.linalg.solve(gram, jnp.einsum("tnd,tn->d", valid, returns))
+    # Least squares, because an observation that never changes makes the features collinear, and then the ridge is lost
+    # in the rounding of float32.
+    coefficients, *_ = jnp.linalg.lstsq(gram, jnp.einsum("tnd,tn->d", valid, returns))
     return features @ coefficients
 
 

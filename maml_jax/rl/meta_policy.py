@@ -182,9 +182,9 @@ def trust_region(
       damping: added to the Fisher matrix.
       num_backtracks: how many lengths are tried.
       backtrack: the factor from one length to the next.
-      metric_stride: the Fisher matrix sees every so many time steps, of the support sets as of the query set. It is then
-        that of policies which adapted to less data; objective and KL are still those of all. With 7 a step takes a
-        quarter of the time.
+      metric_stride: the Fisher matrix sees every so many time steps, of the support sets as of the query set. It is
+        then that of policies which adapted to less data; objective and KL are still those of all. With 7 a step takes
+        a quarter of the time.
       mesh: that of the training program, or None.
 
     Returns:

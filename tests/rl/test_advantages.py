@@ -49,6 +49,18 @@ def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
     np.testing.assert_allclose(found, (rows @ coefficients).reshape(H, N), rtol=1e-9)
 
 
+def test_a_number_of_the_observation_may_never_change():
+    moving = rng.normal(size=(100, 20, 2))
+    still = np.broadcast_to([0.3, -0.4], moving.shape)  # collinear with the constant feature
+    returns = 10.0 * moving.sum(-1) + rng.normal(size=moving.shape[:2])
+    mask = jnp.ones(returns.shape)
+    found = rl.linear_baseline(
+        jnp.asarray(np.concatenate([moving, still], -1), jnp.float32), jnp.asarray(returns, jnp.float32), mask
+    )
+    without = rl.linear_baseline(jnp.asarray(moving, jnp.float32), jnp.asarray(returns, jnp.float32), mask)
+    np.testing.assert_allclose(found, without, atol=0.05)
+
+
 def test_advantages_of_trajectories_are_standardised():
     observation = jnp.asarray(rng.normal(size=(H, N, 2)), jnp.float32)
     policy = Normal(observation, observation)
