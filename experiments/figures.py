@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from experiments.published import NAVIGATION
 from experiments.runs import mean_and_interval
@@ -192,6 +192,7 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     if 0 < smallest < math.inf:
         row[0][0].set_yscale("log")
         row[0][0].yaxis.set_major_formatter("{x:g}")
+        row[0][0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
     if is_validated:
         row[0][1].set_title("validation score", fontsize=10)
     for axes in row[0]:
