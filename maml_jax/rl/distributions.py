@@ -30,12 +30,13 @@ class Categorical(NamedTuple):
     def kl(self, other: "Categorical") -> jax.Array:
         """KL(self ‖ other) [...], in nats."""
         log_p, log_q = jax.nn.log_softmax(self.logits), jax.nn.log_softmax(other.logits)
-        return jnp.sum(jnp.exp(log_p) * (log_p - log_q), -1)
+        # An action with a logit of −∞ is never taken and adds nothing.
+        return jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p - log_q, 0.0), -1)
 
     def entropy(self) -> jax.Array:
         """The entropy [...], in nats."""
         log_p = jax.nn.log_softmax(self.logits)
-        return -jnp.sum(jnp.exp(log_p) * log_p, -1)
+        return -jnp.sum(jnp.exp(log_p) * jnp.where(jnp.isfinite(log_p), log_p, 0.0), -1)
 
     def mode(self) -> jax.Array:
         """The most probable actions, int32 [...]."""

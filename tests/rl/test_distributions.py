@@ -41,6 +41,21 @@ def test_the_categorical_numbers_are_sums_over_actions():
     assert p.mode().tolist() == np.argmax(probability, -1).tolist()
 
 
+def test_actions_that_are_ruled_out_add_nothing():
+    def ruled_out(logits):
+        return Categorical(logits.at[:, 3].set(-jnp.inf))
+
+    p, q = (of.logits.astype(jnp.float32) for of in CATEGORICALS)
+    for measure in (lambda p: ruled_out(p).kl(ruled_out(q)), lambda p: ruled_out(p).entropy()):
+        grads = jax.grad(lambda p, measure=measure: measure(p).sum())(p)
+        assert np.all(np.isfinite(grads))
+        assert not np.any(grads[:, 3])
+    np.testing.assert_allclose(
+        ruled_out(p).kl(ruled_out(q)), Categorical(p[:, :3]).kl(Categorical(q[:, :3])), rtol=1e-4, atol=1e-6
+    )
+    np.testing.assert_allclose(ruled_out(p).entropy(), Categorical(p[:, :3]).entropy(), rtol=1e-5)
+
+
 def test_draws_are_from_the_distribution():
     many = jax.random.split(jax.random.key(0), 20_000)
     categorical, normal = CATEGORICALS[0], NORMALS[0]
