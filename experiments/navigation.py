@@ -115,6 +115,8 @@ class Config(RunConfig):
             check_integer(flag(name), getattr(self, name), at_least=smallest)
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             check_positive(flag(name), getattr(self, name))
+        if self.seeds > 1 and self.outer_rule == "trust-region":
+            raise ValueError("--seeds needs --outer-rule clipped; train the seeds of a trust region one after another")
         if self.on_nonfinite == "skip" and self.outer_rule == "trust-region":
             raise ValueError(
                 "--on-nonfinite skip needs --outer-rule clipped; the trust region refuses such steps itself"
