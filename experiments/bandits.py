@@ -6,16 +6,16 @@ are tested beside it on as many tasks, and for few pulls the largest expected re
 """
 
 import dataclasses
-from pathlib import Path
+import functools
 from typing import Any, ClassVar
 
 import jax
 
-from experiments import bandit_strategies, published, runs, seeds, trials
-from experiments.cli import main, with_defaults
-from experiments.runs import console, stored_config
+from experiments import bandit_strategies, published, runs, trials
+from experiments.cli import main
+from experiments.runs import console
 from maml_jax.tasks.bandits import bandits
-from maml_jax.types import ArrayTree, MetaLearner, check_integer
+from maml_jax.types import ArrayTree, check_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,56 +53,33 @@ def about() -> dict[str, str]:
     return {"rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}."}
 
 
-def with_paper_defaults(config: Config) -> Config:
-    """Fills in what depends on other settings."""
-    name = f"{config.algorithm}-{config.num_arms}arms-{config.num_pulls}pulls-{config.seed}"
-    return with_defaults(config, {"run_dir": Path(f"runs/bandits-{name}"), "chunk_size": config.meta_batch_size})
-
-
 def problem_of(config: Config) -> trials.Problem:
     """One episode of `num_pulls` time steps."""
+    return _problem(config.num_arms, config.num_pulls)
+
+
+@functools.cache
+def _problem(num_arms: int, num_pulls: int) -> trials.Problem:
     return trials.Problem(
-        environment=bandits(config.num_arms),
-        num_actions=config.num_arms,
-        num_inputs=1 + config.num_arms + 2,
+        environment=bandits(num_arms),
+        num_actions=num_arms,
+        num_inputs=1 + num_arms + 2,
         num_episodes=1,
-        horizon=config.num_pulls,
+        horizon=num_pulls,
     )
 
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """The total reward of the policy and of the strategies, and the largest that can be expected."""
-    keys = jax.random.split(runs.streams(config.seed).test, 3)
-    metrics = {
-        name: runs.mean_and_interval(
-            trials.outcome(config, problem_of(config), params, key, config.eval_episodes, greedy=greedy).reward
-        )
-        for key, (name, greedy) in zip(keys, {"reward": True, "reward_of_draws": False}.items(), strict=False)
-    }
+    *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
+    metrics = trials.reward_metrics(config, problem_of(config), params, keys)
     sizes = {"num_arms": config.num_arms, "num_pulls": config.num_pulls, "num_tasks": config.eval_episodes}
-    strategies = bandit_strategies.compare(keys[2], **sizes)
+    strategies = bandit_strategies.compare(strategy_key, **sizes)
     try:
         optimum = bandit_strategies.bayes_optimum(config.num_arms, config.num_pulls)
     except ValueError:  # there are too many states for the dynamic programme
         optimum = None
     return {"metrics": metrics, "strategies": strategies, "optimum": optimum}
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Trains, tests, prints, and returns the content of results.json, or of seeds.json."""
-    config = with_paper_defaults(config)
-    if config.seeds > 1:
-        return seeds.run_seeds(run, lambda of_seed: trials.training_of(of_seed, problem_of(of_seed)), config)
-    protocol = {"shot": config.num_pulls, "way": config.num_arms}
-    results = trials.train_and_test(config, problem_of(config), lambda params: test(config, params), protocol)
-    show(results)
-    return results
-
-
-def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
-    """The learner and the selected parameters of a run."""
-    config = with_paper_defaults(stored_config(METHODS, Path(run_dir)))
-    return trials.load(config, problem_of(config))
 
 
 def show(results: dict[str, Any]) -> None:
@@ -117,6 +94,18 @@ def show(results: dict[str, Any]) -> None:
     if results["optimum"] is not None:
         table.add_row("largest that can be expected", "", f"{results['optimum']:.3f}", "")
     console.print(table)
+
+
+EXPERIMENT = trials.Experiment(
+    METHODS,
+    run_name=lambda config: f"{config.num_arms}arms-{config.num_pulls}pulls",
+    problem_of=problem_of,
+    test=test,
+    show=show,
+)
+run = functools.partial(trials.run, EXPERIMENT)
+load = functools.partial(trials.load, EXPERIMENT)
+with_paper_defaults = functools.partial(trials.with_paper_defaults, EXPERIMENT)
 
 
 if __name__ == "__main__":

@@ -375,14 +375,7 @@ def run(data: DataSet, config: Any) -> dict:
         return {name: np.asarray(getattr(found, name)[1].instance_accuracy).tolist() for name in ("mean", "ci95")}
 
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(
-            run_dir,
-            config,
-            training.learner,
-            training.sample_episode,
-            validate=training.validate,
-            num_best=training.num_best,
-        )
+        trained = common.train(run_dir, config, training)
         protocol = {
             "way": config.way,
             "shot": config.shot,

@@ -76,6 +76,11 @@ def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
     return parallel.task_mesh(devices) if len(devices) > 1 else None
 
 
+def mesh_of_any(count: int) -> jax.sharding.Mesh | None:
+    """`mesh_for`, but None if `count` does not divide over the processes: each of them then computes everything."""
+    return None if count % jax.process_count() else mesh_for(count)
+
+
 def outer_optimizer(config: Any, updates_per_step: int = 1) -> optax.GradientTransformation:
     """The optimiser of the meta-parameters, with the rate and the schedule of `config`.
 
@@ -115,29 +120,40 @@ class Member(NamedTuple):
     validate: Callable[[ArrayTree], float] | None = None
 
 
-def train(
-    run_dir: Path,
-    config: Any,
-    learner: LearnerOrSchedule,
-    sample_episode: SampleEpisodeFn,
-    *,
-    validate: Callable[[ArrayTree], float] | None = None,
-    **settings: Any,
-) -> Trained:
+class Training(NamedTuple):
+    """What an experiment trains.
+
+    Attributes:
+      learner: the algorithm.
+      sample_episode: the task distribution.
+      validate: `(params) -> score`, larger is better; None if the last state is selected.
+      num_best: M, how many validated parameters are kept. Those that are returned have a leading axis [M] if M > 1, or
+        as many as there were validations.
+      make_optimizer: `(mesh) -> optimiser or outer rule`, for a mesh that the tasks are divided over, or None; by
+        default the optimiser of the settings.
+      inputs: inputs of one support set, of which only shapes and dtypes matter; by default those that `sample_episode`
+        draws. A task distribution that depends on the parameters needs them.
+    """
+
+    learner: LearnerOrSchedule
+    sample_episode: SampleEpisodeFn
+    validate: Callable[[ArrayTree], float] | None = None
+    num_best: int = 1
+    make_optimizer: Callable[[jax.sharding.Mesh | None], optax.GradientTransformation | OuterRule] | None = None
+    inputs: ArrayTree = None
+
+    def optimizer(self, config: Any, mesh: jax.sharding.Mesh | None) -> optax.GradientTransformation | OuterRule:
+        """The outer optimiser or rule at some settings."""
+        return outer_optimizer(config) if self.make_optimizer is None else self.make_optimizer(mesh)
+
+
+def train(run_dir: Path, config: Any, training: Training) -> Trained:
     """`train_together` with one seed."""
-    (trained,) = train_together([Member(run_dir, config, validate)], learner, sample_episode, **settings)
+    (trained,) = train_together([Member(run_dir, config, training.validate)], training)
     return trained
 
 
-def train_together(
-    members: Sequence[Member],
-    learner: LearnerOrSchedule,
-    sample_episode: SampleEpisodeFn,
-    *,
-    num_best: int = 1,
-    optimizer: optax.GradientTransformation | OuterRule | None = None,
-    inputs: ArrayTree = None,
-) -> list[Trained]:
+def train_together(members: Sequence[Member], training: Training) -> list[Trained]:
     """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoints.
 
     Several seeds are one program, vmapped over them and divided over the devices; each has its own directory, with what
@@ -150,13 +166,7 @@ def train_together(
 
     Args:
       members: the seeds. Their settings differ in the seed and the directory alone.
-      learner: the algorithm.
-      sample_episode: the task distribution.
-      num_best: M, how many validated parameters are kept. Those that are returned have a leading axis [M] if M > 1, or
-        as many as there were validations.
-      optimizer: the outer optimiser or rule; by default that of the settings.
-      inputs: inputs of one support set, of which only shapes and dtypes matter; by default those that `sample_episode`
-        draws. A task distribution that depends on the parameters needs them.
+      training: what is trained. Each member has a validation of its own.
 
     Returns:
       What each seed has trained.
@@ -167,11 +177,13 @@ def train_together(
       SystemExit: after a signal, with the code 128 plus its number.
     """
     config, is_alone = members[0].config, len(members) == 1
+    learner, sample_episode, num_best = training.learner, training.sample_episode, training.num_best
     keys = [streams(member.config.seed) for member in members]
-    optimizer = outer_optimizer(config) if optimizer is None else optimizer
     # An outer update may be made on a part of the meta-batch, which is divided over the devices too.
     minibatches = getattr(getattr(config, "hyperparameters", None), "minibatches", 1)
     mesh = mesh_for(config.meta_batch_size // minibatches if is_alone else len(members))
+    optimizer = training.optimizer(config, mesh if is_alone else None)
+    inputs = training.inputs
     if inputs is None:
         inputs = jax.eval_shape(sample_episode, keys[0].train).support.inputs
     with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
@@ -301,24 +313,6 @@ def over_seeds(loop: StateProgram, mesh: jax.sharding.Mesh | None) -> Callable[[
 
     program = jax.jit(run if mesh is None else parallel.each_task(run, mesh, gather=False))
     return lambda states, keys: program(loop.data, (states, keys))
-
-
-class Training(NamedTuple):
-    """What an experiment trains.
-
-    Attributes:
-      learner: the algorithm.
-      sample_episode: the task distribution.
-      validate: `(params) -> score`, larger is better; None if the last state is selected.
-      num_best, optimizer, inputs: as in `train_together`.
-    """
-
-    learner: LearnerOrSchedule
-    sample_episode: SampleEpisodeFn
-    validate: Callable[[ArrayTree], float] | None = None
-    num_best: int = 1
-    optimizer: optax.GradientTransformation | OuterRule | None = None
-    inputs: ArrayTree = None
 
 
 def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[MetaState, jax.Array], Any]:

@@ -274,7 +274,7 @@ def run(config: Config) -> dict:
         }
 
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, training.learner, training.sample_episode, validate=training.validate)
+        trained = common.train(run_dir, config, training)
         what = "test drawings" if config.data == "rotated-omniglot" else "all examples"
         protocol = {
             "data": config.data,

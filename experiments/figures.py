@@ -13,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
-from experiments.published import NAVIGATION
 from experiments.runs import mean_and_interval
 from maml_jax import CATALOGUE
 
@@ -257,23 +256,26 @@ def memory(file: Path, rows: list[dict]) -> None:
     save(figure, file)
 
 
-def returns(file: Path, results: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """The return against the updates at test, on fresh goals, with the published curve where there is one.
+def returns(
+    file: Path, results: Mapping[str, Sequence[Mapping[str, Any]]], paper: Mapping[str, Sequence[float]]
+) -> None:
+    """The return against the updates at test, on the published goals, with the published returns where there are any.
 
     Args:
       file: the figure to write.
       results: by label, the content of results.json of each seed of `experiments.navigation`. The interval is over
         goals with one seed, and over seeds with several.
+      paper: by label, the published returns.
     """
     figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
     for index, (label, of_seeds) in enumerate(results.items()):
-        metrics = [result["evaluations"][-1]["metrics"]["return"] for result in of_seeds]
+        metrics = [result["evaluations"][0]["metrics"]["return"] for result in of_seeds]
         means = np.array([metric["mean"] for metric in metrics], float)
         half = np.array(metrics[0]["ci95"] if len(metrics) == 1 else mean_and_interval(means)["ci95"], float)
         style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
         text = label + (f", {len(metrics)} seeds" if len(metrics) > 1 else "")
         axes.errorbar(range(means.shape[1]), means.mean(0), half, linestyle=DASHES[index % 4], label=text, **style)
-        if numbers := NAVIGATION.get(of_seeds[0]["algorithm"]):
+        if numbers := paper.get(label):
             shown = numbers[: means.shape[1]]
             axes.plot(range(len(shown)), shown, marker="x", color=f"C{index % 10}", linestyle="none", markersize=9)
     axes.plot([], [], marker="x", color="0.3", linestyle="none", label="published")

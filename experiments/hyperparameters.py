@@ -463,7 +463,7 @@ def run(config: Config) -> dict[str, Any]:
             )
             return -float(found.mean[0])
 
-        trained = common.train(run_dir, config, learner, sampler, validate=validate)
+        trained = common.train(run_dir, config, common.Training(learner, sampler, validate))
         protocol = {
             "training": config.num_training,
             "heldout": config.num_heldout,

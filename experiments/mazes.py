@@ -7,6 +7,7 @@ walk is no longer can be compared.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,12 +15,12 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import figures, published, runs, seeds, trials
-from experiments.cli import main, with_defaults
-from experiments.runs import console, stored_config
+from experiments import figures, published, runs, trials
+from experiments.cli import main
+from experiments.runs import console
 from maml_jax import rl
 from maml_jax.tasks.mazes import MOVES, Maze, mazes, shortest_path
-from maml_jax.types import ArrayTree, MetaLearner, check_integer
+from maml_jax.types import ArrayTree, check_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,20 +74,19 @@ def about() -> dict[str, str]:
     }
 
 
-def with_paper_defaults(config: Config) -> Config:
-    """Fills in what depends on other settings."""
-    name = f"{config.algorithm}-{config.size}x{config.size}-view{config.view}-{config.seed}"
-    return with_defaults(config, {"run_dir": Path(f"runs/mazes-{name}"), "chunk_size": config.meta_batch_size})
-
-
 def problem_of(config: Config) -> trials.Problem:
     """Several walks through one maze."""
+    return _problem(config.size, config.view, config.num_episodes, config.horizon)
+
+
+@functools.cache
+def _problem(size: int, view: int, num_episodes: int, horizon: int) -> trials.Problem:
     return trials.Problem(
-        environment=mazes(size=config.size, view=config.view),
+        environment=mazes(size=size, view=view),
         num_actions=len(MOVES),
-        num_inputs=2 * config.view**2 + len(MOVES) + 2,
-        num_episodes=config.num_episodes,
-        horizon=config.horizon,
+        num_inputs=2 * view**2 + len(MOVES) + 2,
+        num_episodes=num_episodes,
+        horizon=horizon,
     )
 
 
@@ -109,30 +109,10 @@ def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     return {"metrics": metrics, "shortest_path": float(np.mean(shortest))}
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Trains, tests, prints, and returns the content of results.json, or of seeds.json."""
-    config = with_paper_defaults(config)
-    if config.seeds > 1:
-        return seeds.run_seeds(run, lambda of_seed: trials.training_of(of_seed, problem_of(of_seed)), config)
-    protocol = {"shot": config.num_episodes}
-    results = trials.train_and_test(config, problem_of(config), lambda params: test(config, params), protocol)
-    if jax.process_index() == 0:
-        _, params = load(config.run_dir)
-        draw_behaviour(config.run_dir / "figures" / "behaviour.png", config, params, 3, config.seed)
-    show(results)
-    return results
-
-
-def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
-    """The learner and the selected parameters of a run."""
-    config = with_paper_defaults(stored_config(METHODS, Path(run_dir)))
-    return trials.load(config, problem_of(config))
-
-
 def draw_behaviour(file: Path, config: Config, params: ArrayTree, num_mazes: int, seed: int) -> None:
     """Draws every walk through the first mazes of the test, actions drawn."""
     problem = problem_of(config)
-    policy, drawn = trials.make_policy(config, problem), []
+    policy, drawn = trials.make_policy(problem, config.hyperparameters.hidden_size), []
     for key in jax.random.split(runs.streams(seed).test, num_mazes):
         task_key, trial_key = jax.random.split(key)
         maze = problem.environment.sample_task(task_key)
@@ -174,6 +154,19 @@ def show(results: dict[str, Any]) -> None:
             table.add_row(name.replace("_", " "), str(walk + 1), *cells, shown)
     console.print(table)
     console.print(f"the shortest path has {results['shortest_path']:.2f} steps on average")
+
+
+EXPERIMENT = trials.Experiment(
+    METHODS,
+    run_name=lambda config: f"{config.size}x{config.size}-view{config.view}",
+    problem_of=problem_of,
+    test=test,
+    show=show,
+    draw_behaviour=draw_behaviour,
+)
+run = functools.partial(trials.run, EXPERIMENT)
+load = functools.partial(trials.load, EXPERIMENT)
+with_paper_defaults = functools.partial(trials.with_paper_defaults, EXPERIMENT)
 
 
 if __name__ == "__main__":

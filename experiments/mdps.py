@@ -5,16 +5,16 @@ what its actions do while it earns. The strategies of the literature are tested 
 """
 
 import dataclasses
-from pathlib import Path
+import functools
 from typing import Any, ClassVar
 
 import jax
 
-from experiments import mdp_strategies, published, runs, seeds, trials
-from experiments.cli import main, with_defaults
-from experiments.runs import console, stored_config
+from experiments import mdp_strategies, published, runs, trials
+from experiments.cli import main
+from experiments.runs import console
 from maml_jax.tasks.tabular_mdp import random_mdps
-from maml_jax.types import ArrayTree, MetaLearner, check_integer
+from maml_jax.types import ArrayTree, check_integer
 
 NUM_STATES, NUM_ACTIONS = mdp_strategies.NUM_STATES, mdp_strategies.NUM_ACTIONS
 
@@ -53,57 +53,30 @@ def about() -> dict[str, str]:
     return {"rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}."}
 
 
-def with_paper_defaults(config: Config) -> Config:
-    """Fills in what depends on other settings."""
-    name = f"{config.algorithm}-{config.num_episodes}episodes-{config.seed}"
-    return with_defaults(config, {"run_dir": Path(f"runs/mdps-{name}"), "chunk_size": config.meta_batch_size})
-
-
 def problem_of(config: Config) -> trials.Problem:
     """Several episodes of 10 time steps."""
+    return _problem(config.num_episodes)
+
+
+@functools.cache
+def _problem(num_episodes: int) -> trials.Problem:
     return trials.Problem(
         environment=random_mdps(NUM_STATES, NUM_ACTIONS),
         num_actions=NUM_ACTIONS,
         num_inputs=NUM_STATES + NUM_ACTIONS + 2,
-        num_episodes=config.num_episodes,
+        num_episodes=num_episodes,
         horizon=mdp_strategies.HORIZON,
     )
 
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
-    """The total reward of the policy and of the strategies, and the rewards of each episode."""
-    keys = jax.random.split(runs.streams(config.seed).test, 3)
-    greedy, drawn = (
-        trials.outcome(config, problem_of(config), params, key, config.eval_episodes, greedy=greedy).reward
-        for key, greedy in zip(keys[:2], (True, False), strict=True)
-    )
-    metrics = {
-        "reward": runs.mean_and_interval(greedy.sum(1, keepdims=True)),
-        "reward_of_draws": runs.mean_and_interval(drawn.sum(1, keepdims=True)),
-    }
+    """The total reward of the policy and of the strategies."""
+    *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
     sizes = {"num_episodes": config.num_episodes, "num_tasks": config.eval_episodes}
     return {
-        "metrics": metrics,
-        "by_episode": runs.mean_and_interval(drawn),
-        "strategies": mdp_strategies.compare(keys[2], **sizes),
+        "metrics": trials.reward_metrics(config, problem_of(config), params, keys),
+        "strategies": mdp_strategies.compare(strategy_key, **sizes),
     }
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Trains, tests, prints, and returns the content of results.json, or of seeds.json."""
-    config = with_paper_defaults(config)
-    if config.seeds > 1:
-        return seeds.run_seeds(run, lambda of_seed: trials.training_of(of_seed, problem_of(of_seed)), config)
-    protocol = {"shot": config.num_episodes}
-    results = trials.train_and_test(config, problem_of(config), lambda params: test(config, params), protocol)
-    show(results)
-    return results
-
-
-def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
-    """The learner and the selected parameters of a run."""
-    config = with_paper_defaults(stored_config(METHODS, Path(run_dir)))
-    return trials.load(config, problem_of(config))
 
 
 def show(results: dict[str, Any]) -> None:
@@ -113,6 +86,18 @@ def show(results: dict[str, Any]) -> None:
         results, published.MDPS.get(episodes, {}), f"mean total reward of {episodes} episodes, {count:,} processes"
     )
     console.print(table)
+
+
+EXPERIMENT = trials.Experiment(
+    METHODS,
+    run_name=lambda config: f"{config.num_episodes}episodes",
+    problem_of=problem_of,
+    test=test,
+    show=show,
+)
+run = functools.partial(trials.run, EXPERIMENT)
+load = functools.partial(trials.load, EXPERIMENT)
+with_paper_defaults = functools.partial(trials.with_paper_defaults, EXPERIMENT)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ the one with the largest mean return after 1, 2 and 3 updates.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -77,8 +77,8 @@ class Config(RunConfig):
     """The inner loss. The authors' code has policy-gradient, the log-likelihood times the advantage, whose second
     derivative is biased. That of ratio is less so, and that of loaded-dice is exact."""
     outer_rule: Literal["trust-region", "clipped"] = "trust-region"
-    """The outer update: a step within a bound on the KL (the authors'), or several steps of the outer optimiser on a
-    clipped ratio."""
+    """The outer update: a step within a bound on the KL (the authors'), or several steps of the outer optimiser, with
+    its --outer-lr, on a clipped ratio."""
     max_kl: float = 0.01
     """The bound on the mean KL of the adapted policies, in nats. With --outer-rule clipped no further step is taken
     above it."""
@@ -115,8 +115,6 @@ class Config(RunConfig):
             check_integer(flag(name), getattr(self, name), at_least=smallest)
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             check_positive(flag(name), getattr(self, name))
-        if self.seeds > 1 and self.outer_rule == "trust-region":
-            raise ValueError("--seeds needs --outer-rule clipped; train the seeds of a trust region one after another")
         if self.on_nonfinite == "skip" and self.outer_rule == "trust-region":
             raise ValueError(
                 "--on-nonfinite skip needs --outer-rule clipped; the trust region refuses such steps itself"
@@ -232,12 +230,11 @@ def meta_learner_of(config: Config) -> MetaLearner:
     return rl.meta_policy(learner_of(config, rates, num_updates_of(config)), outer)
 
 
-def outer_rule_of(config: Config, learner: MetaLearner) -> OuterRule:
+def outer_rule_of(config: Config, learner: MetaLearner, mesh: jax.sharding.Mesh | None) -> OuterRule:
     """The outer update."""
     if config.outer_rule == "clipped":
         optimizer = common.outer_optimizer(config, updates_per_step=config.epochs)
         return rl.clipped_epochs(optimizer, num_epochs=config.epochs, max_kl=config.max_kl)
-    mesh = common.mesh_for(config.meta_batch_size) if config.seeds == 1 else None
     return rl.trust_region(learner, max_kl=config.max_kl, metric_stride=config.metric_stride, mesh=mesh)
 
 
@@ -265,7 +262,7 @@ def returns_program(config: Config, num_goals: int, num_updates: int, num_trajec
 
         return jax.lax.map(at_one, goals_and_keys)
 
-    mesh = common.mesh_for(num_goals)
+    mesh = common.mesh_of_any(num_goals)
     return jax.jit(at) if mesh is None else parallel.each_task(at, mesh)
 
 
@@ -309,11 +306,12 @@ def rate_candidates(config: Config) -> list[list[float]]:
     more = config.eval_inner_steps - 1
     if config.algorithm == "oracle":
         return [[]]
-    return [
-        [first, *[later] * more]
+    found = [
+        (first, *[later] * more)
         for first in firsts
         for later in ((config.later_lr,) if config.later_lr else (first * rate / 0.5 for rate in LATER_RATES))
     ]
+    return list(map(list, dict.fromkeys(found)))  # with one update all later rates are the same
 
 
 def on_validation_goals(config: Config, params: ArrayTree) -> tuple[list[float], float]:
@@ -339,7 +337,7 @@ def training_of(config: Config) -> Training:
         learner,
         sampler_of(config),
         lambda params: on_validation_goals(config, params)[1],
-        optimizer=outer_rule_of(config, learner),
+        make_optimizer=lambda mesh: outer_rule_of(config, learner, mesh),
         inputs=observation,
     )
 
@@ -372,16 +370,7 @@ def run(config: Config) -> dict[str, Any]:
         return seeds.run_seeds(run, training_of, config)
     training = training_of(config)
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(
-            run_dir,
-            config,
-            training.learner,
-            training.sample_episode,
-            validate=training.validate,
-            optimizer=training.optimizer,
-            inputs=training.inputs,
-        )
-        params = trained.params
+        trained = common.train(run_dir, config, training)
         protocol = {
             "episodes": config.eval_episodes,
             "shot": config.eval_shot,
@@ -392,13 +381,12 @@ def run(config: Config) -> dict[str, Any]:
             "later_rates": "chosen on validation goals" if config.later_lr is None else "given",
             "normalisation": "none",
         }
-        results = runs.finish(run_dir, "navigation", config, trained, protocol, lambda: test(config, params))
+        results = runs.finish(run_dir, "navigation", config, trained, protocol, lambda: test(config, trained.params))
         if jax.process_index() == 0:
-            figures.returns(run_dir / "figures" / "returns.png", {TITLES[config.algorithm]: [results]})
-            draw_behaviour(run_dir / "figures" / "behaviour.png", config, params, 4, config.seed)
-            figures.learning_curves(
-                run_dir / "figures" / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]}
-            )
+            drawn = run_dir / "figures"
+            figures.returns(drawn / "returns.png", {TITLES[config.algorithm]: [results]}, published_returns([results]))
+            draw_behaviour(drawn / "behaviour.png", config, trained.params, 4, config.seed, results["rates"])
+            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]})
     show(results)
     return results
 
@@ -407,13 +395,19 @@ def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner of training and the selected parameters of a run."""
     config = stored_config(METHODS, Path(run_dir))
     training = training_of(config)
-    params = common.load_params(config.run_dir, config, training.learner, training.inputs, training.optimizer)
+    optimizer = training.optimizer(config, None)
+    params = common.load_params(config.run_dir, config, training.learner, training.inputs, optimizer)
     return training.learner, params
 
 
-def draw_behaviour(file: Path, config: Config, params: ArrayTree, num_goals: int, seed: int) -> None:
-    """Draws the paths of the policies before each update and after the last, at the first published goals."""
-    found, rates = [], on_validation_goals(config, params)[0]
+def draw_behaviour(
+    file: Path, config: Config, params: ArrayTree, num_goals: int, seed: int, rates: Sequence[float] | None = None
+) -> None:
+    """Draws the paths of the policies before each update and after the last, at the first published goals.
+
+    The rates are by default chosen on validation goals.
+    """
+    found, rates = [], on_validation_goals(config, params)[0] if rates is None else rates
     for index, goal in enumerate(published_goals()[:num_goals]):
         key = jax.random.fold_in(runs.streams(seed).test, index)
         support, query = collect(config, params, goal, key, jnp.array(rates, jnp.float32), len(rates), 10)
@@ -428,6 +422,15 @@ def positions(batch: Batch) -> np.ndarray:
     return np.where(mask > 0, np.asarray(batch.inputs)[..., :2], np.nan)
 
 
+def published_returns(results: Sequence[Mapping[str, Any]]) -> dict[str, Sequence[float]]:
+    """The published returns by title, of the methods that have results with the published horizon."""
+    return {
+        TITLES[result["algorithm"]]: published.NAVIGATION[result["algorithm"]]
+        for result in results
+        if result["algorithm"] in published.NAVIGATION and result["config"]["horizon"] == HORIZON
+    }
+
+
 def show(results: dict[str, Any]) -> None:
     """Prints the returns after every update."""
     count = len(results["metrics"]["return"]["mean"])
@@ -438,9 +441,8 @@ def show(results: dict[str, Any]) -> None:
         metric = evaluation["metrics"]["return"]
         cells = [runs.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
         table.add_row(evaluation["goals"], str(evaluation["count"]), *cells, f"{evaluation['optimum']:.2f}")
-    if returns := published.NAVIGATION.get(results["algorithm"]):
-        shown = [*map(str, returns), *[""] * count][:count]
-        table.add_row("published values", "40", *shown, "")
+    for returns in published_returns([results]).values():
+        table.add_row("published values", "40", *[*map(str, returns), *[""] * count][:count], "")
     console.print(table)
     console.print(
         f"rates {', '.join(f'{rate:g}' for rate in results['rates']) or 'none'}; standard deviation of the policy "

@@ -58,7 +58,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         ways = "-".join(map(str, results["config"]["ways"]))
         name = f"cross_domain_ways-{ways}_seed-{results['seed']}"
     else:
-        flags = [flag.lstrip("-").replace(" ", "-") for flag in changed_flags(results) if not flag.startswith("--seed")]
+        flags = [flag.lstrip("-").replace(" ", "-") for flag in flags_but_seed(results)]
         name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
     file = results_dir / f"{name}.json"
     if file.exists() and runs.read_json(file) != results:
@@ -101,10 +101,14 @@ def changed_flags(results: dict) -> list[str]:
     return flags
 
 
+def flags_but_seed(results: dict) -> list[str]:
+    """`changed_flags` without the seed."""
+    return [flag for flag in changed_flags(results) if not flag.startswith("--seed")]
+
+
 def command(results: dict) -> str:
     """The command line that made `results`, without its seed."""
-    flags = [flag for flag in changed_flags(results) if not flag.startswith("--seed")]
-    return " ".join([f"python -m experiments.{results['experiment']} {results['algorithm']}", *flags])
+    return " ".join([f"python -m experiments.{results['experiment']} {results['algorithm']}", *flags_but_seed(results)])
 
 
 def by_command(results: list[dict]) -> dict[str, list[dict]]:
@@ -474,7 +478,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"published 1-shot and 5-shot numbers of MANN are the second and the fifth.\n\n{sections['omniglot-instances']}"
         + photographs
         + other_kinds
-        + rl_report.section(of)
+        + rl_report.section(of, flags_but_seed)
         + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
         "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
@@ -496,7 +500,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
                 first["evaluations"]
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
-    rl_report.draw(report.parent / "figures", of)
+    rl_report.draw(report.parent / "figures", of, flags_but_seed)
     for result in of["cross_domain"]:
         cross_domain.draw(report.parent / "figures" / "cross_domain.png", result)
     if curves_of_seeds:

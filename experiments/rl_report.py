@@ -1,7 +1,7 @@
 """The part of the report on reinforcement learning."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,24 +9,33 @@ from experiments import figures, navigation, published, runs
 from experiments.tables import markdown_table
 
 Results = Sequence[Mapping[str, Any]]
+FlagsOf = Callable[[Mapping[str, Any]], Sequence[str]]
 
 
-def navigation_table(results: Results) -> str:
-    """The mean return after every update, one row a run and set of goals, with the published returns."""
-    rows = []
+def labelled(results: Results, flags_of: FlagsOf) -> dict[str, Results]:
+    """Results of navigation by method and changed flags, the seeds together."""
+    groups = defaultdict(list)
     for result in sorted(results, key=lambda r: (list(navigation.METHODS).index(r["algorithm"]), r["seed"])):
-        settings = navigation.METHODS[result["algorithm"]]
-        changed = [
-            f"`--{name.replace('_', '-')} {result['config'][name]}`"
-            for name in ("surrogate", "outer_rule")
-            if result["config"][name] != getattr(settings, name)
-        ]
+        flags = [f"`{flag}`" for flag in flags_of(result) if not flag.startswith("--num-meta-steps")]
+        groups[", ".join([navigation.TITLES[result["algorithm"]], *flags])].append(result)
+    return groups
+
+
+def navigation_table(results: Results, flags_of: FlagsOf) -> str:
+    """The mean return after every update, one row a run and set of goals, with the published returns.
+
+    Args:
+      results: of `experiments.navigation`.
+      flags_of: `(result) -> flags`, those of its command but for the seed.
+    """
+    rows = []
+    for label, result in ((label, r) for label, group in labelled(results, flags_of).items() for r in group):
         for evaluation in result["evaluations"]:
             metric = evaluation["metrics"]["return"]
             cells = [runs.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
             rows.append(
                 [
-                    ", ".join([navigation.TITLES[result["algorithm"]], *changed]),
+                    label,
                     str(result["seed"]),
                     f"{evaluation['count']} {evaluation['goals']}",
                     *[*cells, *[""] * 5][:5],
@@ -36,10 +45,9 @@ def navigation_table(results: Results) -> str:
                     f"{result['seconds']['train'] / 60:.0f} min",
                 ]
             )
-    for algorithm in dict.fromkeys(result["algorithm"] for result in results):
-        if returns := published.NAVIGATION.get(algorithm):
-            shown = [*map(str, returns), *[""] * 5][:5]
-            rows.append([f"{navigation.TITLES[algorithm]}, published values", "", "40", *shown, "", "", "", ""])
+    for title, returns in navigation.published_returns(results).items():
+        shown = [*map(str, returns), *[""] * 5][:5]
+        rows.append([f"{title}, published values", "", "40", *shown, "", "", "", ""])
     header = ["", "seed", "goals", *map(str, range(5)), "rates", "std", "meta-steps", "training"]
     return markdown_table(header, rows)
 
@@ -100,20 +108,22 @@ def mazes_table(results: Results) -> str:
     return markdown_table(header, [*rows, paper])
 
 
-def section(of: Mapping[str, Results]) -> str:
+def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     """The text of the report, with what there are results of.
 
     Args:
       of: the results by experiment.
+      flags_of: as in `navigation_table`.
     """
     parts = []
     if of["navigation"]:
         parts.append(
             "### 2D navigation\n\nMean return after 0 to 4 updates, with its 95 % interval over goals. The optimum is "
-            f"{of['navigation'][0]['evaluations'][-1]['optimum']:.2f}. Only the first update is trained; its rate is "
-            "the authors' 0.5. The rates of the later ones, and the state, were chosen on 40 other goals. "
+            f"{of['navigation'][0]['evaluations'][-1]['optimum']:.2f}. One update is trained, "
+            "at the authors' rate of 0.5 if no flag is shown. Later rates, and the state, were chosen on 40 other "
+            "goals. "
             '"std" is the standard deviation of the policy, which the authors\' policy had at 0.47.\n\n'
-            f"{navigation_table(of['navigation'])}\n\n![return against updates](figures/navigation.png)"
+            f"{navigation_table(of['navigation'], flags_of)}\n\n![return against updates](figures/navigation.png)"
         )
     if of["bandits"]:
         parts.append(
@@ -137,11 +147,8 @@ def section(of: Mapping[str, Results]) -> str:
     return "\n\n## Reinforcement learning\n\n" + "\n\n".join(parts) if parts else ""
 
 
-def draw(directory: Path, of: Mapping[str, Results]) -> None:
+def draw(directory: Path, of: Mapping[str, Results], flags_of: FlagsOf) -> None:
     """Writes the figures of the section."""
-    by_algorithm = defaultdict(list)
-    for result in of["navigation"]:
-        if result["config"]["surrogate"] == "policy-gradient" and result["config"]["outer_rule"] == "trust-region":
-            by_algorithm[navigation.TITLES[result["algorithm"]]].append(result)
-    if by_algorithm:
-        figures.returns(directory / "navigation.png", by_algorithm)
+    if of["navigation"]:
+        paper = navigation.published_returns(of["navigation"])
+        figures.returns(directory / "navigation.png", labelled(of["navigation"], flags_of), paper)

@@ -35,15 +35,7 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             stack.enter_context(open_run(of_seed.run_dir, of_seed))
         trainings = [training_of(of_seed) for of_seed in configs]
         members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
-        first = trainings[0]
-        together = train_together(
-            members,
-            first.learner,
-            first.sample_episode,
-            num_best=first.num_best,
-            optimizer=first.optimizer,
-            inputs=first.inputs,
-        )
+        together = train_together(members, trainings[0])
     results = [run(of_seed) for of_seed in configs]
     # null, which stands for a number that is not finite, becomes NaN
     metrics = {

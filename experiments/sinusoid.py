@@ -180,7 +180,7 @@ def train_and_test(config: Config) -> tuple[dict, ArrayTree]:
     config = with_paper_defaults(config)
     training, samplers = training_of(config), test_samplers(config)
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, training.learner, training.sample_episode)
+        trained = common.train(run_dir, config, training)
 
         def test_all() -> dict:
             evaluations = [{"shot": shot} | test(config, trained.params, of_shot) for shot, of_shot in samplers.items()]

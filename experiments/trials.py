@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -13,9 +13,10 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import common, figures, runs
-from experiments.cli import RunConfig, flag
+from experiments import common, figures, runs, seeds
+from experiments.cli import RunConfig, flag, with_defaults
 from experiments.common import Training
+from experiments.runs import stored_config
 from maml_jax import parallel, rl
 from maml_jax.types import (
     ArrayTree,
@@ -79,6 +80,7 @@ class TrialConfig(RunConfig):
     finished linear or cosine run cannot be continued with more steps."""
     outer_lr_end: float = 4e-4
     """The outer rate at the end of a linear or cosine schedule."""
+    outer_clip: Annotated[float | None, tyro.conf.Suppress] = None
     max_norm: float = 0.5
     """The Euclidean norm that bounds the meta-gradient."""
     eval_episodes: int = 20_000
@@ -128,20 +130,41 @@ class Outcome(NamedTuple):
     done: np.ndarray
 
 
-def make_policy(config: TrialConfig, problem: Problem) -> rl.RecurrentPolicy:
-    """The recurrent policy."""
-    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=config.hyperparameters.hidden_size)
+class Experiment(NamedTuple):
+    """An experiment with RL².
 
-
-def training_of(config: TrialConfig, problem: Problem, score: Callable[[Outcome], float] | None = None) -> Training:
-    """What is trained, at settings without gaps.
-
-    Args:
-      config: the settings.
-      problem: the tasks.
-      score: what selects the state, larger is better; by default the mean reward of a trial.
+    Attributes:
+      methods: the settings of every method.
+      run_name: `(config) -> str`, the name of its run directory.
+      problem_of: `(config) -> Problem`, the same object for the same sizes.
+      test: `(config, params) -> dict` with "metrics" and whatever else is reported.
+      show: `(results) -> None`, prints them.
+      draw_behaviour: `(file, config, params, count, seed) -> None`, draws what the policy does; or None.
     """
-    settings, policy = config.hyperparameters, make_policy(config, problem)
+
+    methods: Mapping[str, Any]
+    run_name: Callable[[Any], str]
+    problem_of: Callable[[Any], Problem]
+    test: Callable[[Any, ArrayTree], dict[str, Any]]
+    show: Callable[[dict[str, Any]], None]
+    draw_behaviour: Callable[[Path, Any, ArrayTree, int, int], None] | None = None
+
+
+def with_paper_defaults(experiment: Experiment, config: TrialConfig) -> TrialConfig:
+    """Fills in what depends on other settings."""
+    run_dir = Path(f"runs/{type(config).experiment}-{config.algorithm}-{experiment.run_name(config)}-{config.seed}")
+    return with_defaults(config, {"run_dir": run_dir, "chunk_size": config.meta_batch_size})
+
+
+def make_policy(problem: Problem, hidden_size: int) -> rl.RecurrentPolicy:
+    """The recurrent policy."""
+    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=hidden_size)
+
+
+def training_of(config: TrialConfig, problem: Problem) -> Training:
+    """What is trained, at settings without gaps; the state with the largest reward of a trial is selected."""
+    settings = config.hyperparameters
+    policy = make_policy(problem, settings.hidden_size)
     learner = rl.rl2(
         policy, clip=settings.clip, value_weight=settings.value_weight, entropy_weight=settings.entropy_weight
     )
@@ -167,22 +190,24 @@ def training_of(config: TrialConfig, problem: Problem, score: Callable[[Outcome]
 
     def validate(params: ArrayTree) -> float:
         found = outcome(config, problem, params, runs.streams(config.seed).val, min(2000, config.eval_episodes))
-        return float(found.reward.sum(1).mean()) if score is None else score(found)
+        return float(found.reward.sum(1).mean())
 
-    return Training(learner, sampler, validate, optimizer=rule, inputs=jnp.zeros((1, problem.num_inputs)))
+    inputs = jnp.zeros((1, problem.num_inputs))
+    return Training(learner, sampler, validate, make_optimizer=lambda mesh: rule, inputs=inputs)
 
 
 def outcome(
     config: TrialConfig, problem: Problem, params: ArrayTree, key: PRNGKey, count: int, *, greedy: bool = False
 ) -> Outcome:
     """Goes through `count` trials of new tasks."""
-    program = outcome_program(problem, make_policy(config, problem), count, greedy)
+    program = outcome_program(problem, config.hyperparameters.hidden_size, count, greedy)
     return Outcome(*map(np.asarray, program(params, jax.random.split(key, count))))
 
 
 @functools.lru_cache(maxsize=8)
-def outcome_program(problem: Problem, policy: rl.RecurrentPolicy, count: int, greedy: bool) -> Callable:
+def outcome_program(problem: Problem, hidden_size: int, count: int, greedy: bool) -> Callable:
     """A compiled function of `(params, keys)`, divided over the devices."""
+    policy = make_policy(problem, hidden_size)
 
     def go_through(params, keys):
         def one(key):
@@ -203,49 +228,59 @@ def outcome_program(problem: Problem, policy: rl.RecurrentPolicy, count: int, gr
 
         return jax.lax.map(one, keys, batch_size=TEST_CHUNK)
 
-    mesh = common.mesh_for(count)
+    mesh = common.mesh_of_any(count)
     return jax.jit(go_through) if mesh is None else parallel.each_task(go_through, mesh)
 
 
-def train_and_test(
-    config: TrialConfig,
-    problem: Problem,
-    test: Callable[[ArrayTree], dict[str, Any]],
-    protocol: Mapping[str, Any],
-    score: Callable[[Outcome], float] | None = None,
-) -> dict[str, Any]:
-    """Trains (or resumes, or finds finished) a run, tests it, and returns the content of results.json."""
-    training = training_of(config, problem, score)
-    with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(
-            run_dir,
-            config,
-            training.learner,
-            training.sample_episode,
-            validate=training.validate,
-            optimizer=training.optimizer,
-            inputs=training.inputs,
+def run(experiment: Experiment, config: TrialConfig) -> dict[str, Any]:
+    """Trains (or resumes, or finds finished) a run, tests it, prints, and returns the content of results.json.
+
+    With several seeds it is the content of seeds.json.
+    """
+    config = with_paper_defaults(experiment, config)
+    if config.seeds > 1:
+        return seeds.run_seeds(
+            functools.partial(run, experiment), lambda c: training_of(c, experiment.problem_of(c)), config
         )
-        about = {
+    with runs.open_run(config.run_dir, config) as run_dir:
+        trained = common.train(run_dir, config, training_of(config, experiment.problem_of(config)))
+        protocol = {
             "episodes": config.eval_episodes,
             "split": "new tasks",
-            "selection": "best of the validated states on other tasks",
+            "selection": "largest reward on other tasks",
             "selected_step": trained.best_step,
             "normalisation": "none",
         }
-        results = runs.finish(
-            run_dir, type(config).experiment, config, trained, about | protocol, lambda: test(trained.params)
-        )
-        if jax.process_index() == 0 and (curve := runs.curve(run_dir)):
-            figures.learning_curves(run_dir / "figures" / "learning_curve.png", {config.algorithm: [curve]})
+        name = type(config).experiment
+        results = runs.finish(run_dir, name, config, trained, protocol, lambda: experiment.test(config, trained.params))
+        if jax.process_index() == 0:
+            drawn = run_dir / "figures"
+            figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]})
+            if experiment.draw_behaviour is not None:
+                experiment.draw_behaviour(drawn / "behaviour.png", config, trained.params, 3, config.seed)
+    experiment.show(results)
     return results
 
 
-def load(config: TrialConfig, problem: Problem) -> tuple[MetaLearner, ArrayTree]:
+def load(experiment: Experiment, run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner and the selected parameters of a run."""
-    training = training_of(config, problem)
-    run_dir = Path(config.run_dir)
-    return training.learner, common.load_params(run_dir, config, training.learner, training.inputs, training.optimizer)
+    config = with_paper_defaults(experiment, stored_config(experiment.methods, Path(run_dir)))
+    training = training_of(config, experiment.problem_of(config))
+    optimizer = training.optimizer(config, None)
+    return training.learner, common.load_params(config.run_dir, config, training.learner, training.inputs, optimizer)
+
+
+def reward_metrics(
+    config: TrialConfig, problem: Problem, params: ArrayTree, keys: Sequence[PRNGKey]
+) -> dict[str, dict[str, list[float]]]:
+    """The total reward of a trial with the most probable actions, and with drawn ones, each with a key of its own."""
+    names = {"reward": True, "reward_of_draws": False}
+    return {
+        name: runs.mean_and_interval(
+            outcome(config, problem, params, key, config.eval_episodes, greedy=greedy).reward.sum(1, keepdims=True)
+        )
+        for key, (name, greedy) in zip(keys, names.items(), strict=True)
+    }
 
 
 def reward_table(results: Mapping[str, Any], paper: Mapping[str, float], title: str) -> Table:

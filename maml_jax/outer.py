@@ -40,10 +40,12 @@ class OuterRule(NamedTuple):
       update: `(gradient_fn, params, episodes, rule_state) -> (params, rule_state, info)`. It may call `gradient_fn`
         several times, at other parameters too. `info` is any pytree of arrays; training programs expect the
         fields of `MetaInfo`.
+      looks_at_episodes: whether `update` computes anything else from the episodes than with `gradient_fn`.
     """
 
     init: Callable[[ArrayTree], ArrayTree]
     update: Callable[[GradientFn, ArrayTree, Episode, ArrayTree], tuple[ArrayTree, ArrayTree, Any]]
+    looks_at_episodes: bool = False
 
 
 def gradient_step(optimizer: optax.GradientTransformation) -> OuterRule:
@@ -223,10 +225,16 @@ def pmap_meta_step(
       is donated. It raises ValueError if `episodes` is no meta-batch or T does not divide over the devices.
 
     Raises:
-      ValueError: if `optimizer` is no optimiser, or `chunk_size` no positive integer.
+      ValueError: if `optimizer` is no optimiser or an outer rule that looks at the episodes, or `chunk_size` no
+        positive integer.
     """
     devices = jax.local_devices() if devices is None else list(devices)
     rule = _as_rule(optimizer)
+    if rule.looks_at_episodes:
+        raise ValueError(
+            "this outer rule looks at the episodes itself, and with jax.pmap each device holds only its own; use "
+            "make_meta_step or make_train_loop with a mesh"
+        )
     _check_chunk_size(chunk_size)
 
     def local_step(state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:

@@ -84,7 +84,7 @@ def run(config: Config) -> None:
         return -float(score(params, keys.val).mean[-1])
 
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, learner, sample, validate=validate)
+        trained = common.train(run_dir, config, common.Training(learner, sample, validate))
 
         def test():
             evaluation = score(trained.params, keys.test)

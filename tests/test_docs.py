@@ -193,7 +193,8 @@ def train_a_run(run_dir):
     config = sinusoid.with_paper_defaults(dataclasses.replace(sinusoid.METHODS["maml"], run_dir=run_dir, **settings))
     with runs.open_run(run_dir, config):
         learner = sinusoid.make_learner(config, inner_lr=0.001, num_inner_steps=1)
-        return common.train(run_dir, config, learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
+        training = common.Training(learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
+        return common.train(run_dir, config, training)
 
 
 @pytest.mark.parametrize("page", PAGES_WITH_CODE, ids=lambda page: page.stem)

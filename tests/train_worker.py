@@ -28,7 +28,7 @@ def train(run_dir: Path, steps: int) -> None:
         models.mlp(features=(64, 64, 1)), losses.mean_squared_error, inner_optimizer=optax.sgd(0.01), num_inner_steps=1
     )
     with runs.open_run(run_dir, config):
-        common.train(run_dir, config, learner, tasks.make_sampler(shot=3, query_shot=3))
+        common.train(run_dir, config, common.Training(learner, tasks.make_sampler(shot=3, query_shot=3)))
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ def generalised_advantages(
     *,
     discount: float,
     decay: float,
-    continues: jax.Array | None = None,
 ) -> jax.Array:
     """Generalised advantage estimates A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V(s_{t+1}) − V(s_t).
 
@@ -68,8 +67,6 @@ def generalised_advantages(
       mask: [H, N], 1 where a time step belongs to its trajectory.
       discount: γ.
       decay: λ. With 1 it is the return minus the value, with 0 the error of one step.
-      continues: [H, N], 0 where the value after a step is that of another trajectory in the same row, else 1; by
-        default 1 everywhere.
 
     Returns:
       [H, N], 0 where the mask is 0.
@@ -78,8 +75,6 @@ def generalised_advantages(
       Schulman et al., 2016, equation 16. https://arxiv.org/abs/1506.02438
     """
     goes_on = jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
-    if continues is not None:
-        goes_on = goes_on * continues
     following = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
     error = (reward + discount * goes_on * following - value) * mask
 

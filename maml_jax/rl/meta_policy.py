@@ -94,12 +94,12 @@ def clipped_epochs(
       prepare: `(episodes) -> episodes`, before the first step, such as a standardisation over all of them.
 
     Returns:
-      An `OuterRule` whose info is a `MetaInfo`: loss and norm of the first step, and the objective's info of the first
-      step with the `kl` of the last one.
+      An `OuterRule` whose info is a `MetaInfo`: loss and norm of the first step, and the objective's info before the
+      first step, with the `kl` before the last one.
 
     Raises:
       ValueError: if a count is wrong, `max_kl` not positive, or `optimizer` no optimiser; and when it is used, if
-        the tasks do not divide into the minibatches.
+        the tasks do not divide into the minibatches, or the objective reports no KL for a bound.
 
     References:
       Schulman et al., 2017, algorithm 1. https://arxiv.org/abs/1707.06347
@@ -110,7 +110,9 @@ def clipped_epochs(
     check_positive("max_kl", max_kl)
 
     def init(params: ArrayTree) -> ArrayTree:
-        return {"optimizer": optimizer.init(params), "key": jax.random.key_data(jax.random.key(0))}
+        # Only the order of the minibatches is drawn from it. No seed of a user's gives this key.
+        key = jax.random.fold_in(jax.random.key(0), 2**32 - 1)
+        return {"optimizer": optimizer.init(params), "key": jax.random.key_data(key)}
 
     def update(gradient_fn: Any, params: ArrayTree, episodes: Episode, state: ArrayTree) -> tuple:
         num_tasks = len(jax.tree.leaves(episodes)[0])
@@ -136,7 +138,7 @@ def clipped_epochs(
                 batch = episodes
             (loss, info), grads = gradient_fn(params, batch)
             if max_kl is not None:
-                may_go_on &= info.kl <= max_kl
+                may_go_on &= _kl_of(info) <= max_kl
             updates, new_opt_state = optimizer.update(grads, opt_state, params)
             new = (optax.apply_updates(params, updates), new_opt_state)
             params, opt_state = jax.tree.map(lambda a, b: jnp.where(may_go_on, a, b), new, (params, opt_state))
@@ -153,7 +155,17 @@ def clipped_epochs(
         state = {"optimizer": opt_state, "key": jax.random.key_data(key)}
         return params, state, MetaInfo(loss, grad_norm, jnp.all(finite), info)
 
-    return OuterRule(init, update)
+    return OuterRule(init, update, looks_at_episodes=prepare is not None)
+
+
+def _kl_of(info: Any) -> jax.Array:
+    """The divergence that an objective reports."""
+    if not hasattr(info, "kl"):
+        raise ValueError(
+            f"the objective reports {type(info).__name__}, which has no kl; wrap the learner in rl.meta_policy, whose "
+            "objective does"
+        )
+    return info.kl
 
 
 def trust_region(
@@ -192,7 +204,7 @@ def trust_region(
       that after it: 0 if no step was accepted.
 
     Raises:
-      ValueError: if a number is out of its range.
+      ValueError: if a number is out of its range, `learner` is no `MetaLearner`, or its objective reports no KL.
 
     References:
       Schulman et al., 2015, appendix C. https://arxiv.org/abs/1502.05477
@@ -221,7 +233,7 @@ def trust_region(
 
     def measure(params: ArrayTree, episodes: Episode) -> tuple[jax.Array, jax.Array]:
         losses, info = over_tasks(learner.objective)(params, episodes)
-        return jnp.mean(losses), jnp.mean(info.kl)
+        return jnp.mean(losses), jnp.mean(_kl_of(info))
 
     def fisher_product(params: ArrayTree, episodes: Episode) -> Callable[[ArrayTree], ArrayTree]:
         seen = episodes._replace(
@@ -272,8 +284,9 @@ def trust_region(
         accepted = (tried_loss < loss) & (kl <= max_kl)
         new = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), at(attempt), params)
         grad_norm = optax.tree.norm(grads)
-        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, grad_norm, new))])
+        computed = (loss, grad_norm, curvature, direction, new)
+        finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(computed)])
         info = info._replace(kl=jnp.where(accepted, kl, 0.0))
         return new, state, MetaInfo(loss, grad_norm, jnp.all(finite), info)
 
-    return OuterRule(lambda params: (), update)
+    return OuterRule(lambda params: (), update, looks_at_episodes=True)

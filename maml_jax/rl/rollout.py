@@ -51,12 +51,18 @@ def rollout(
         action_key, step_key = jax.random.split(key)
         distribution = policy(observation)
         action = distribution.sample(action_key)
-        state, following, reward, done = jax.vmap(environment.step, (None, 0, 0, 0))(
+        *after, reward, done = jax.vmap(environment.step, (None, 0, 0, 0))(
             task, state, action, jax.random.split(step_key, num_trajectories)
         )
-        # After the end a reward may be anything, also not finite.
         step = Trajectories(observation, action, jnp.where(mask > 0, reward, 0.0), mask, distribution)
-        return (state, following, mask * (1.0 - done)), step
+        # A trajectory that has ended stands still: what an environment does after the end may not be finite.
+        going = mask * (1.0 - done)
+        state, observation = jax.tree.map(
+            lambda new, old: jnp.where(going.reshape(-1, *[1] * (new.ndim - 1)) > 0, new, old),
+            tuple(after),
+            (state, observation),
+        )
+        return (state, observation, going), step
 
     return jax.lax.scan(act, (state, observation, jnp.ones(num_trajectories)), jax.random.split(act_key, horizon))[1]
 
@@ -75,7 +81,7 @@ def check_environment(
 
     Raises:
       ValueError: if the policy returns no distribution, if state or observation change their structure, shape or
-        dtype, or if the reward or the end of a trajectory is no scalar.
+        dtype, or if the reward is no floating scalar or the end of a trajectory no scalar bool.
     """
     if not isinstance(distribution, Categorical | Normal):
         raise ValueError(
@@ -107,6 +113,8 @@ def check_environment(
             raise ValueError(f"environment.step must return a scalar {name}, got shape {list(value.shape)}")
     if not jnp.issubdtype(reward.dtype, jnp.floating):
         raise ValueError(f"environment.step must return a floating reward, got {reward.dtype}")
+    if done.dtype != jnp.bool_:
+        raise ValueError(f"environment.step must return a bool for the end of a trajectory, got {done.dtype}")
 
 
 def as_batch(trajectories: Trajectories, advantage_fn: AdvantageFn) -> Batch:

@@ -156,7 +156,7 @@ def run_trial(
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
     reset_key, act_key = jax.random.split(key)
-    state, observation = environment.reset(task, reset_key)
+    state, observation = jax.tree.map(jnp.asarray, environment.reset(task, reset_key))
     one = Categorical(jnp.zeros((1, policy.num_actions)))
     check_environment(environment, task, one, *jax.tree.map(lambda x: x[None], (state, observation)))
 
@@ -245,13 +245,15 @@ def rl2(
 ) -> MetaLearner:
     """Builds RL²: the inner loop is the recurrent policy itself, and the outer one trains it on whole trials.
 
-    The objective of one trial is its `clipped_surrogate`, plus the squared error of the values, minus the entropy.
+    The objective of one trial is its `clipped_surrogate`, plus the squared error of the values, minus the entropy. Each
+    is a sum over the time steps of the trial, divided by the most that it may have, L. So every time step counts the
+    same, in short trials as in long ones.
 
     Args:
       policy: the recurrent policy.
       clip: ε of the clipped ratio.
-      value_weight: of half the mean squared error of the values.
-      entropy_weight: of the mean entropy, in nats.
+      value_weight: of half the squared error of the values.
+      entropy_weight: of the entropy, in nats.
 
     Returns:
       A `MetaLearner` for `make_trial_sampler`. `adapt` reads a trial [L, ...] and gives {"params": θ, "carry": the
@@ -284,6 +286,7 @@ def rl2(
         error = masked_mean(jnp.square(value - targets.value), mask)
         entropy = masked_mean(distribution.entropy(), mask)
         loss = surrogate(distribution, transition) + 0.5 * value_weight * error - entropy_weight * entropy
+        loss *= jnp.mean(mask)  # the means of the terms are over the time steps that the trial has
         kl = masked_mean(transition.policy.kl(distribution), mask)
         return loss, TrialInfo(jnp.sum(transition.reward), kl, entropy, error)
 

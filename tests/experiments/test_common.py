@@ -50,7 +50,7 @@ LEARNER = maml(
 
 def train(run_dir, config=Config(), validate=None, learner=LEARNER):
     with runs.open_run(run_dir, config):
-        return common.train(run_dir, config, learner, SAMPLE, validate=validate)
+        return common.train(run_dir, config, common.Training(learner, SAMPLE, validate))
 
 
 def logged(run_dir):
@@ -302,6 +302,8 @@ def test_fewer_validations_than_states_make_a_smaller_ensemble(tmp_path):
     config = Config(num_meta_steps=8)
     scores = iter([0.2, 0.1])
     with runs.open_run(tmp_path, config):
-        trained = common.train(tmp_path, config, LEARNER, SAMPLE, validate=lambda params: next(scores), num_best=3)
+        trained = common.train(
+            tmp_path, config, common.Training(LEARNER, SAMPLE, lambda params: next(scores), num_best=3)
+        )
     assert {len(leaf) for leaf in jax.tree.leaves(trained.params)} == {2}
     assert trained.best_step == 4

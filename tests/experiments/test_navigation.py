@@ -116,6 +116,12 @@ def test_rates_are_chosen_on_goals_of_their_own(monkeypatch):
     assert given == [0.5, 0.2]
 
 
+def test_no_rates_are_tried_twice():
+    assert navigation.rate_candidates(config_of(eval_inner_steps=1)) == [[0.5]]
+    assert len(navigation.rate_candidates(config_of("random"))) == 20
+    assert navigation.rate_candidates(config_of("oracle")) == [[]]
+
+
 def test_adapting_is_descent_at_the_rates(finished):
     config, _ = finished
     _, params, _ = runs.load(config.run_dir)
@@ -162,9 +168,9 @@ def test_a_policy_that_is_not_finite_stops_the_run_and_keeps_the_last_state(fini
 
 
 def test_seeds_are_trained_in_one_program(tmp_path):
-    results = navigation.run(config_of(run_dir=tmp_path, seeds=2, outer_rule="clipped"))
+    results = navigation.run(config_of(run_dir=tmp_path, seeds=2, eval_inner_steps=1))
     assert results["seeds"] == [0, 1]
-    assert len(results["metrics"]["return"]["mean"]) == 3
+    assert len(results["metrics"]["return"]["mean"]) == 2
 
 
 def test_the_command_line_has_the_defaults():

@@ -61,7 +61,8 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     config = sinusoid.with_paper_defaults(config)
     with runs.open_run(config.run_dir, config):
         learner = sinusoid.make_learner(config, inner_lr=0.001, num_inner_steps=1)
-        trained = common.train(config.run_dir, config, learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
+        training = common.Training(learner, tasks.sinusoid.make_sampler(shot=10, query_shot=10))
+        trained = common.train(config.run_dir, config, training)
 
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 13

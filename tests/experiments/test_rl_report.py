@@ -9,6 +9,10 @@ def metric(*means):
     return {"mean": list(means), "ci95": [0.5] * len(means)}
 
 
+def flags_of(result):
+    return [f"--{name} {value}" for name, value in result["config"].items() if name != "horizon"]
+
+
 def rows_of(table):
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
 
@@ -18,7 +22,7 @@ def navigation_result(algorithm="maml", seed=0, **config):
     return {
         "algorithm": algorithm,
         "seed": seed,
-        "config": {"surrogate": "policy-gradient", "outer_rule": "trust-region"} | config,
+        "config": {"horizon": 100} | config,
         "evaluations": [
             {"goals": goals, "count": count, "optimum": -0.5, "metrics": {"return": metric(*returns)}}
             for goals, count in (("published", 40), ("fresh", 600))
@@ -31,15 +35,19 @@ def navigation_result(algorithm="maml", seed=0, **config):
 
 
 def test_returns_stand_beside_the_published_ones():
-    rows = rows_of(
-        rl_report.navigation_table([navigation_result(), navigation_result(surrogate="loaded-dice", seed=1)])
-    )
+    results = [navigation_result(), navigation_result(surrogate="loaded-dice", seed=1)]
+    rows = rows_of(rl_report.navigation_table(results, flags_of))
     assert rows[0][:4] == ["MAML", "0", "40 published", "-40.00 ± 0.50"]
     assert rows[1][2] == "600 fresh"
     assert rows[2][:2] == ["MAML, `--surrogate loaded-dice`", "1"]
     assert rows[-1][0] == "MAML, published values"
     assert rows[-1][3:8] == [str(number) for number in published.NAVIGATION["maml"]]
     assert rows[0][8:] == ["0.5, 0.1", "0.41", "300", "2 min"]
+
+
+def test_another_horizon_is_not_compared_with_the_published_one():
+    rows = rows_of(rl_report.navigation_table([navigation_result(horizon=50)], flags_of))
+    assert not any("published values" in row[0] for row in rows)
 
 
 def bandit_result(arms, reward):
@@ -81,9 +89,9 @@ def test_walks_stand_beside_the_published_ones():
 
 
 def test_only_what_there_is_has_a_section(tmp_path):
-    assert rl_report.section(EMPTY) == ""
-    text = rl_report.section(EMPTY | {"navigation": [navigation_result()]})
+    assert rl_report.section(EMPTY, flags_of) == ""
+    text = rl_report.section(EMPTY | {"navigation": [navigation_result()]}, flags_of)
     assert "### 2D navigation" in text
     assert "### Bandits" not in text
-    rl_report.draw(tmp_path, EMPTY | {"navigation": [navigation_result(), navigation_result(seed=1)]})
+    rl_report.draw(tmp_path, EMPTY | {"navigation": [navigation_result(), navigation_result(seed=1)]}, flags_of)
     assert (tmp_path / "navigation.png").exists()

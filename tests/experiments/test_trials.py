@@ -77,8 +77,11 @@ def test_strategies_are_beside_the_policy(finished):
 def test_outcomes_are_divided_by_episode():
     config = config_of(mazes)
     problem = mazes.problem_of(config)
-    params = trials.make_policy(config, problem).init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    params = trials.make_policy(problem, 6).init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
     found = trials.outcome(config, problem, params, jax.random.key(1), 40)
+    compiled = trials.outcome_program.cache_info().misses
+    trials.outcome(config, mazes.problem_of(config_of(mazes, seed=1)), params, jax.random.key(2), 40)
+    assert trials.outcome_program.cache_info().misses == compiled  # another run of the same sizes has the same program
     assert found.steps.shape == found.reward.shape == found.done.shape == (40, 2)
     assert np.all((found.steps >= 1) & (found.steps <= 6))
     assert np.all((found.steps < 6) <= (found.done == 1))  # a walk that ends early has reached the goal
@@ -101,7 +104,7 @@ def test_walks_are_drawn_as_they_went(finished, tmp_path):
         maze = problem.environment.sample_task(jax.random.key(seed))
         trial = rl.run_trial(
             problem.environment,
-            trials.make_policy(config, problem),
+            trials.make_policy(problem, 6),
             params,
             maze,
             jax.random.key(seed),
@@ -162,7 +165,7 @@ def test_values_are_averages_of_rewards():
         step=lambda task, state, action, key: (state, jnp.zeros(1), jnp.float32(1.0), jnp.bool_(False))
     )
     problem = bandits.problem_of(config)._replace(environment=always)
-    policy = trials.make_policy(config, problem)
+    policy = trials.make_policy(problem, 6)
     params = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
     params = params | {"value": jax.tree.map(jnp.zeros_like, params["value"])}
     config = dataclasses.replace(config, hyperparameters=dataclasses.replace(config.hyperparameters, decay=1.0))

@@ -8,7 +8,18 @@ import numpy as np
 import optax
 import pytest
 
-from maml_jax import Episode, first_order, init_meta_state, make_train_loop, maml, mixed_mode, models, parallel, rl
+from maml_jax import (
+    Episode,
+    first_order,
+    init_meta_state,
+    make_train_loop,
+    maml,
+    mixed_mode,
+    models,
+    parallel,
+    pmap_meta_step,
+    rl,
+)
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks.navigation import navigation
 
@@ -278,6 +289,31 @@ def test_epochs_and_bounds_out_of_range_are_refused():
         rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, max_kl=-1.0)
     with pytest.raises(ValueError, match="optimizer must be an optax transformation"):
         rl.clipped_epochs(1e-3, num_epochs=1)
+
+
+def test_a_learner_that_reports_no_divergence_is_refused():
+    plain = learner_of(1)
+    rule = rl.trust_region(plain)
+    message = r"the objective reports InnerInfo, which has no kl; wrap the learner in rl\.meta_policy"
+    with pytest.raises(ValueError, match=message):
+        rule.update(gradient_fn, PARAMS, EPISODES, ())
+
+    def of_plain(params, episodes):
+        return meta_gradient(plain, params, episodes, chunk_size=1)
+
+    rule = rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, max_kl=0.1)
+    with pytest.raises(ValueError, match=message):
+        rule.update(of_plain, PARAMS, EPISODES, rule.init(PARAMS))
+
+
+def test_rules_that_look_at_the_episodes_are_refused_by_pmap():
+    for rule in (
+        rl.trust_region(LEARNER),
+        rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, prepare=lambda episodes: episodes),
+    ):
+        with pytest.raises(ValueError, match="this outer rule looks at the episodes itself"):
+            pmap_meta_step(LEARNER, rule)
+    pmap_meta_step(LEARNER, rl.clipped_epochs(optax.sgd(1.0), num_epochs=1))
 
 
 def test_a_policy_that_is_not_finite_is_reported():

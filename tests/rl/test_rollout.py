@@ -68,6 +68,24 @@ def test_rewards_after_the_end_may_be_anything():
     np.testing.assert_array_equal(found.reward.sum(0), np.full(N, 2.0))
 
 
+def test_a_trajectory_stands_still_after_its_end():
+    # The state squares itself until it overflows, but every trajectory ends after one or two steps.
+    def step(task, state, action, key):
+        state = state**2 * (2.0 + action)
+        return state, state[None], jnp.float32(1.0), state > 8.0
+
+    environment = Environment(lambda key: jnp.zeros(()), lambda task, key: (jnp.float32(2.0), jnp.full(1, 2.0)), step)
+    found = roll(environment, horizon=30)
+    assert jnp.all(found.mask.sum(0) < 3)
+    assert jnp.all(jnp.isfinite(found.observation))
+    batch = rl.Trajectories(*found)
+    advantage = rl.linear_advantages()(batch)
+    targets = rl.Transition(found.action, found.reward, advantage, found.mask, found.policy)
+    for loss in (rl.policy_gradient, rl.ratio_surrogate, rl.loaded_dice):
+        grads = jax.grad(lambda w, loss=loss: loss(Categorical(found.observation @ w), targets))(jnp.ones((1, 2)))
+        assert jnp.all(jnp.isfinite(grads))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -90,6 +108,10 @@ def test_settings_that_cannot_be_are_refused(change, message):
         (lambda s: (s, jnp.zeros(1), jnp.zeros(1), False), r"must return a scalar reward, got shape \[1\]"),
         (lambda s: (s, jnp.zeros(1), 1.0, jnp.zeros(2, bool)), r"must return a scalar done, got shape \[2\]"),
         (lambda s: (s, jnp.zeros(1), jnp.int32(1), False), "must return a floating reward, got int32"),
+        (
+            lambda s: (s, jnp.zeros(1), 1.0, jnp.float32(0)),
+            "must return a bool for the end of a trajectory, got float32",
+        ),
     ],
 )
 def test_an_environment_that_breaks_its_contract_is_named(returned, message):

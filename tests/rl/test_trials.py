@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from maml_jax import init_meta_state, make_train_loop, parallel, rl
+from maml_jax import Batch, Episode, init_meta_state, make_train_loop, parallel, rl
 from maml_jax.rl import Categorical, RecurrentPolicy
 from maml_jax.types import Environment
 
@@ -117,9 +117,32 @@ def test_the_objective_is_the_loss_of_a_trial_written_out():
         error = (value - targets.value[t]) ** 2
         terms.append([-gain + 0.25 * error - 0.1 * entropy, jnp.sum(jnp.exp(old) * (old - log_p)), entropy, error])
     means = np.mean(terms, 0)
-    np.testing.assert_allclose(loss, means[0], rtol=1e-4)
+    assert len(terms) < E * H  # the trial ends early, and the sum is divided by the most time steps all the same
+    np.testing.assert_allclose(loss, np.sum(terms, 0)[0] / (E * H), rtol=1e-4)
     np.testing.assert_allclose([info.kl, info.entropy, info.value_error], means[1:], rtol=1e-3)
     np.testing.assert_allclose(info.reward, transition.reward.sum())
+
+
+def test_short_trials_weigh_no_more_than_long_ones(x64):
+    """Three actions that end a trial after 4, 1 and 4 steps: the expected objective has the gradient of the return."""
+    returns, lengths, logits = np.array([2.5, 2.0, 0.0]), np.array([4, 1, 4]), jnp.array([0.3, -0.2, 0.1])
+    learner = rl.rl2(COUNTER, value_weight=0.0, entropy_weight=0.0)
+    probability = jax.nn.softmax(logits)
+    baseline = jnp.sum(probability * returns)
+    total = jnp.zeros(A)
+    for action in range(A):
+        first = jnp.arange(4) == 0  # the steps after it are all the same
+        mask = jnp.asarray(np.arange(4) < lengths[action], jnp.float64)
+        transition = rl.Transition(
+            jnp.full(4, action), mask, jnp.where(first, returns[action] - baseline, 0.0), mask,
+            Categorical(jnp.broadcast_to(logits, (4, A))),
+        )  # fmt: skip
+        support = Batch(jnp.zeros((4, 1)), rl.TrialTargets(transition, jnp.zeros(4)))
+        episode = Episode(support, Batch((), ()))
+        slope = jax.grad(lambda w, episode=episode: learner.objective({"w": w}, episode)[0])(logits)
+        total += probability[action] * slope
+    exact = jax.grad(lambda w: jnp.sum(jax.nn.softmax(w) * returns))(logits)
+    np.testing.assert_allclose(-4 * total, exact, rtol=1e-12)
 
 
 def test_it_reads_a_trial_and_goes_on_from_there():
@@ -184,6 +207,16 @@ def test_one_device_and_two_take_the_same_path():
     np.testing.assert_allclose(first.loss, second.loss, rtol=1e-3, atol=1e-5)
     for a, b in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-3)
+
+
+def test_an_end_that_is_no_bool_is_refused():
+    def with_float_end(*arguments):
+        *rest, done = step(*arguments)
+        return *rest, done.astype(jnp.float32)
+
+    environment = ENVIRONMENT._replace(step=with_float_end)
+    with pytest.raises(ValueError, match="must return a bool for the end of a trajectory, got float32"):
+        rl.run_trial(environment, POLICY, PARAMS, jnp.int32(0), jax.random.key(0), num_episodes=1, horizon=2)
 
 
 def test_a_policy_needs_actions():
