@@ -44,7 +44,9 @@ GROUPS = {
     ),
 }  # fmt: skip
 """The settings by the groups in which --help shows them. The others are about the tasks."""
-_OWN_GROUPS = ("algorithm", "hyperparameters", "tracking")
+_RECORDS = {"method": "hyperparameters", "tracking": "tracking"}
+"""The settings that are records, by the name of their group."""
+_OWN_GROUPS = ("algorithm", *_RECORDS.values())
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 
@@ -218,17 +220,19 @@ def _grouped(config: Any) -> Any:
         return group, kind, dataclasses.field(default=kind())
 
     task, *others = [as_group(group, members) for group, members in of_group.items() if members]
+    records = {name: getattr(config, field, None) for name, field in _RECORDS.items()}
+    # An experiment that is no algorithm of the catalogue may have neither.
     method, tracking = (
-        (name, type(getattr(config, field)), dataclasses.field(default=getattr(config, field)))
-        for name, field in (("method", "hyperparameters"), ("tracking", "tracking"))
+        [(name, type(record), dataclasses.field(default=record))] if dataclasses.is_dataclass(record) else []
+        for name, record in records.items()
     )
     algorithm = ("algorithm", Annotated[str, tyro.conf.Suppress], dataclasses.field(default=config.algorithm))
-    return dataclasses.make_dataclass(config.algorithm, [algorithm, task, method, *others, tracking], frozen=True)()
+    return dataclasses.make_dataclass(config.algorithm, [algorithm, task, *method, *others, *tracking], frozen=True)()
 
 
 def _ungrouped(parsed: Any, configs: Mapping[str, ConfigT]) -> ConfigT:
     """The inverse of `_grouped`."""
-    values = {"hyperparameters": parsed.method, "tracking": parsed.tracking}
+    values = {field: getattr(parsed, name) for name, field in _RECORDS.items() if hasattr(parsed, name)}
     for field in dataclasses.fields(parsed):
         if field.name in GROUPS:
             group = getattr(parsed, field.name)

@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from experiments import cli, domains, omniglot, sinusoid
+from experiments import bandits, cli, domains, hyperparameters, images, mazes, mdps, navigation, omniglot, sinusoid
 from maml_jax import CATALOGUE
 
 
@@ -31,6 +32,23 @@ def test_every_algorithm_that_fits_an_experiment_appears_in_it(module):
 def test_the_method_is_a_subcommand_or_a_flag(arguments):
     config = cli.parse(omniglot.METHODS, "", arguments)
     assert (config.algorithm, config.way, config.hyperparameters.inner_lr) == ("reptile", 20, 0.5)
+
+
+WITH_METHODS = (bandits, domains, hyperparameters, images, mazes, mdps, navigation, omniglot, sinusoid)
+
+
+@pytest.mark.parametrize("module", WITH_METHODS, ids=lambda module: module.__name__)
+def test_a_method_without_flags_has_its_defaults(module):
+    for config in module.METHODS.values():
+        assert cli._ungrouped(cli._grouped(config), module.METHODS) == config
+    first = next(iter(module.METHODS))
+    assert cli.parse({first: module.METHODS[first]}, "", []) == module.METHODS[first]
+
+
+def test_no_experiment_with_methods_is_forgotten():
+    folder = Path(cli.__file__).parent
+    named = {file.stem for file in folder.glob("*.py") if "main(METHODS" in file.read_text()}
+    assert named == {module.__name__.split(".")[-1] for module in WITH_METHODS}
 
 
 def test_without_a_method_it_is_maml():
