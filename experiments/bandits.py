@@ -28,12 +28,6 @@ class Config(trials.TrialConfig):
     """Arms of a bandit; 5, 10 and 50 in the paper."""
     num_pulls: int = 10
     """Pulls of a trial; 10, 100 and 500 in the paper."""
-    num_meta_steps: int = 900
-    """Outer updates. A run with a constant rate may be continued with a larger number."""
-    val_every: int = 100
-    """Meta-steps between validations; a checkpoint is written at each."""
-    log_every: int = 20
-    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
@@ -42,7 +36,7 @@ class Config(trials.TrialConfig):
         check_integer("--num-pulls", self.num_pulls, at_least=1)
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentPolicy())}
+METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.TrialTraining(), num_meta_steps=900, log_every=20)}
 
 
 def about() -> dict[str, str]:

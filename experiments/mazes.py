@@ -40,18 +40,12 @@ class Config(trials.TrialConfig):
     """Time steps after which a walk is given up; 250 in the paper, whose steps are smaller."""
     meta_batch_size: int = 256
     """Trials per meta-step, each of a new maze."""
-    num_meta_steps: int = 1000
-    """Outer updates. A run with a constant rate may be continued with a larger number."""
     outer_lr: float = 1e-3
     """Rate of the outer optimiser."""
     outer_lr_end: float = 1e-4
     """The outer rate at the end of a linear or cosine schedule."""
     eval_episodes: int = 1000
     """Mazes of the test and of each validation."""
-    val_every: int = 100
-    """Meta-steps between validations; a checkpoint is written at each."""
-    log_every: int = 10
-    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
@@ -62,7 +56,7 @@ class Config(trials.TrialConfig):
             raise ValueError(f"--view {self.view} has no middle; choose an odd number")
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentPolicy(hidden_size=128, entropy_weight=0.01))}
+METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.TrialTraining(hidden_size=128, entropy_weight=0.01))}
 
 
 def about() -> dict[str, str]:

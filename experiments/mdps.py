@@ -29,14 +29,8 @@ class Config(trials.TrialConfig):
     """Episodes of a trial; 10, 25, 50, 75 and 100 in the paper."""
     meta_batch_size: int = 500
     """Trials per meta-step, each of a new process."""
-    num_meta_steps: int = 1000
-    """Outer updates. A run with a constant rate may be continued with a larger number."""
     eval_episodes: int = 1000
     """Processes of the test and of each validation."""
-    val_every: int = 100
-    """Meta-steps between validations; a checkpoint is written at each."""
-    log_every: int = 10
-    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
@@ -44,7 +38,7 @@ class Config(trials.TrialConfig):
         check_integer("--num-episodes", self.num_episodes, at_least=1)
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentPolicy(hidden_size=128))}
+METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.TrialTraining(hidden_size=128))}
 
 
 def about() -> dict[str, str]:

@@ -30,7 +30,6 @@ from experiments import (
     runs,
     sinusoid,
 )
-from experiments.tables import markdown_table
 from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
@@ -161,7 +160,7 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
             ]
         )
     header = ["", "rate", "1 step", "5 steps", "10 steps", "published", "median, 10 steps", "diverged", "seeds"]
-    return markdown_table(header, rows)
+    return runs.markdown_table(header, rows)
 
 
 def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
@@ -194,7 +193,7 @@ def omniglot_table(results: list[dict]) -> str:
             ]
         )
     header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
-    return markdown_table(header, rows)
+    return runs.markdown_table(header, rows)
 
 
 def evaluations(result: dict) -> list[dict]:
@@ -263,7 +262,7 @@ def all_methods_table(results: list[dict]) -> str:
         )
     settings = [f"{way}-way {shot}-shot" for way, shot in omniglot.SETTINGS]
     header = ["", *settings, "published", "split by", "test", "meta-steps", "ms each", "GFLOP each", "training"]
-    return markdown_table(header, rows)
+    return runs.markdown_table(header, rows)
 
 
 def images_table(results: list[dict]) -> str:
@@ -299,7 +298,7 @@ def images_table(results: list[dict]) -> str:
                 ]
             )
     header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "episodes", "test", "meta-steps", "training"]
-    return markdown_table(header, rows)
+    return runs.markdown_table(header, rows)
 
 
 def cross_domain_section(result: dict) -> str:
@@ -311,7 +310,7 @@ def cross_domain_section(result: dict) -> str:
         rank = record.get("average_rank")
         rows.append([record["label"], record["training"], *numbers, "" if rank is None else f"{rank:.2f}"])
     chance = [f"{100 * result['data_sets'][name]['chance']:.1f}" for name in names]
-    table = markdown_table(["", "trained on", *names, "average rank"], [*rows, ["chance", "", *chance, ""]])
+    table = runs.markdown_table(["", "trained on", *names, "average rank"], [*rows, ["chance", "", *chance, ""]])
     return (
         f"Episodes of {', '.join(map(str, config['ways']))} classes, {config['episodes']} of each data set; "
         f"{result['protocol']['shot']}. Made by `python -m experiments.cross_domain {' '.join(config['learners'])} "
@@ -329,7 +328,7 @@ def instance_table(results: list[dict]) -> str:
         cells = [runs.format_mean(found["mean"][n - 1], found["ci95"][n - 1], scale=100, digits=1) for n in shown]
         paper = " / ".join(map(str, published.INSTANCES[result["algorithm"]]))
         rows.append([figures.title(result["algorithm"]), *cells, paper, f"{result['meta_steps']:,}"])
-    return markdown_table(["", *map(str, shown), "published", "meta-steps"], rows)
+    return runs.markdown_table(["", *map(str, shown), "published", "meta-steps"], rows)
 
 
 def domain_table(results: list[dict]) -> str:
@@ -351,7 +350,7 @@ def domain_table(results: list[dict]) -> str:
         [data, held_out, *(cell(by[name]) if name in by else "" for name in names), f"{steps:,}", _seeds(by)]
         for (data, held_out, steps), by in sorted(groups.items())
     ]
-    return markdown_table(["data", "held out", *map(figures.title, names), "meta-steps", "seeds"], rows)
+    return runs.markdown_table(["data", "held out", *map(figures.title, names), "meta-steps", "seeds"], rows)
 
 
 def hyperparameter_table(results: list[dict]) -> str:
@@ -363,7 +362,7 @@ def hyperparameter_table(results: list[dict]) -> str:
             method = methods[name]
             losses = (runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss"))
             rows.append([name, *losses, runs.format_mean(**method["test_accuracy"], scale=100), str(method["runs"])])
-    return markdown_table(["", "held-out loss", "test loss", "test accuracy, %", "training runs"], rows)
+    return runs.markdown_table(["", "held-out loss", "test loss", "test accuracy, %", "training runs"], rows)
 
 
 def _seeds(by_algorithm: dict[str, list[dict]]) -> str:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from experiments import figures, navigation, published, runs
-from experiments.tables import markdown_table
 
 Results = Sequence[Mapping[str, Any]]
 FlagsOf = Callable[[Mapping[str, Any]], Sequence[str]]
@@ -49,7 +48,7 @@ def navigation_table(results: Results, flags_of: FlagsOf) -> str:
         shown = [*map(str, returns), *[""] * 5][:5]
         rows.append([f"{title}, published values", "", "40", *shown, "", "", "", ""])
     header = ["", "seed", "goals", *map(str, range(5)), "rates", "std", "meta-steps", "training"]
-    return markdown_table(header, rows)
+    return runs.markdown_table(header, rows)
 
 
 def strategies_table(results: Results, paper: Mapping[Any, Mapping[str, float]], sizes: Mapping[str, str]) -> str:
@@ -74,7 +73,7 @@ def strategies_table(results: Results, paper: Mapping[Any, Mapping[str, float]],
         column["meta-steps of RL²"] = f"{result['meta_steps']:,}"
     names = list(dict.fromkeys(name for column in columns.values() for name in column))
     names.sort(key=lambda name: name == "meta-steps of RL²")
-    return markdown_table(["", *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
+    return runs.markdown_table(["", *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
 
 
 def mazes_table(results: Results) -> str:
@@ -105,7 +104,7 @@ def mazes_table(results: Results) -> str:
         "cells", "steps, first walk", "second", "ratio", "success, %", "second no longer, %", "shortest path",
         "meta-steps",
     ]  # fmt: skip
-    return markdown_table(header, [*rows, paper])
+    return runs.markdown_table(header, [*rows, paper])
 
 
 def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:

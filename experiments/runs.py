@@ -192,6 +192,12 @@ def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 
     return " ± ".join(format(scale * number, style) for number in (mean, ci95) if number is not None)
 
 
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
 def mean_and_interval(values: np.ndarray) -> dict[str, list[float]]:
     """The mean over examples, episodes or seeds, and the half-width of its 95 % interval, by Student's t.
 

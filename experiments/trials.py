@@ -33,7 +33,7 @@ TEST_CHUNK = 500
 
 
 @dataclasses.dataclass(frozen=True)
-class RecurrentPolicy:
+class TrialTraining:
     """Hyperparameters of RL²: a gated recurrent unit, trained by proximal policy optimisation on whole trials."""
 
     hidden_size: int = 64
@@ -73,6 +73,8 @@ class TrialConfig(RunConfig):
     query_shot: Annotated[int | None, tyro.conf.Suppress] = None
     meta_batch_size: int = 2000
     """Trials per meta-step, each of a new task."""
+    num_meta_steps: int = 1000
+    """Outer updates. A run with a constant rate may be continued with a larger number."""
     outer_lr: float = 4e-3
     """Rate of the outer optimiser."""
     outer_schedule: Literal["constant", "linear", "cosine", "halved"] = "linear"
@@ -85,6 +87,10 @@ class TrialConfig(RunConfig):
     """The Euclidean norm that bounds the meta-gradient."""
     eval_episodes: int = 20_000
     """Tasks of the test, and at most 2,000 of them in each validation."""
+    val_every: int = 100
+    """Meta-steps between validations; a checkpoint is written at each."""
+    log_every: int = 10
+    """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
