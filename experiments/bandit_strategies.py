@@ -40,6 +40,18 @@ ScoreFn = Callable[[PRNGKey, Beliefs, jax.Array], jax.Array]
 """`(key, beliefs, pull) -> [A]`. The arm with the largest number is pulled; `pull` counts the pulls before this one."""
 
 
+class Played(NamedTuple):
+    """What a strategy got from T bandits.
+
+    Attributes:
+      reward: [T], the sums of the rewards.
+      regret: [T, H], what each pull was expected to pay less than the best arm.
+    """
+
+    reward: jax.Array
+    regret: jax.Array
+
+
 class Strategy(NamedTuple):
     """How to choose an arm.
 
@@ -207,7 +219,7 @@ STRATEGIES = {
 """The competitors of the paper. The grids are those of the authors' code, which tries every number of samples to 20."""
 
 
-def total_rewards(
+def play(
     strategy: Strategy,
     key: PRNGKey,
     *,
@@ -215,7 +227,7 @@ def total_rewards(
     num_arms: int,
     num_pulls: int,
     parameter: float | None = None,
-) -> jax.Array:
+) -> Played:
     """Lets a strategy play on random bandits.
 
     Args:
@@ -227,7 +239,7 @@ def total_rewards(
       parameter: of the strategy; `tuned` chooses one.
 
     Returns:
-      The sums of the rewards, [T].
+      Rewards and regrets.
 
     Raises:
       ValueError: if a number is no positive integer, or if a parameter is missing or not wanted.
@@ -237,15 +249,15 @@ def total_rewards(
     if (parameter is None) == bool(strategy.grid):
         wanted = f"one of {strategy.grid}, or another number" if strategy.grid else "None, for the strategy has none"
         raise ValueError(f"parameter must be {wanted}, got {parameter}")
-    return _total_rewards(strategy, key, parameter, **settings)
+    return _play(strategy, key, parameter, **settings)
 
 
 @functools.partial(jax.jit, static_argnames=("strategy", "num_tasks", "num_arms", "num_pulls"))
-def _total_rewards(strategy, key, parameter, *, num_tasks, num_arms, num_pulls):
+def _play(strategy, key, parameter, *, num_tasks, num_arms, num_pulls):
     environment = bandits(num_arms)
     score = strategy.make(num_pulls, parameter)
 
-    def play(key):
+    def one(key):
         task_key, reset_key, play_key = jax.random.split(key, 3)
         probabilities = environment.sample_task(task_key)
 
@@ -256,14 +268,15 @@ def _total_rewards(strategy, key, parameter, *, num_tasks, num_arms, num_pulls):
             arm = jnp.argmax(score(score_key, beliefs, pull))
             state, _, reward, _ = environment.step(probabilities, state, arm, step_key)
             beliefs = Beliefs(beliefs.successes.at[arm].add(reward), beliefs.failures.at[arm].add(1 - reward))
-            return (state, beliefs), reward
+            return (state, beliefs), (reward, jnp.max(probabilities) - probabilities[arm])
 
         state, _ = environment.reset(probabilities, reset_key)
         prior = Beliefs(jnp.ones(num_arms), jnp.ones(num_arms))
         pulls = jnp.arange(num_pulls), jax.random.split(play_key, num_pulls)
-        return jnp.sum(jax.lax.scan(pull_arm, (state, prior), pulls)[1])
+        _, (rewards, regrets) = jax.lax.scan(pull_arm, (state, prior), pulls)
+        return Played(jnp.sum(rewards), regrets)
 
-    return jax.vmap(play)(jax.random.split(key, num_tasks))
+    return jax.vmap(one)(jax.random.split(key, num_tasks))
 
 
 def tuned(strategy: Strategy, key: PRNGKey, *, num_tasks: int, num_arms: int, num_pulls: int) -> float | None:
@@ -283,29 +296,33 @@ def tuned(strategy: Strategy, key: PRNGKey, *, num_tasks: int, num_arms: int, nu
       ValueError: if a number is no positive integer.
     """
     settings = {"num_tasks": num_tasks, "num_arms": num_arms, "num_pulls": num_pulls}
-    means = [jnp.mean(total_rewards(strategy, key, parameter=value, **settings)) for value in strategy.grid]
+    means = [jnp.mean(play(strategy, key, parameter=value, **settings).reward) for value in strategy.grid]
     return strategy.grid[int(np.argmax(means))] if means else None
 
 
-def compare(key: PRNGKey, *, num_tasks: int, num_arms: int, num_pulls: int) -> dict[str, dict]:
+def compare(
+    key: PRNGKey, *, num_tasks: int, num_arms: int, num_pulls: int
+) -> tuple[dict[str, dict], dict[str, list[float]]]:
     """All strategies on the same bandits, with parameters that are chosen on others.
 
     Args:
       key: the randomness.
       num_tasks: bandits of the test; a parameter is chosen on at most 2,000.
       num_arms: of a bandit.
-      num_pulls: on each bandit.
+      num_pulls: H, on each bandit.
 
     Returns:
-      By name "parameter", and "mean" and "ci95" of the total reward, lists of one number.
+      By name "parameter", and "mean" and "ci95" of the total reward, lists of one number; and by name the mean of the
+      regret after each pull, [H].
     """
     tune_key, test_key = jax.random.split(key)
-    sizes, found = {"num_arms": num_arms, "num_pulls": num_pulls}, {}
+    sizes, found, regrets = {"num_arms": num_arms, "num_pulls": num_pulls}, {}, {}
     for name, strategy in STRATEGIES.items():
         parameter = tuned(strategy, tune_key, num_tasks=min(2000, num_tasks), **sizes)
-        rewards = total_rewards(strategy, test_key, num_tasks=num_tasks, parameter=parameter, **sizes)
-        found[name] = {"parameter": parameter} | mean_and_interval(np.asarray(rewards)[:, None])
-    return found
+        played = play(strategy, test_key, num_tasks=num_tasks, parameter=parameter, **sizes)
+        found[name] = {"parameter": parameter} | mean_and_interval(np.asarray(played.reward)[:, None])
+        regrets[name] = np.cumsum(np.asarray(played.regret).mean(0)).tolist()
+    return found, regrets
 
 
 def bayes_optimum(num_arms: int, num_pulls: int) -> float:

@@ -1,19 +1,24 @@
-"""Bernoulli bandits by RL² (Duan et al., 2016, section 3.1 and table 1).
+"""Bernoulli bandits by RL² (Duan et al., 2016, section 3.1 and table 1), and by MAML.
 
-A recurrent policy pulls the arms of a new bandit n times. It sees which arm it pulled last and what that paid, and no
-algorithm tells it how to explore. The probabilities of the arms are uniform in [0, 1]. The strategies of the literature
-are tested beside it on as many tasks, and for few pulls the largest expected reward that any strategy can have.
+A policy pulls the arms of a new bandit n times. It sees which arm it pulled last and what that paid, and no algorithm
+tells it how to explore: the state of RL² is that of a recurrent network, and MAML takes a policy-gradient step after
+every pull. The probabilities of the arms are uniform in [0, 1]. The strategies of the literature are tested beside it
+on as many tasks, and for few pulls the largest expected reward that any strategy can have.
 """
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from experiments import bandit_strategies, published, runs, trials
+from experiments import bandit_strategies, figures, published, runs, trials
 from experiments.cli import main
 from experiments.runs import console
+from maml_jax import rl
 from maml_jax.tasks.bandits import bandits
 from maml_jax.types import ArrayTree, check_integer
 
@@ -36,15 +41,35 @@ class Config(trials.TrialConfig):
         check_integer("--num-pulls", self.num_pulls, at_least=1)
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.TrialTraining(), num_meta_steps=900, log_every=20)}
+METHODS = {
+    "rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentTraining(), num_meta_steps=900, log_every=20),
+    "maml": Config(
+        algorithm="maml",
+        hyperparameters=trials.DescentTraining(entropy_weight=0.01),
+        num_meta_steps=600,
+        log_every=20,
+        outer_lr=2e-2,
+        outer_lr_end=2e-3,
+    ),
+}
+TEXTS = {
+    "rl2": "RL² (Duan et al., 2016).",
+    "maml": "MAML, an inner step after every pull.",
+}
 
 
 def about() -> dict[str, str]:
-    """A line on each method for --help."""
-    numbers = ", ".join(
-        f"{rewards['RL²']} with {pulls} pulls of {arms} arms" for (pulls, arms), rewards in published.BANDITS.items()
-    )
-    return {"rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}."}
+    """A line on each method for --help, with its published rewards."""
+
+    def line(name: str) -> str:
+        numbers = [
+            f"{rewards[title]} with {pulls} pulls of {arms} arms"
+            for (pulls, arms), rewards in published.BANDITS.items()
+            if (title := trials.TITLES[name]) in rewards
+        ]
+        return f"{TEXTS[name]} Published total rewards: {', '.join(numbers)}."
+
+    return {name: line(name) for name in METHODS}
 
 
 def problem_of(config: Config) -> trials.Problem:
@@ -63,17 +88,32 @@ def _problem(num_arms: int, num_pulls: int) -> trials.Problem:
     )
 
 
+def regret(problem: trials.Problem, probabilities: jax.Array, trial: rl.Trial) -> jax.Array:
+    """What each pull is expected to pay less than the best arm, [n]."""
+    return jnp.max(probabilities) - probabilities[trial.action]
+
+
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
-    """The total reward of the policy and of the strategies, and the largest that can be expected."""
-    *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
-    metrics = trials.reward_metrics(config, problem_of(config), params, keys)
-    sizes = {"num_arms": config.num_arms, "num_pulls": config.num_pulls, "num_tasks": config.eval_episodes}
-    strategies = bandit_strategies.compare(strategy_key, **sizes)
+    """The rewards and regrets of the policy and of the strategies, and the largest reward that can be expected."""
+    *keys, strategy_key, regret_key = jax.random.split(runs.streams(config.seed).test, 4)
+    problem = problem_of(config)
+    metrics = trials.reward_metrics(config, problem, params, keys)
+    strategies, regrets = bandit_strategies.compare(
+        strategy_key, num_arms=config.num_arms, num_pulls=config.num_pulls, num_tasks=config.eval_episodes
+    )
+    of_policy = trials.through_trials(config, problem, params, regret_key, config.eval_episodes, regret, greedy=True)
+    regrets = {trials.TITLES[config.algorithm]: np.cumsum(of_policy.mean(0)).tolist(), **regrets}
     try:
         optimum = bandit_strategies.bayes_optimum(config.num_arms, config.num_pulls)
     except ValueError:  # there are too many states for the dynamic programme
         optimum = None
-    return {"metrics": metrics, "strategies": strategies, "optimum": optimum}
+    return {"metrics": metrics, "strategies": strategies, "regret": regrets, "optimum": optimum}
+
+
+def draw(directory: Path, results: dict[str, Any]) -> None:
+    """Draws the regret after each pull."""
+    arms, pulls = (results["config"][name] for name in ("num_arms", "num_pulls"))
+    figures.regrets(directory / "regret.png", {f"{pulls} pulls of {arms} arms": results["regret"]})
 
 
 def show(results: dict[str, Any]) -> None:
@@ -96,6 +136,7 @@ EXPERIMENT = trials.Experiment(
     problem_of=problem_of,
     test=test,
     show=show,
+    draw=draw,
 )
 run = functools.partial(trials.run, EXPERIMENT)
 load = functools.partial(trials.load, EXPERIMENT)

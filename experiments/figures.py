@@ -286,6 +286,29 @@ def returns(
     save(figure, file)
 
 
+def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """The mean regret after each pull of a bandit, a panel for every size of the bandit.
+
+    Args:
+      file: the figure to write.
+      cells: by title of the panel and label, the sum of the regrets up to each pull.
+    """
+    figure, panels = plt.subplots(
+        1, len(cells), figsize=(max(4.2 * len(cells), 5.5), 3.8), layout="constrained", squeeze=False
+    )
+    labels = list(dict.fromkeys(label for curves in cells.values() for label in curves))
+    for axes, (title, curves) in zip(panels[0], cells.items(), strict=True):
+        for label, regret in curves.items():
+            index = labels.index(label)
+            style = {"color": f"C{index % 10}", "linestyle": DASHES[index % 4], "marker": MARKERS[index % len(MARKERS)]}
+            axes.plot(range(1, len(regret) + 1), regret, label=label, markevery=0.2, markersize=4, **style)
+        axes.set(title=title, xlabel="pulls", ylabel="expected reward lost so far")
+        axes.set_ylim(0, 1.1 * max(regret[-1] for label, regret in curves.items() if label != "random"))
+        axes.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize=7)
+    save(figure, file)
+
+
 def paths(file: Path, walks: Sequence[Mapping[str, Any]]) -> None:
     """Paths of a navigator before each update and after the last, a row for every goal.
 

@@ -56,7 +56,9 @@ class Config(trials.TrialConfig):
             raise ValueError(f"--view {self.view} has no middle; choose an odd number")
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.TrialTraining(hidden_size=128, entropy_weight=0.01))}
+METHODS = {
+    "rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentTraining(hidden_size=128, entropy_weight=0.01))
+}
 
 
 def about() -> dict[str, str]:
@@ -106,7 +108,7 @@ def test(config: Config, params: ArrayTree) -> dict[str, Any]:
 def draw_behaviour(file: Path, config: Config, params: ArrayTree, num_mazes: int, seed: int) -> None:
     """Draws every walk through the first mazes of the test, actions drawn."""
     problem = problem_of(config)
-    policy, drawn = trials.make_policy(problem, config.hyperparameters.hidden_size), []
+    policy, drawn = trials.make_policy(problem, config.hyperparameters), []
     for key in jax.random.split(runs.streams(seed).test, num_mazes):
         task_key, trial_key = jax.random.split(key)
         maze = problem.environment.sample_task(task_key)

@@ -38,7 +38,7 @@ class Config(trials.TrialConfig):
         check_integer("--num-episodes", self.num_episodes, at_least=1)
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.TrialTraining(hidden_size=128))}
+METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentTraining(hidden_size=128))}
 
 
 def about() -> dict[str, str]:

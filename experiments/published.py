@@ -121,8 +121,18 @@ of the authors' code."""
 _STRATEGIES = (
     "random", "Gittins", "Thompson sampling", "optimistic Thompson sampling", "UCB1", "epsilon-greedy", "greedy", "RL²",
 )  # fmt: skip
+_MAML_ON_BANDITS = {
+    (10, 5): 6.5,
+    (10, 10): 6.6,
+    (10, 50): 6.6,
+    (100, 5): 67.1,
+    (100, 10): 70.1,
+    (100, 50): 70.3,
+}
+
 BANDITS = {
     sizes: dict(zip(_STRATEGIES, rewards, strict=True))
+    | ({"MAML": _MAML_ON_BANDITS[sizes]} if sizes in _MAML_ON_BANDITS else {})
     for sizes, rewards in {
         (10, 5): (5.0, 6.6, 5.7, 6.5, 6.7, 6.6, 6.6, 6.7),
         (10, 10): (5.0, 6.6, 5.5, 6.2, 6.7, 6.6, 6.6, 6.7),
@@ -135,7 +145,8 @@ BANDITS = {
         (500, 50): (249.6, 463.7, 427.2, 437.6, 457.6, 413.6, 402.8, 438.9),
     }.items()
 }
-"""Mean total reward on Bernoulli bandits by (pulls, arms) and strategy: Duan et al., 2016, table 1, on 1,000 tasks."""
+"""Mean total reward on Bernoulli bandits by (pulls, arms) and strategy: Duan et al., 2016, table 1, on 1,000 tasks.
+MAML: Mishra et al., 2018, table 3. https://arxiv.org/abs/1707.03141"""
 
 MDPS = {
     episodes: dict(

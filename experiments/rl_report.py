@@ -5,8 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, navigation, published, runs
+from experiments import figures, navigation, published, runs, trials
+from experiments.cli import flag
 
+BANDIT_SIZES = {"num_pulls": "pulls", "num_arms": "arms"}
 Results = Sequence[Mapping[str, Any]]
 FlagsOf = Callable[[Mapping[str, Any]], Sequence[str]]
 
@@ -51,29 +53,61 @@ def navigation_table(results: Results, flags_of: FlagsOf) -> str:
     return runs.markdown_table(header, rows)
 
 
-def strategies_table(results: Results, paper: Mapping[Any, Mapping[str, float]], sizes: Mapping[str, str]) -> str:
-    """The total reward of RL² and of the strategies, a column for each size of the problem.
+def strategies_table(
+    results: Results, flags_of: FlagsOf, paper: Mapping[Any, Mapping[str, float]], sizes: Mapping[str, str]
+) -> str:
+    """The total reward of the policies and of the strategies, a column for each size of the problem.
 
     Args:
       results: of one experiment.
+      flags_of: as in `navigation_table`.
       paper: the published rewards by size and strategy.
       sizes: the settings that make the size, by the word for them in the table.
     """
     columns: dict[str, dict[str, str]] = defaultdict(dict)
+    policies = {}
     for result in sorted(results, key=lambda r: [r["config"][name] for name in reversed(sizes)]):
         numbers = tuple(result["config"][name] for name in sizes)
-        column = columns[", ".join(f"{number} {word}" for number, word in zip(numbers, sizes.values(), strict=True))]
+        column = columns[cell_of(result, sizes)]
         of_paper = paper.get(numbers if len(numbers) > 1 else numbers[0], {})
-        found = {"RL²": result["metrics"]["reward"], "RL², drawn actions": result["metrics"]["reward_of_draws"]}
+        title, label = trials.TITLES[result["algorithm"]], label_of(result, flags_of, sizes)
+        policies |= {label: None, f"{label}, drawn actions": None, f"{label}, meta-steps": None}
+        found = {label: result["metrics"]["reward"], f"{label}, drawn actions": result["metrics"]["reward_of_draws"]}
         for name, metric in (found | result["strategies"]).items():
-            beside = f" (published {of_paper[name]})" if name in of_paper else ""
+            published_name = title if name == label else name
+            beside = f" (published {of_paper[published_name]})" if published_name in of_paper else ""
             column[name] = runs.format_mean(metric["mean"][0], metric["ci95"][0]) + beside
         if result.get("optimum"):
             column["largest that can be expected"] = f"{result['optimum']:.3f}"
-        column["meta-steps of RL²"] = f"{result['meta_steps']:,}"
-    names = list(dict.fromkeys(name for column in columns.values() for name in column))
-    names.sort(key=lambda name: name == "meta-steps of RL²")
+        column[f"{label}, meta-steps"] = f"{result['meta_steps']:,}"
+    others = (name for column in columns.values() for name in column if name not in policies)
+    names = list(dict.fromkeys([*policies, *others]))
+    names.sort(key=lambda name: name.endswith(", meta-steps"))
     return runs.markdown_table(["", *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
+
+
+def cell_of(result: Mapping[str, Any], sizes: Mapping[str, str]) -> str:
+    """The size of the problem in words."""
+    return ", ".join(f"{result['config'][name]} {word}" for name, word in sizes.items())
+
+
+def label_of(result: Mapping[str, Any], flags_of: FlagsOf, sizes: Mapping[str, str]) -> str:
+    """The method of a result with its changed flags, but for those of the size, the meta-steps and the test."""
+    left_out = tuple(flag(name) for name in (*sizes, "num_meta_steps", "meta_batch_size", "eval_episodes"))
+    flags = (f"`{one}`" for one in flags_of(result) if not one.startswith(left_out))
+    return ", ".join([trials.TITLES[result["algorithm"]], *flags])
+
+
+def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence[float]]]:
+    """The regret after each pull by the size of the bandit and the method."""
+    cells: dict[str, dict[str, Sequence[float]]] = defaultdict(dict)
+    for result in sorted(results, key=lambda r: (r["config"]["num_pulls"], r["config"]["num_arms"])):
+        title = trials.TITLES[result["algorithm"]]
+        curves = {
+            name.replace(title, label_of(result, flags_of, BANDIT_SIZES)): c for name, c in result["regret"].items()
+        }
+        cells[cell_of(result, BANDIT_SIZES)] |= curves
+    return cells
 
 
 def mazes_table(results: Results) -> str:
@@ -126,17 +160,19 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
         )
     if of["bandits"]:
         parts.append(
-            "### Bandits\n\nMean total reward, with its 95 % interval over bandits. RL² pulls the most probable arm. "
+            "### Bandits\n\nMean total reward, with its 95 % interval over bandits. The policies take their most "
+            "probable action where nothing else is said. "
             "The parameters of strategies were chosen on other bandits; the published numbers have standard errors of "
             "0.06 with 10 pulls and 0.4 with 100.\n\n"
-            + strategies_table(of["bandits"], published.BANDITS, {"num_pulls": "pulls", "num_arms": "arms"})
+            + strategies_table(of["bandits"], flags_of, published.BANDITS, BANDIT_SIZES)
+            + "\n\nWhat is lost against the best arm, added up over the pulls:\n\n![regret](figures/regret.png)"
         )
     if of["mdps"]:
         parts.append(
             "### Random Markov decision processes\n\nMean total reward, with its 95 % interval over processes of 10 "
             "states and 5 actions. The authors' strategies have another prior of the rewards, which makes greedy worse "
             "and PSRL better than here.\n\n"
-            + strategies_table(of["mdps"], published.MDPS, {"num_episodes": "episodes"})
+            + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
         )
     if of["mazes"]:
         parts.append(
@@ -151,3 +187,5 @@ def draw(directory: Path, of: Mapping[str, Results], flags_of: FlagsOf) -> None:
     if of["navigation"]:
         paper = navigation.published_returns(of["navigation"])
         figures.returns(directory / "navigation.png", labelled(of["navigation"], flags_of), paper)
+    if of["bandits"]:
+        figures.regrets(directory / "regret.png", regrets(of["bandits"], flags_of))

@@ -1,4 +1,4 @@
-"""What the experiments with RL² share: the settings, the training on whole trials, the test."""
+"""What the experiments on trials share: the settings, the training on whole trials, the test."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from experiments import common, figures, runs, seeds
 from experiments.cli import RunConfig, flag, with_defaults
 from experiments.common import Training
 from experiments.runs import stored_config
-from maml_jax import parallel, rl
+from maml_jax import models, parallel, rl
 from maml_jax.types import (
     ArrayTree,
     Environment,
@@ -28,16 +28,16 @@ from maml_jax.types import (
     check_positive,
 )
 
+TITLES = {"rl2": "RL²", "maml": "MAML"}
+"""The methods in tables and figures."""
 TEST_CHUNK = 500
 """Trials of the test that are vmapped together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrialTraining:
-    """Hyperparameters of RL²: a gated recurrent unit, trained by proximal policy optimisation on whole trials."""
+    """Hyperparameters of proximal policy optimisation on whole trials."""
 
-    hidden_size: int = 64
-    """Units of the recurrent layer; 256 in the paper."""
     discount: float = 0.99
     """Discount of a time step, over the whole trial."""
     decay: float = 0.95
@@ -55,7 +55,7 @@ class TrialTraining:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""
-        for name in ("hidden_size", "epochs", "minibatches"):
+        for name in ("epochs", "minibatches"):
             check_integer(flag(name), getattr(self, name), at_least=1)
         for name in ("discount", "decay", "entropy_weight", "value_weight"):
             check_not_negative(flag(name), getattr(self, name))
@@ -63,6 +63,38 @@ class TrialTraining:
             if getattr(self, name) > 1.0:
                 raise ValueError(f"{flag(name)} {getattr(self, name)} must be at most 1")
         check_positive("--clip", self.clip)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecurrentTraining(TrialTraining):
+    """Hyperparameters of RL²: a gated recurrent unit, trained by proximal policy optimisation on whole trials."""
+
+    hidden_size: int = 64
+    """Units of the recurrent layer; 256 in the paper."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that cannot be."""
+        super().__post_init__()
+        check_integer("--hidden-size", self.hidden_size, at_least=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class DescentTraining(TrialTraining):
+    """Hyperparameters of MAML within a trial: an inner step after every reward, trained on whole trials."""
+
+    inner_lr: float = 2.0
+    """All rates of the inner steps at the start."""
+    baseline: float = 0.5
+    """What a reward is compared with at the start; it is learnt."""
+    learn_rates: bool = True
+    """Whether there is a learnt rate per parameter; MAML has one that is given."""
+    learn_temperature: bool = True
+    """Whether the policy that acts has a learnt temperature, which the inner loss has not."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that cannot be."""
+        super().__post_init__()
+        check_positive("--inner-lr", self.inner_lr)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +137,7 @@ class TrialConfig(RunConfig):
 
 
 class Problem(NamedTuple):
-    """What an experiment with RL² is about.
+    """What an experiment on trials is about.
 
     Attributes:
       environment: its tasks.
@@ -136,8 +168,12 @@ class Outcome(NamedTuple):
     done: np.ndarray
 
 
+Summary = Callable[[Problem, ArrayTree, rl.Trial], ArrayTree]
+"""`(problem, task, trial) -> summary`, what is kept of a trial in a test."""
+
+
 class Experiment(NamedTuple):
-    """An experiment with RL².
+    """An experiment on trials.
 
     Attributes:
       methods: the settings of every method.
@@ -145,6 +181,7 @@ class Experiment(NamedTuple):
       problem_of: `(config) -> Problem`, the same object for the same sizes.
       test: `(config, params) -> dict` with "metrics" and whatever else is reported.
       show: `(results) -> None`, prints them.
+      draw: `(directory, results) -> None`, draws them; or None.
       draw_behaviour: `(file, config, params, count, seed) -> None`, draws what the policy does; or None.
     """
 
@@ -153,6 +190,7 @@ class Experiment(NamedTuple):
     problem_of: Callable[[Any], Problem]
     test: Callable[[Any, ArrayTree], dict[str, Any]]
     show: Callable[[dict[str, Any]], None]
+    draw: Callable[[Path, dict[str, Any]], None] | None = None
     draw_behaviour: Callable[[Path, Any, ArrayTree, int, int], None] | None = None
 
 
@@ -162,15 +200,25 @@ def with_paper_defaults(experiment: Experiment, config: TrialConfig) -> TrialCon
     return with_defaults(config, {"run_dir": run_dir, "chunk_size": config.meta_batch_size})
 
 
-def make_policy(problem: Problem, hidden_size: int) -> rl.RecurrentPolicy:
-    """The recurrent policy."""
-    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=hidden_size)
+def make_policy(problem: Problem, settings: TrialTraining) -> rl.RecurrentPolicy:
+    """The policy whose state adapts to the task: a gated recurrent unit, or a table of logits that descends."""
+    if isinstance(settings, DescentTraining):
+        return rl.maml_policy(
+            models.mlp(features=(problem.num_actions,)),
+            num_actions=problem.num_actions,
+            observation_size=problem.num_inputs - problem.num_actions - 2,
+            inner_lr=settings.inner_lr,
+            baseline=settings.baseline,
+            learn_rates=settings.learn_rates,
+            learn_temperature=settings.learn_temperature,
+        )
+    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=settings.hidden_size)
 
 
 def training_of(config: TrialConfig, problem: Problem) -> Training:
     """What is trained, at settings without gaps; the state with the largest reward of a trial is selected."""
     settings = config.hyperparameters
-    policy = make_policy(problem, settings.hidden_size)
+    policy = make_policy(problem, settings)
     learner = rl.rl2(
         policy, clip=settings.clip, value_weight=settings.value_weight, entropy_weight=settings.entropy_weight
     )
@@ -206,14 +254,34 @@ def outcome(
     config: TrialConfig, problem: Problem, params: ArrayTree, key: PRNGKey, count: int, *, greedy: bool = False
 ) -> Outcome:
     """Goes through `count` trials of new tasks."""
-    program = outcome_program(problem, config.hyperparameters.hidden_size, count, greedy)
-    return Outcome(*map(np.asarray, program(params, jax.random.split(key, count))))
+    return through_trials(config, problem, params, key, count, of_episodes, greedy=greedy)
+
+
+def of_episodes(problem: Problem, task: ArrayTree, trial: rl.Trial) -> Outcome:
+    """What happened in each episode of one trial."""
+    of_episode = (trial.episode[None] == jnp.arange(problem.num_episodes)[:, None]) * trial.mask[None]
+    return Outcome(*(of_episode @ values for values in (trial.reward, trial.mask, trial.done)))
+
+
+def through_trials(
+    config: TrialConfig,
+    problem: Problem,
+    params: ArrayTree,
+    key: PRNGKey,
+    count: int,
+    summary: Summary,
+    *,
+    greedy: bool = False,
+) -> ArrayTree:
+    """The summaries of `count` trials of new tasks, arrays of NumPy with a leading axis."""
+    program = trials_program(problem, config.hyperparameters, count, greedy, summary)
+    return jax.tree.map(np.asarray, program(params, jax.random.split(key, count)))
 
 
 @functools.lru_cache(maxsize=8)
-def outcome_program(problem: Problem, hidden_size: int, count: int, greedy: bool) -> Callable:
+def trials_program(problem: Problem, settings: TrialTraining, count: int, greedy: bool, summary: Summary) -> Callable:
     """A compiled function of `(params, keys)`, divided over the devices."""
-    policy = make_policy(problem, hidden_size)
+    policy = make_policy(problem, settings)
 
     def go_through(params, keys):
         def one(key):
@@ -229,8 +297,7 @@ def outcome_program(problem: Problem, hidden_size: int, count: int, greedy: bool
                 horizon=problem.horizon,
                 greedy=greedy,
             )
-            of_episode = (trial.episode[None] == jnp.arange(problem.num_episodes)[:, None]) * trial.mask[None]
-            return Outcome(*(of_episode @ values for values in (trial.reward, trial.mask, trial.done)))
+            return summary(problem, task, trial)
 
         return jax.lax.map(one, keys, batch_size=TEST_CHUNK)
 
@@ -262,6 +329,8 @@ def run(experiment: Experiment, config: TrialConfig) -> dict[str, Any]:
         if jax.process_index() == 0:
             drawn = run_dir / "figures"
             figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]})
+            if experiment.draw is not None:
+                experiment.draw(drawn, results)
             if experiment.draw_behaviour is not None:
                 experiment.draw_behaviour(drawn / "behaviour.png", config, trained.params, 3, config.seed)
     experiment.show(results)
@@ -300,9 +369,10 @@ def reward_table(results: Mapping[str, Any], paper: Mapping[str, float], title: 
     table = Table(title=title)
     for heading in ("", "parameter", "reward", "published"):
         table.add_column(heading, justify="right" if heading else "left")
+    policy = TITLES[results["algorithm"]]
     rows = {
-        "RL², most probable action": ({}, results["metrics"]["reward"], paper.get("RL²", "")),
-        "RL², drawn action": ({}, results["metrics"]["reward_of_draws"], ""),
+        f"{policy}, most probable action": ({}, results["metrics"]["reward"], paper.get(policy, "")),
+        f"{policy}, drawn action": ({}, results["metrics"]["reward_of_draws"], ""),
         **{name: (found, found, paper.get(name, "")) for name, found in results["strategies"].items()},
     }
     for name, (settings, found, number) in rows.items():

@@ -8,6 +8,7 @@ from maml_jax.rl.advantages import linear_advantages as linear_advantages
 from maml_jax.rl.advantages import linear_baseline as linear_baseline
 from maml_jax.rl.distributions import Categorical as Categorical
 from maml_jax.rl.distributions import Normal as Normal
+from maml_jax.rl.maml_policy import maml_policy as maml_policy
 from maml_jax.rl.meta_policy import PolicyInfo as PolicyInfo
 from maml_jax.rl.meta_policy import clipped_epochs as clipped_epochs
 from maml_jax.rl.meta_policy import meta_policy as meta_policy
@@ -58,6 +59,7 @@ __all__ = [
     "loaded_dice",
     "make_sampler",
     "make_trial_sampler",
+    "maml_policy",
     "mean_return",
     "meta_policy",
     "normal_policy",

@@ -50,8 +50,10 @@ def test_another_horizon_is_not_compared_with_the_published_one():
     assert not any("published values" in row[0] for row in rows)
 
 
-def bandit_result(arms, reward):
+def bandit_result(arms, reward, algorithm="rl2"):
     return {
+        "algorithm": algorithm,
+        "regret": {{"rl2": "RL²", "maml": "MAML"}[algorithm]: [0.1, 0.2], "UCB1": [0.2, 0.3], "random": [0.3, 0.6]},
         "config": {"num_pulls": 10, "num_arms": arms},
         "metrics": {"reward": metric(reward), "reward_of_draws": metric(reward - 0.1)},
         "strategies": {"UCB1": metric(6.6) | {"parameter": 0.1}},
@@ -61,15 +63,30 @@ def bandit_result(arms, reward):
 
 
 def test_strategies_have_a_column_for_each_size():
-    results = [bandit_result(10, 6.65), bandit_result(5, 6.55)]
-    table = rl_report.strategies_table(results, published.BANDITS, {"num_pulls": "pulls", "num_arms": "arms"})
+    results = [bandit_result(10, 6.65), bandit_result(5, 6.55), bandit_result(5, 6.45, "maml")]
+    table = rl_report.strategies_table(results, lambda result: [], published.BANDITS, rl_report.BANDIT_SIZES)
     assert table.splitlines()[0] == "|  | 10 pulls, 5 arms | 10 pulls, 10 arms |"
     rows = {row[0]: row[1:] for row in rows_of(table)}
     assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)", "6.65 ± 0.50 (published 6.7)"]
     assert rows["RL², drawn actions"][0] == "6.45 ± 0.50"
+    assert rows["MAML"] == ["6.45 ± 0.50 (published 6.5)", ""]
     assert rows["UCB1"][0] == "6.60 ± 0.50 (published 6.7)"
     assert rows["largest that can be expected"] == ["6.660", "6.660"]
-    assert list(rows)[-1] == "meta-steps of RL²"
+    assert list(rows)[-2:] == ["RL², meta-steps", "MAML, meta-steps"]
+
+
+def test_runs_with_other_flags_have_rows_and_curves_of_their_own():
+    results = [bandit_result(5, 6.55, "maml"), bandit_result(5, 6.35, "maml")]
+    results[1]["config"]["no-learn-temperature"] = ""
+
+    def flags(result):
+        return ["--num-arms 5", *(["--no-learn-temperature"] if "no-learn-temperature" in result["config"] else [])]
+
+    table = rl_report.strategies_table(results, flags, published.BANDITS, rl_report.BANDIT_SIZES)
+    rows = {row[0]: row[1:] for row in rows_of(table)}
+    assert rows["MAML, `--no-learn-temperature`"] == ["6.35 ± 0.50 (published 6.5)"]
+    curves = rl_report.regrets(results, flags)["10 pulls, 5 arms"]
+    assert curves.keys() == {"MAML", "MAML, `--no-learn-temperature`", "UCB1", "random"}
 
 
 def test_walks_stand_beside_the_published_ones():
@@ -95,3 +112,6 @@ def test_only_what_there_is_has_a_section(tmp_path):
     assert "### Bandits" not in text
     rl_report.draw(tmp_path, EMPTY | {"navigation": [navigation_result(), navigation_result(seed=1)]}, flags_of)
     assert (tmp_path / "navigation.png").exists()
+    assert not (tmp_path / "regret.png").exists()
+    rl_report.draw(tmp_path, EMPTY | {"bandits": [bandit_result(5, 6.5), bandit_result(10, 6.5)]}, flags_of)
+    assert (tmp_path / "regret.png").exists()

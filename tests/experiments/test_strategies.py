@@ -21,7 +21,7 @@ TASKS = 2500
 def play(name, **changes):
     """The total rewards of a strategy for bandits."""
     settings = {"num_tasks": TASKS, "num_arms": 5, "num_pulls": 10} | changes
-    return np.asarray(bandit_strategies.total_rewards(BANDITS[name], jax.random.key(0), **settings))
+    return np.asarray(bandit_strategies.play(BANDITS[name], jax.random.key(0), **settings).reward)
 
 
 @functools.cache

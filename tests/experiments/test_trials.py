@@ -1,4 +1,4 @@
-"""The experiments with RL² in miniature."""
+"""The experiments on trials in miniature."""
 
 import dataclasses
 import json
@@ -20,13 +20,17 @@ SMALL = {
 }
 
 
-def config_of(module, *, settings=None, **changes):
-    config = module.METHODS["rl2"]
-    hyperparameters = dataclasses.replace(config.hyperparameters, **{"hidden_size": 6} | (settings or {}))
+def config_of(module, *, method="rl2", settings=None, **changes):
+    config = module.METHODS[method]
+    small = {"hidden_size": 6} if method == "rl2" else {}
+    hyperparameters = dataclasses.replace(config.hyperparameters, **small | (settings or {}))
     return dataclasses.replace(config, hyperparameters=hyperparameters, **TINY | SMALL[module] | changes)
 
 
-@pytest.fixture(scope="module", params=SMALL, ids=lambda module: module.__name__.split(".")[-1])
+RUNS = [*((module, "rl2") for module in SMALL), (bandits, "maml")]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0].__name__.split('.')[-1]}-{run[1]}")
 def finished(request, tmp_path_factory):
     """An experiment, its configuration and the results of a finished run."""
     # The grids of the strategies are for larger tests.
@@ -34,8 +38,9 @@ def finished(request, tmp_path_factory):
         for module in (bandit_strategies, mdps.mdp_strategies):
             short = {name: s._replace(grid=s.grid[:2]) for name, s in module.STRATEGIES.items()}
             patch.setattr(module, "STRATEGIES", short)
-        config = config_of(request.param, run_dir=tmp_path_factory.mktemp("finished"))
-        yield request.param, config, request.param.run(config)
+        module, method = request.param
+        config = config_of(module, method=method, run_dir=tmp_path_factory.mktemp("finished"))
+        yield module, config, module.run(config)
 
 
 def test_a_run_is_tested_and_can_be_used(finished):
@@ -48,13 +53,14 @@ def test_a_run_is_tested_and_can_be_used(finished):
     assert loaded.num_meta_steps == config.num_meta_steps
     problem = module.problem_of(config)
     key = runs.streams(config.seed).test
-    test_key = key if module is mazes else jax.random.split(key, 3)[0]
+    test_key = key if module is mazes else jax.random.split(key, 4 if module is bandits else 3)[0]
     again = trials.outcome(config, problem, params, test_key, config.eval_episodes, greedy=True)
     expected = results["metrics"]["steps_of_most_probable" if module is mazes else "reward"]["mean"]
     found = again.steps.mean(0) if module is mazes else again.reward.sum(1).mean()
     np.testing.assert_allclose(found, expected if module is mazes else expected[0], rtol=1e-5)
     inputs = jnp.zeros((3, problem.num_inputs))
-    distribution, value = learner.predict({"params": params, "carry": jnp.zeros(6)}, inputs)
+    start = trials.make_policy(problem, config.hyperparameters).start()
+    distribution, value = learner.predict({"params": params, "carry": start}, inputs)
     assert distribution.logits.shape == (3, problem.num_actions)
     assert value.shape == (3,)
 
@@ -67,21 +73,27 @@ def test_strategies_are_beside_the_policy(finished):
     strategies = results["strategies"]
     assert all(np.isfinite(found["mean"][0]) and found["ci95"][0] > 0 for found in strategies.values())
     table = published.BANDITS[10, 5] if module is bandits else published.MDPS[10]
-    assert table.keys() - {"RL²"} <= strategies.keys()
+    assert table.keys() - {"RL²", "MAML"} <= strategies.keys()
     assert strategies["random"]["parameter"] is None
     assert strategies["epsilon-greedy"]["parameter"] is not None
     if module is bandits:
         assert results["optimum"] == pytest.approx(bandit_strategies.bayes_optimum(3, 4))
+        assert results["regret"].keys() == strategies.keys() | {trials.TITLES[results["algorithm"]]}
+        # A random pull loses E max(p) - E p = 3/4 - 1/2 on average.
+        np.testing.assert_allclose(results["regret"]["random"], 0.25 * np.arange(1, 5), atol=0.5)
+        assert all(np.all(np.diff([0.0, *curve]) >= 0) for curve in results["regret"].values())
 
 
 def test_outcomes_are_divided_by_episode():
     config = config_of(mazes)
     problem = mazes.problem_of(config)
-    params = trials.make_policy(problem, 6).init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    params = trials.make_policy(problem, config.hyperparameters).init(
+        jax.random.key(0), jnp.zeros((1, problem.num_inputs))
+    )
     found = trials.outcome(config, problem, params, jax.random.key(1), 40)
-    compiled = trials.outcome_program.cache_info().misses
+    compiled = trials.trials_program.cache_info().misses
     trials.outcome(config, mazes.problem_of(config_of(mazes, seed=1)), params, jax.random.key(2), 40)
-    assert trials.outcome_program.cache_info().misses == compiled  # another run of the same sizes has the same program
+    assert trials.trials_program.cache_info().misses == compiled  # another run of the same sizes has the same program
     assert found.steps.shape == found.reward.shape == found.done.shape == (40, 2)
     assert np.all((found.steps >= 1) & (found.steps <= 6))
     assert np.all((found.steps < 6) <= (found.done == 1))  # a walk that ends early has reached the goal
@@ -104,7 +116,7 @@ def test_walks_are_drawn_as_they_went(finished, tmp_path):
         maze = problem.environment.sample_task(jax.random.key(seed))
         trial = rl.run_trial(
             problem.environment,
-            trials.make_policy(problem, 6),
+            trials.make_policy(problem, config.hyperparameters),
             params,
             maze,
             jax.random.key(seed),
@@ -122,8 +134,9 @@ def test_walks_are_drawn_as_they_went(finished, tmp_path):
 
 def test_too_many_states_have_no_optimum(monkeypatch):
     monkeypatch.setattr(bandit_strategies, "MAX_STATES", 3)
-    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: {})
+    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: ({}, {}))
     monkeypatch.setattr(trials, "outcome", lambda *a, **k: trials.Outcome(*(np.ones((4, 1)),) * 3))
+    monkeypatch.setattr(trials, "through_trials", lambda *a, **k: np.ones((4, 10)))
     assert bandits.test(config_of(bandits), {})["optimum"] is None
 
 
@@ -140,6 +153,7 @@ def test_too_many_states_have_no_optimum(monkeypatch):
         (mazes, {"size": 1}, "--size must be an integer of at least 2, got 1"),
         (bandits, {"settings": {"discount": 1.5}}, r"--discount 1\.5 must be at most 1"),
         (bandits, {"settings": {"hidden_size": 0}}, "--hidden-size must be an integer of at least 1, got 0"),
+        (bandits, {"method": "maml", "settings": {"inner_lr": 0.0}}, r"--inner-lr=0\.0 must be a positive number"),
         (bandits, {"settings": {"entropy_weight": -1.0}}, r"--entropy-weight=-1\.0 must be a number of at least 0"),
     ],
 )
@@ -157,6 +171,19 @@ def test_the_command_line_has_the_defaults(module):
     assert "RL² (Duan et al., 2016). Published" in module.about()["rl2"]
 
 
+def test_regret_is_what_the_best_arm_would_pay_more():
+    config = config_of(bandits, num_arms=2)
+    trial = rl.Trial(*([None] * 8))._replace(action=jnp.array([0, 1, 1]))
+    found = bandits.regret(bandits.problem_of(config), jnp.array([0.9, 0.2]), trial)
+    np.testing.assert_allclose(found, [0.0, 0.7, 0.7], rtol=1e-6)
+    played = bandit_strategies.play(
+        bandit_strategies.STRATEGIES["greedy"], jax.random.key(0), num_tasks=4000, num_arms=2, num_pulls=6
+    )
+    # The regret and the reward of a pull add up to that of the best arm, 2/3 on average.
+    total = played.reward.mean() + played.regret.sum(1).mean()
+    np.testing.assert_allclose(total, 6 * 2 / 3, atol=0.08)
+
+
 def test_values_are_averages_of_rewards():
     # With every reward 1 the discounted average is 1, whatever the length of the trial.
     config = config_of(bandits, num_pulls=50)
@@ -165,7 +192,7 @@ def test_values_are_averages_of_rewards():
         step=lambda task, state, action, key: (state, jnp.zeros(1), jnp.float32(1.0), jnp.bool_(False))
     )
     problem = bandits.problem_of(config)._replace(environment=always)
-    policy = trials.make_policy(problem, 6)
+    policy = trials.make_policy(problem, config.hyperparameters)
     params = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
     params = params | {"value": jax.tree.map(jnp.zeros_like, params["value"])}
     config = dataclasses.replace(config, hyperparameters=dataclasses.replace(config.hyperparameters, decay=1.0))
@@ -175,7 +202,7 @@ def test_values_are_averages_of_rewards():
 
 
 def test_seeds_are_trained_in_one_program(tmp_path, monkeypatch):
-    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: {})
+    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: ({}, {}))
     results = bandits.run(config_of(bandits, run_dir=tmp_path, seeds=2, on_nonfinite="skip"))
     assert results["seeds"] == [0, 1]
     assert len(results["metrics"]["reward"]["mean"]) == 1

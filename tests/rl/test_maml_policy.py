@@ -1,0 +1,148 @@
+"""MAML within a trial: each inner step by hand, and the gradient of the expected reward over every trial."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maml_jax import init_meta_state, make_train_loop, models, parallel, rl
+from maml_jax.inner import first_order
+from maml_jax.tasks.bandits import bandits
+
+A, H = 2, 3
+PROBABILITIES = np.array([0.3, 0.8])
+
+
+def policy_of(**settings):
+    settings = {"inner_lr": 1.3, "baseline": 0.4} | settings
+    return rl.maml_policy(models.mlp(features=(A,)), num_actions=A, observation_size=1, **settings)
+
+
+def params_of(policy, dtype=jnp.float64):
+    """Parameters of which no two are equal."""
+    params = policy.init(jax.random.key(0), jnp.zeros((1, 1 + A + 2)))
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), jax.tree.unflatten(structure, noise))
+
+
+def as_inputs(arms, rewards):
+    """What the policy sees in a trial: nothing at first, and then what it pulled and got."""
+    seen = [np.zeros(1 + A + 2)]
+    seen += [[0.0, *np.eye(A)[arm], reward, 0.0] for arm, reward in zip(arms[:-1], rewards[:-1], strict=True)]
+    return jnp.asarray(np.array(seen))
+
+
+def logits_of(policy, params, inputs):
+    return jax.lax.scan(lambda carry, seen: policy.step(params, carry, seen), policy.start(), inputs)[1][0].logits
+
+
+def test_each_inner_step_is_that_of_a_softmax_table():
+    with jax.enable_x64(True):
+        policy = policy_of()
+        params = params_of(policy)
+        arms, rewards = [1, 1, 0], [0.0, 1.0, 1.0]
+        found = logits_of(policy, params, as_inputs(arms, rewards))
+        # The observation is 0, so that only the bias of the network matters.
+        table, rate = (np.asarray(params[name]["dense_0"]["bias"]) for name in ("start", "rates"))
+        for step in range(H):
+            np.testing.assert_allclose(found[step], float(params["inverse_temperature"]) * table, rtol=1e-6)
+            softmax = np.exp(table) / np.exp(table).sum()
+            table = table + rate * (rewards[step] - float(params["baseline"])) * (np.eye(A)[arms[step]] - softmax)
+
+
+def enumerated(policy, params):
+    """The expected reward of a trial, exactly, by adding up all trials."""
+    total = 0.0
+    for arms in itertools.product(range(A), repeat=H):
+        for rewards in itertools.product((0.0, 1.0), repeat=H):
+            log_probs = jax.nn.log_softmax(logits_of(policy, params, as_inputs(arms, rewards)))
+            of_arms = jnp.prod(jnp.exp(log_probs[jnp.arange(H), jnp.array(arms)]))
+            paid = PROBABILITIES[list(arms)]
+            of_rewards = np.prod(np.where(np.array(rewards) > 0, paid, 1.0 - paid))
+            total += of_arms * of_rewards * sum(rewards)
+    return total
+
+
+def expected_gradient(policy, params):
+    """The expectation of the gradient of the clipped surrogate, by adding up all trials."""
+    surrogate = rl.clipped_surrogate(0.2)
+
+    def loss(params):
+        total = 0.0
+        for arms in itertools.product(range(A), repeat=H):
+            for rewards in itertools.product((0.0, 1.0), repeat=H):
+                logits = logits_of(policy, params, as_inputs(arms, rewards))
+                acted = rl.Categorical(jax.lax.stop_gradient(logits))
+                chosen = jnp.array(arms)
+                to_go = jnp.cumsum(jnp.array(rewards)[::-1])[::-1]
+                transition = rl.Transition(chosen, jnp.array(rewards), to_go, jnp.ones(H), acted)
+                paid = PROBABILITIES[list(arms)]
+                weight = np.prod(np.where(np.array(rewards) > 0, paid, 1.0 - paid))
+                weight *= jax.lax.stop_gradient(jnp.exp(jnp.sum(acted.log_prob(chosen))))
+                total -= H * weight * surrogate(rl.Categorical(logits), transition)
+        return total
+
+    return jax.grad(loss)(params)
+
+
+@pytest.mark.parametrize("loss_fn", [rl.policy_gradient, rl.ratio_surrogate, rl.loaded_dice])
+def test_the_meta_gradient_is_that_of_the_expected_reward_of_a_trial(loss_fn):
+    with jax.enable_x64(True):
+        policy = policy_of(loss_fn=loss_fn)
+        params = params_of(policy)
+        exact = jax.grad(lambda params: enumerated(policy_of(), params))(params)
+        found = expected_gradient(policy, params)
+        distance = jnp.max(jnp.abs(jax.flatten_util.ravel_pytree(exact)[0] - jax.flatten_util.ravel_pytree(found)[0]))
+        if loss_fn is rl.policy_gradient:
+            assert distance < 1e-12
+        else:  # another second derivative, which is not that of the step as it is taken
+            assert distance > 1e-3
+        first = expected_gradient(policy_of(inner_grad=first_order), params)
+        assert jnp.max(jnp.abs(first["start"]["dense_0"]["bias"] - exact["start"]["dense_0"]["bias"])) > 1e-3
+
+
+def test_what_is_not_learnt_has_no_gradient():
+    policy = policy_of(learn_rates=False, learn_temperature=False)
+    params = params_of(policy, jnp.float32)
+    inputs = as_inputs([0, 1, 1], [1.0, 0.0, 1.0]).astype(jnp.float32)
+    grads = jax.grad(lambda params: jnp.sum(jnp.sin(logits_of(policy, params, inputs))))(params)
+    assert not any(jnp.any(leaf) for leaf in jax.tree.leaves((grads["rates"], grads["inverse_temperature"])))
+    assert jnp.any(grads["start"]["dense_0"]["bias"])
+    assert jnp.any(grads["baseline"])
+
+
+def test_it_is_trained_like_any_recurrent_policy_on_one_device_and_on_two():
+    policy = policy_of()
+    learner = rl.rl2(policy)
+    sampler = rl.make_trial_sampler(bandits(A), policy, num_episodes=1, horizon=6)
+    rule = rl.clipped_epochs(optax.adam(1e-2), num_epochs=2, prepare=rl.standardise_advantages)
+
+    def start():
+        return init_meta_state(learner, rule, jax.random.key(0), inputs=jnp.zeros((1, 1 + A + 2)))
+
+    found = []
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        loop = make_train_loop(learner, rule, sampler, meta_batch_size=64, num_steps=3, mesh=mesh)
+        found.append(loop(start(), jax.random.key(1))[0].params)
+    for one, two in zip(*map(jax.tree.leaves, found), strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-5)
+    before, after = (params["start"]["dense_0"]["bias"] for params in (start().params, found[0]))
+    assert jnp.all(before != after)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_actions": 0}, "num_actions must be an integer of at least 1, got 0"),
+        ({"observation_size": 0}, "observation_size must be an integer of at least 1, got 0"),
+        ({"critic_size": 0}, "critic_size must be an integer of at least 1, got 0"),
+    ],
+)
+def test_wrong_counts_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rl.maml_policy(models.mlp(features=(A,)), **{"num_actions": A, "observation_size": 1} | settings)
