@@ -8,8 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import breakdown, common, devices, memory, meta_step, methods, orders, peers, sinusoid
-from experiments.report import markdown_table
+from benchmarks import (
+    breakdown,
+    common,
+    devices,
+    memory,
+    meta_step,
+    methods,
+    navigation,
+    orders,
+    peers,
+    sinusoid,
+    surrogates,
+)
+from experiments.runs import markdown_table
 
 HERE = Path(__file__).parent
 TABLES = {
@@ -21,6 +33,8 @@ TABLES = {
     "peers": peers.tables,
     "methods": methods.tables,
     "orders": orders.tables,
+    "navigation": navigation.tables,
+    "surrogates": surrogates.tables,
 }
 
 

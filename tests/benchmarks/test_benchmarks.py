@@ -12,7 +12,20 @@ import numpy as np
 import pytest
 
 import benchmarks
-from benchmarks import breakdown, common, devices, memory, meta_step, methods, orders, peers, report, sinusoid
+from benchmarks import (
+    breakdown,
+    common,
+    devices,
+    memory,
+    meta_step,
+    methods,
+    navigation,
+    orders,
+    peers,
+    report,
+    sinusoid,
+    surrogates,
+)
 from maml_jax import Batch, Episode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import Conv
@@ -374,6 +387,60 @@ def test_sinusoid_runs(quick, tmp_path):
     rows = result_of("sinusoid", tmp_path)["rows"]
     assert len(rows) == (4 if importlib.util.find_spec("torch") else 3)
     assert rows[sinusoid.OURS]["ops_per_step"] > 10
+
+
+def test_navigation_runs(quick, tmp_path):
+    sizes = {"meta_batch_size": 2, "num_trajectories": 3, "horizon": 6, "metric_stride": 2}
+    navigation.run(navigation.Config(**quick, **sizes))
+    found = result_of("navigation", tmp_path)
+    with_torch = importlib.util.find_spec("torch") is not None
+    assert len(found["rows"]) == (4 if with_torch else 3)
+    assert found["environment_steps"] == 2 * 2 * 3 * 6
+    by_name = {row["implementation"]: row for row in found["rows"]}
+    one = by_name[f"{navigation.OURS}, one device"]
+    expected = found["environment_steps"] / one["collection_seconds"].median
+    assert one["environment_steps_per_second"] == pytest.approx(expected)
+    assert by_name[navigation.OURS]["times_ours"].median == 1.0
+    if with_torch:
+        assert all(distance < 1e-10 for distance in found["distances"].values())
+
+
+def test_a_wrong_meta_gradient_in_pytorch_is_found(monkeypatch):
+    torch_navigation = pytest.importorskip("benchmarks.torch_navigation", reason="torch is not installed")
+    settings = navigation.settings_of(navigation.Config(meta_batch_size=2, num_trajectories=3, horizon=6))
+    adapt = torch_navigation.adapt
+    monkeypatch.setattr(torch_navigation, "adapt", lambda w, s, settings: adapt(w, s, settings._replace(inner_lr=0.4)))
+    assert all(distance > 1e-3 for distance in navigation.distances(torch_navigation, settings).values())
+
+
+def test_surrogates_runs(quick, tmp_path):
+    sizes = {"horizon": (6,), "num_states": 3, "num_actions": 3, "hidden_size": 4, "num_estimates": 4000}
+    surrogates.run(surrogates.Config(**quick, **sizes))
+    rows = result_of("surrogates", tmp_path)["rows"]
+    assert len(rows) == 2 * 3 * 2
+    for row in rows:
+        unbiased = row["derivative"] == "gradient" or row["surrogate"] == "loaded_dice"
+        assert row["bias_of_noise"] == pytest.approx(row["spread"] / 4000**0.5)
+        # In expectation the bias of an estimate without bias is that of the noise.
+        assert (row["bias"] < 2 * row["bias_of_noise"]) == unbiased
+
+
+def test_the_exact_return_is_that_of_the_trajectories():
+    mdp = surrogates.random_mdps(3, 2).sample_task(jax.random.key(0))
+    policy = surrogates.rl.categorical_policy(models.mlp(features=(2,)))
+    params = policy.init(jax.random.key(1), jnp.zeros((1, 3)))
+    exact, values = surrogates.expected_return(policy, params, mdp, 4)
+    drawn = surrogates.rl.rollout(
+        surrogates.random_mdps(3, 2),
+        lambda observation: policy.apply(params, observation),
+        mdp,
+        jax.random.key(2),
+        num_trajectories=20_000,
+        horizon=4,
+    )
+    returns = drawn.reward.sum(0)
+    assert abs(float(returns.mean() - exact)) < 4 * float(returns.std()) / 20_000**0.5
+    assert values[0, 0] == exact
 
 
 def test_peers_agree_and_run(quick, tmp_path):
