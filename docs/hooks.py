@@ -57,9 +57,9 @@ def section(file: Path, heading: str, to_root: str = "") -> str:
     """The text of a section of a Markdown file, without its heading.
 
     Args:
-      file: a file at the root of the repository.
+      file: a file of the repository.
       heading: the text of the heading.
-      to_root: put before relative links.
+      to_root: the way to the root of the site, which is put before relative links.
 
     Raises:
       PluginError: if the file has not exactly one such heading.
@@ -78,7 +78,8 @@ def section(file: Path, heading: str, to_root: str = "") -> str:
             found.append(line)
     if num_found != 1:
         raise PluginError(f"{file.name} has {num_found} headings {heading!r}; a page of docs/ includes that section")
-    return _LINK.sub(lambda match: f"]({to_root}{match[1]})", "\n".join(found)).strip()
+    folder = file.parent.relative_to(ROOT).as_posix() + "/" if file.is_relative_to(ROOT) and file.parent != ROOT else ""
+    return _LINK.sub(lambda match: f"]({to_root}{folder}{match[1]})", "\n".join(found)).strip()
 
 
 def notebook_pages(path: Path) -> dict[str, str | bytes]:

@@ -34,7 +34,7 @@ ALLOWED = {
     "checkpoint": {"types", "processes"},
     "cost": {"types", "inner", "meta_gradient"},
     "portable": {"types", "losses", "models", "algorithms", "_version"},
-    "rl": {"types", "models", "parallel", "outer"},
+    "rl": {"types", "inner", "models", "parallel", "outer"},
     "_version": set(),
 }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NOTEBOOKS = ("your_own_loss", "your_own_model", "first_against_second_order")
+NOTEBOOKS = ("your_own_loss", "your_own_model", "first_against_second_order", "your_own_environment")
 """The tutorials in the order of reading."""
 
 

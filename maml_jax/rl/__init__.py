@@ -8,6 +8,7 @@ from maml_jax.rl.advantages import linear_advantages as linear_advantages
 from maml_jax.rl.advantages import linear_baseline as linear_baseline
 from maml_jax.rl.distributions import Categorical as Categorical
 from maml_jax.rl.distributions import Normal as Normal
+from maml_jax.rl.environments import from_gymnax as from_gymnax
 from maml_jax.rl.maml_policy import maml_policy as maml_policy
 from maml_jax.rl.meta_policy import PolicyInfo as PolicyInfo
 from maml_jax.rl.meta_policy import clipped_epochs as clipped_epochs
@@ -52,6 +53,7 @@ __all__ = [
     "clipped_surrogate",
     "collect",
     "discounted_returns",
+    "from_gymnax",
     "generalised_advantages",
     "gru_policy",
     "linear_advantages",

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.rl.advantages import AdvantageFn, Trajectories, linear_advantages
-from maml_jax.rl.distributions import Categorical, Distribution, Normal
+from maml_jax.rl.distributions import Distribution
+from maml_jax.rl.environments import check_environment
 from maml_jax.rl.surrogates import Transition
 from maml_jax.types import ArrayTree, Batch, Environment, Episode, MetaLearner, PRNGKey, SampleEpisodeFn, check_integer
 
@@ -65,56 +66,6 @@ def rollout(
         return (state, observation, going), step
 
     return jax.lax.scan(act, (state, observation, jnp.ones(num_trajectories)), jax.random.split(act_key, horizon))[1]
-
-
-def check_environment(
-    environment: Environment, task: ArrayTree, distribution: Distribution, state: ArrayTree, observation: ArrayTree
-) -> None:
-    """Checks the shapes of a policy and of a step, without taking it.
-
-    Args:
-      environment: the processes.
-      task: one of its tasks.
-      distribution: what the policy returns for N observations.
-      state: N states.
-      observation: N observations.
-
-    Raises:
-      ValueError: if the policy returns no distribution, if state or observation change their structure, shape or
-        dtype, or if the reward is no floating scalar or the end of a trajectory no scalar bool.
-    """
-    if not isinstance(distribution, Categorical | Normal):
-        raise ValueError(
-            f"the policy returned {type(distribution).__name__}; it must return rl.Categorical or rl.Normal. "
-            "rl.categorical_policy and rl.normal_policy make one from a model"
-        )
-
-    def first(tree):
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree)
-
-    action = first(jax.eval_shape(lambda distribution: distribution.sample(jax.random.key(0)), distribution))
-    before = first((state, observation))
-    *after, reward, done = jax.eval_shape(environment.step, task, before[0], action, jax.random.key(0))
-    for name, old, new in zip(("state", "observation"), before, after, strict=True):
-        if jax.tree.structure(old) != jax.tree.structure(new):
-            raise ValueError(
-                f"environment.step returned a {name} {jax.tree.structure(new)}, and reset {jax.tree.structure(old)}; "
-                "both must return the same structure"
-            )
-        for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(old), jax.tree.leaves(new), strict=True):
-            if (a.shape, a.dtype) != (b.shape, b.dtype):
-                where = f"{name}{jax.tree_util.keystr(path)}"
-                raise ValueError(
-                    f"environment.step changes {where} from {a.dtype}{list(a.shape)} to {b.dtype}{list(b.shape)}; the "
-                    "shapes and dtypes of state and observation must stay as reset returns them"
-                )
-    for name, value in {"reward": reward, "done": done}.items():
-        if value.shape != ():
-            raise ValueError(f"environment.step must return a scalar {name}, got shape {list(value.shape)}")
-    if not jnp.issubdtype(reward.dtype, jnp.floating):
-        raise ValueError(f"environment.step must return a floating reward, got {reward.dtype}")
-    if done.dtype != jnp.bool_:
-        raise ValueError(f"environment.step must return a bool for the end of a trajectory, got {done.dtype}")
 
 
 def as_batch(trajectories: Trajectories, advantage_fn: AdvantageFn) -> Batch:

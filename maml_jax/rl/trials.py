@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from maml_jax import models
 from maml_jax.rl.advantages import generalised_advantages, standardised
 from maml_jax.rl.distributions import Categorical
-from maml_jax.rl.rollout import check_environment
+from maml_jax.rl.environments import check_environment
 from maml_jax.rl.surrogates import Transition, clipped_surrogate, masked_mean
 from maml_jax.types import (
     ArrayTree,
