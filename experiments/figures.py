@@ -291,7 +291,8 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
 
     Args:
       file: the figure to write.
-      cells: by title of the panel and label, the sum of the regrets up to each pull.
+      cells: by title of the panel and label, the sum of the regrets up to each pull. The curves of learnt policies are
+        wide, so that they can be seen below others.
     """
     figure, panels = plt.subplots(
         1, len(cells), figsize=(max(4.2 * len(cells), 5.5), 3.8), layout="constrained", squeeze=False
@@ -301,6 +302,8 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
         for label, regret in curves.items():
             index = labels.index(label)
             style = {"color": f"C{index % 10}", "linestyle": DASHES[index % 4], "marker": MARKERS[index % len(MARKERS)]}
+            if label.startswith(("RL²", "MAML")):
+                style |= {"linewidth": 5, "alpha": 0.45, "zorder": 1}
             axes.plot(range(1, len(regret) + 1), regret, label=label, markevery=0.2, markersize=4, **style)
         axes.set(title=title, xlabel="pulls", ylabel="expected reward lost so far")
         axes.set_ylim(0, 1.1 * max(regret[-1] for label, regret in curves.items() if label != "random"))

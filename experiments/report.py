@@ -6,6 +6,7 @@ With --add it first takes in the results of finished runs, each under a name of 
 import dataclasses
 import math
 import re
+import shutil
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ class Config:
 def add(run_dir: Path, results_dir: Path) -> Path:
     """Copies the results of a finished run to `results_dir`, named after what distinguishes it.
 
+    The picture of what a policy does is copied too, if the report has a place for it and the settings are the default.
+
     Raises:
       FileNotFoundError: if the run has no results.json.
       ValueError: if other results have that name.
@@ -63,6 +66,10 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     if file.exists() and runs.read_json(file) != results:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
     runs.write_json(file, results)
+    picture = run_dir / "figures" / "behaviour.png"
+    name = rl_report.BEHAVIOUR.get((results["experiment"], results["algorithm"]))
+    if name and picture.exists() and results["seed"] == 0 and not flags:
+        shutil.copy(picture, results_dir.parent / "figures" / name)
     return file
 
 

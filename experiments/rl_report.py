@@ -8,6 +8,9 @@ from typing import Any
 from experiments import figures, navigation, published, runs, trials
 from experiments.cli import flag
 
+FIGURES = Path(__file__).parent / "figures"
+BEHAVIOUR = {("navigation", "maml"): "navigation_behaviour.png", ("mazes", "rl2"): "mazes_behaviour.png"}
+"""The pictures of what a policy does, in experiments/figures, by experiment and method."""
 BANDIT_SIZES = {"num_pulls": "pulls", "num_arms": "arms"}
 Results = Sequence[Mapping[str, Any]]
 FlagsOf = Callable[[Mapping[str, Any]], Sequence[str]]
@@ -141,6 +144,12 @@ def mazes_table(results: Results) -> str:
     return runs.markdown_table(header, [*rows, paper])
 
 
+def behaviour(experiment: str, algorithm: str, title: str) -> str:
+    """The picture of what a policy does, if there is one."""
+    file = FIGURES / BEHAVIOUR[experiment, algorithm]
+    return f"\n\n{title}:\n\n![what the policy does](figures/{file.name})" if file.exists() else ""
+
+
 def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     """The text of the report, with what there are results of.
 
@@ -157,11 +166,13 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "goals. "
             '"std" is the standard deviation of the policy, which the authors\' policy had at 0.47.\n\n'
             f"{navigation_table(of['navigation'], flags_of)}\n\n![return against updates](figures/navigation.png)"
+            + behaviour("navigation", "maml", "Paths of MAML at the first published goals")
         )
     if of["bandits"]:
         parts.append(
             "### Bandits\n\nMean total reward, with its 95 % interval over bandits. The policies take their most "
-            "probable action where nothing else is said. "
+            "probable action where nothing else is said. MAML takes an inner step after every pull; its rates, and the "
+            "temperature of the policy that acts, are learnt unless a flag says otherwise. "
             "The parameters of strategies were chosen on other bandits; the published numbers have standard errors of "
             "0.06 with 10 pulls and 0.4 with 100.\n\n"
             + strategies_table(of["bandits"], flags_of, published.BANDITS, BANDIT_SIZES)
@@ -177,7 +188,9 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     if of["mazes"]:
         parts.append(
             "### Mazes\n\nTwo walks through the same maze, actions drawn. A walk that does not reach the goal counts "
-            "with the steps after which it is given up.\n\n" + mazes_table(of["mazes"])
+            "with the steps after which it is given up.\n\n"
+            + mazes_table(of["mazes"])
+            + behaviour("mazes", "rl2", "Walks through the first mazes of the test")
         )
     return "\n\n## Reinforcement learning\n\n" + "\n\n".join(parts) if parts else ""
 

@@ -115,3 +115,12 @@ def test_only_what_there_is_has_a_section(tmp_path):
     assert not (tmp_path / "regret.png").exists()
     rl_report.draw(tmp_path, EMPTY | {"bandits": [bandit_result(5, 6.5), bandit_result(10, 6.5)]}, flags_of)
     assert (tmp_path / "regret.png").exists()
+
+
+def test_a_picture_of_what_the_policy_does_is_shown_if_there_is_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(rl_report, "FIGURES", tmp_path)
+    without = rl_report.section(EMPTY | {"navigation": [navigation_result()]}, flags_of)
+    (tmp_path / "navigation_behaviour.png").touch()
+    shown = rl_report.section(EMPTY | {"navigation": [navigation_result()]}, flags_of)
+    assert "navigation_behaviour" not in without
+    assert "![what the policy does](figures/navigation_behaviour.png)" in shown
