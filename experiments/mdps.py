@@ -1,7 +1,9 @@
-"""Random Markov decision processes by RL² (Duan et al., 2016, section 3.2 and table 2).
+"""Random Markov decision processes by RL² (Duan et al., 2016, section 3.2 and table 2), and by MAML.
 
-A process has 10 states and 5 actions. A recurrent policy acts in it for n episodes of 10 steps, and has to find out
-what its actions do while it earns. The strategies of the literature are tested beside it in as many processes.
+A process has 10 states and 5 actions. A policy acts in it for n episodes of 10 steps, and has to find out what its
+actions do while it earns. The state of RL² is that of a recurrent network. MAML takes a policy-gradient step on a table
+of logits after every reward, as if an action earned its own reward only. The strategies of the literature are tested
+beside it in as many processes.
 """
 
 import dataclasses
@@ -38,13 +40,26 @@ class Config(trials.TrialConfig):
         check_integer("--num-episodes", self.num_episodes, at_least=1)
 
 
-METHODS = {"rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentTraining(hidden_size=128))}
+METHODS = {
+    "rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentTraining(hidden_size=128)),
+    "maml": Config(
+        algorithm="maml",
+        hyperparameters=trials.DescentTraining(inner_lr=0.5, baseline=1.0, entropy_weight=0.01),
+        num_meta_steps=200,
+        val_every=50,
+        outer_lr=2e-2,
+        outer_lr_end=2e-3,
+    ),
+}
 
 
 def about() -> dict[str, str]:
     """A line on each method for --help."""
     numbers = ", ".join(f"{rewards['RL²']} with {episodes} episodes" for episodes, rewards in published.MDPS.items())
-    return {"rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}."}
+    return {
+        "rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}.",
+        "maml": "MAML, an inner step after every reward. Nothing is published on these processes.",
+    }
 
 
 def problem_of(config: Config) -> trials.Problem:
