@@ -35,6 +35,12 @@ from maml_jax.types import (
     check_positive,
 )
 
+AcrossFn = Callable[[ArrayTree, ArrayTree], jax.Array]
+"""`(outputs [D, B, ...], targets [D, B, ...]) -> scalar`, a loss of several domains together."""
+HeldOutFn = Callable[[ArrayTree, ArrayTree, ArrayTree, ArrayTree], jax.Array]
+"""`(outputs, targets, train_outputs, train_targets) -> scalar`, a loss of meta-test domains [V, B, ...] in view of the
+meta-train domains [D − V, B, ...]."""
+
 
 def mldg(
     model: Model,
@@ -43,6 +49,8 @@ def mldg(
     inner_optimizer: optax.GradientTransformation,
     beta: float | jax.Array = 1.0,
     num_held_out: int = 1,
+    across_fn: AcrossFn | None = None,
+    held_out_fn: HeldOutFn | None = None,
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
 ) -> MetaLearner:
@@ -63,6 +71,9 @@ def mldg(
         `inner.inner_loop` for the rules that need an `eps_root`.
       beta: β ≥ 0, the weight of G. With β = 0 the objective is F.
       num_held_out: the number of meta-test domains; 1 ≤ `num_held_out` < D.
+      across_fn: a loss of all meta-train domains together, such as `losses.domain_alignment`, which is added to F.
+      held_out_fn: a loss of the meta-test domains in view of the meta-train domains, at the same parameters, which is
+        added to G.
       where: `(name) -> bool`, the parameters that take the step, by their path such as "norm_0/offset"; by default
         all. See `inner.inner_loop`.
       inner_grad: how ∇F is differentiated: `mixed_mode`, `checkpointed` or `jax.value_and_grad` (exact), or
@@ -83,7 +94,10 @@ def mldg(
     check_optimizer("inner_optimizer", inner_optimizer)
     num_held_out = check_integer("num_held_out", num_held_out, at_least=1)
     check_not_negative("beta", beta)
-    mean_loss = _mean_over_domains(model, loss_fn)
+    outputs_of = _outputs_by_domain(model)
+
+    def train_loss(params, domains, key):
+        return _total_loss(loss_fn, across_fn, outputs_of(params, domains, key), domains.targets)
 
     def objective(meta_params, episode):
         num_domains = _count_domains(episode.support)
@@ -102,7 +116,7 @@ def mldg(
         meta_test = jax.tree.map(lambda x: x[order[:num_held_out]], episode.support)
         meta_train = jax.tree.map(lambda x: x[order[num_held_out:]], episode.support)
         stepped, info = inner_loop(
-            lambda params, domains: mean_loss(params, domains, train_key),
+            lambda params, domains: train_loss(params, domains, train_key),
             inner_optimizer,
             meta_params,
             meta_train,
@@ -110,13 +124,18 @@ def mldg(
             where=where,
             inner_grad=inner_grad,
         )
-        value = info.support_loss[0] + beta * mean_loss(stepped, meta_test, test_key)
-        return value, info._replace(opt_state=None)
+        outputs = outputs_of(stepped, meta_test, test_key)
+        test_loss = _total_loss(loss_fn, None, outputs, meta_test.targets)
+        if held_out_fn is not None:
+            # Drawn as in F, so that a stochastic model gives the meta-train domains the same noise in both.
+            in_view_of = outputs_of(stepped, meta_train, train_key), meta_train.targets
+            test_loss += held_out_fn(outputs, meta_test.targets, *in_view_of)
+        return info.support_loss[0] + beta * test_loss, info._replace(opt_state=None)
 
     return _without_adaptation(model, objective)
 
 
-def erm(model: Model, loss_fn: LossFn) -> MetaLearner:
+def erm(model: Model, loss_fn: LossFn, *, across_fn: AcrossFn | None = None) -> MetaLearner:
     """Builds empirical risk minimisation: min_θ of the mean loss over all source domains.
 
     It is the baseline of MLDG on the same episodes, which the paper calls "Deep-All". It needs no key unless the
@@ -125,6 +144,7 @@ def erm(model: Model, loss_fn: LossFn) -> MetaLearner:
     Args:
       model: the network.
       loss_fn: `(outputs, targets) -> scalar`, a mean over the batch of one domain.
+      across_fn: a loss of all source domains together, which is added.
 
     Returns:
       A `MetaLearner` as that of `mldg`; in training the `support_loss` of its `info` is empty, [0].
@@ -132,10 +152,11 @@ def erm(model: Model, loss_fn: LossFn) -> MetaLearner:
     Raises:
       ValueError: if `model` is no `Model`. The objective raises it if the support set is not [D, B, ...].
     """
-    mean_loss = _mean_over_domains(model, loss_fn)
+    outputs_of = _outputs_by_domain(model)
 
     def objective(meta_params, episode):
-        return mean_loss(meta_params, episode.support, episode.key), InnerInfo(jnp.zeros(0))
+        outputs = outputs_of(meta_params, episode.support, episode.key)
+        return _total_loss(loss_fn, across_fn, outputs, episode.support.targets), InnerInfo(jnp.zeros(0))
 
     return _without_adaptation(model, objective)
 
@@ -186,18 +207,22 @@ def _count_domains(support: Batch) -> int:
     return shapes[0][0]
 
 
-def _mean_over_domains(model: Model, loss_fn: LossFn) -> Callable[[ArrayTree, Batch, PRNGKey | None], jax.Array]:
-    """`(params, domains, key) -> scalar`; every domain draws with a key of its own."""
+def _outputs_by_domain(model: Model) -> Callable[[ArrayTree, Batch, PRNGKey | None], ArrayTree]:
+    """`(params, domains, key) -> outputs [D, B, ...]`; every domain is a batch, and draws with a key of its own."""
 
-    def mean_loss(params, domains, key):
-        def of_domain(batch, key):
-            return loss_fn(model.call(params, batch.inputs, key), batch.targets)
+    def outputs(params, domains, key):
+        num_domains = _count_domains(domains)
+        keys = None if key is None else jax.random.split(key, num_domains)
+        return jax.vmap(lambda inputs, key: model.call(params, inputs, key))(domains.inputs, keys)
 
-        keys = None if key is None else jax.random.split(key, _count_domains(domains))
-        # Over the first axis only: a loss that is no scalar is then refused by those who differentiate it.
-        return jnp.mean(jax.vmap(of_domain)(domains, keys), 0)
+    return outputs
 
-    return mean_loss
+
+def _total_loss(loss_fn: LossFn, across_fn: AcrossFn | None, outputs: ArrayTree, targets: ArrayTree) -> jax.Array:
+    """The mean of the losses of the domains, plus that of all of them together."""
+    # Over the first axis only: a loss that is no scalar is then refused by those who differentiate it.
+    total = jnp.mean(jax.vmap(loss_fn)(outputs, targets), 0)
+    return total if across_fn is None else total + across_fn(outputs, targets)
 
 
 def _without_adaptation(model: Model, objective: ObjectiveFn) -> MetaLearner:

@@ -323,3 +323,56 @@ def test_hyperparameters_name_the_step_and_its_derivative():
     assert DomainSplits(first_order=True).inner_grad is first_order
     rule = DomainSplits(inner_lr=0.25).rule()
     chex.assert_trees_all_equal(rule.update(jnp.ones(2), rule.init(jnp.ones(2)))[0], jnp.full(2, -0.25))
+
+
+def spread(outputs, targets):
+    """A loss of several domains together: how far apart the means of their outputs are."""
+    means = jnp.mean(outputs, (1, *range(2, outputs.ndim)))
+    return jnp.mean(jnp.square(means - jnp.mean(means)))
+
+
+def shift(outputs, targets, train_outputs, train_targets):
+    """A loss of the meta-test domains in view of the others."""
+    return jnp.square(jnp.mean(outputs) - jnp.mean(train_outputs)) + 0.1 * jnp.mean(targets) * jnp.mean(train_targets)
+
+
+@pytest.mark.parametrize("inner_grad", [mixed_mode, jax.value_and_grad])
+def test_losses_of_several_domains_are_added_to_both_parts(x64, inner_grad):
+    theta, found = jnp.array(THETA), 0
+    learner = build(across_fn=spread, held_out_fn=shift, inner_grad=inner_grad)
+    for seed in range(4):
+        episode = make_episode(seed)
+        value, gradient = jax.value_and_grad(lambda p, e=episode: learner.objective(p, e)[0])(theta)
+
+        def by_hand(theta, held_out, support=episode.support):
+            test = jax.tree.map(lambda x: x[np.array([held_out])], support)
+            train = jax.tree.map(lambda x: x[np.delete(np.arange(NUM_DOMAINS), held_out)], support)
+
+            def outputs(params, part):
+                return jax.vmap(lambda x: linear_model.apply(params, x))(part.inputs)
+
+            def f(params):
+                predicted = outputs(params, train)
+                return jnp.mean(jax.vmap(half_mse)(predicted, train.targets)) + spread(predicted, train.targets)
+
+            stepped = theta - ALPHA * jax.grad(f)(theta)
+            predicted = outputs(stepped, test)
+            g = jnp.mean(jax.vmap(half_mse)(predicted, test.targets))
+            g += shift(predicted, test.targets, outputs(stepped, train), train.targets)
+            return f(theta) + BETA * g
+
+        for held_out in range(NUM_DOMAINS):
+            expected, expected_gradient = jax.value_and_grad(by_hand)(theta, held_out)
+            if np.allclose(expected, value, rtol=1e-12):
+                np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10)
+                found += 1
+    assert found == 4
+    check_grads(lambda p: learner.objective(p, make_episode(0))[0], (theta,), order=1, modes=["rev"], rtol=1e-6)
+
+
+def test_erm_adds_the_loss_of_all_domains(x64):
+    theta, episode = jnp.array(THETA), make_episode(0)
+    plain, joint = (erm(linear_model, half_mse, across_fn=fn) for fn in (None, spread))
+    outputs = jax.vmap(lambda x: linear_model.apply(theta, x))(episode.support.inputs)
+    difference = joint.objective(theta, episode)[0] - plain.objective(theta, episode)[0]
+    np.testing.assert_allclose(difference, spread(outputs, episode.support.targets), rtol=1e-12)
