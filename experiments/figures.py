@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.ticker import LogFormatter, MaxNLocator
 
 from experiments.runs import mean_and_interval
+from experiments.verification import ROC_POINTS
 from maml_jax import CATALOGUE
 
 MARKERS = "osD^v<>pP*X"
@@ -309,6 +310,34 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
         axes.set_ylim(0, 1.1 * max(regret[-1] for label, regret in curves.items() if label != "random"))
         axes.grid(alpha=0.3)
     panels[0, 0].legend(fontsize=7)
+    save(figure, file)
+
+
+def roc(file: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """The true accept rate against the false accept rate, a panel for every domain.
+
+    Args:
+      file: the figure to write.
+      curves: by domain and label, the true accept rate at each of `verification.ROC_POINTS`.
+    """
+    figure, panels = plt.subplots(
+        1, len(curves), figsize=(max(4.2 * len(curves), 5.5), 3.8), layout="constrained", squeeze=False
+    )
+    labels = list(dict.fromkeys(label for of_domain in curves.values() for label in of_domain))
+    for axes, (domain, of_domain) in zip(panels[0], curves.items(), strict=True):
+        for label, rates in of_domain.items():
+            index = labels.index(label)
+            axes.plot(ROC_POINTS, rates, label=label, color=f"C{index % 10}", linestyle=DASHES[index % 4])
+        axes.set(
+            title=f"unseen domain: {domain}",
+            xscale="log",
+            xlabel="false accept rate",
+            ylabel="true accept rate",
+            xlim=(ROC_POINTS[0], 1),
+            ylim=(0, 1),
+        )
+        axes.grid(alpha=0.3)
+    panels[0, 0].legend(fontsize=8)
     save(figure, file)
 
 

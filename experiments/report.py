@@ -19,6 +19,7 @@ from experiments import (
     cli,
     cross_domain,
     domains,
+    faces,
     figures,
     hyperparameters,
     images,
@@ -83,6 +84,7 @@ EXPERIMENTS = {
     "bandits": bandits,
     "mdps": mdps,
     "mazes": mazes,
+    "faces": faces,
 }
 FROM_DATA = ("num_classes",)
 """Settings that a run takes from its data if no flag gives them."""
@@ -441,7 +443,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "domains": domain_table(of["domains"]),
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
-    photographs = other_kinds = ""
+    photographs = other_kinds = verification = ""
     if of["images"]:
         photographs = (
             "\n\n## Photographs\n\n5-way accuracy in %, with its 95 % interval over the test episodes, on 100 classes "
@@ -457,6 +459,13 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
             "rank.\n\n"
             + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
             + "\n\n![accuracy on data sets of other kinds](figures/cross_domain.png)"
+        )
+    if of["faces"]:
+        verification = (
+            "\n\n## Verification in unseen domains\n\nTrue accept rate in % at a false accept rate of 1 %, mean over "
+            "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
+            "seed. All methods are selected on other identities of the source domains. Nothing that is published can "
+            f"be compared.\n\n{faces.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
         )
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -485,6 +494,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + photographs
         + other_kinds
         + rl_report.section(of, flags_but_seed)
+        + verification
         + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
         "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
@@ -507,6 +517,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
             )
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
     rl_report.draw(report.parent / "figures", of, flags_but_seed)
+    if characters := [result for result in of["faces"] if result["config"]["data"] == "characters"]:
+        figures.roc(
+            report.parent / "figures" / "faces.png", faces.curves_of(faces.labelled(characters, flags_but_seed))
+        )
     for result in of["cross_domain"]:
         cross_domain.draw(report.parent / "figures" / "cross_domain.png", result)
     if curves_of_seeds:

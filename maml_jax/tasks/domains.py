@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maml_jax.tasks import few_shot
 from maml_jax.tasks.pixels import scale_pixels
 from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer
 
@@ -43,6 +44,52 @@ def make_sampler(domains: Sequence[Batch], *, batch_size: int) -> SampleEpisodeF
     starts = np.cumsum(counts) - counts
     data = _Data(examples, jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32))
     return jax.tree_util.Partial(_DomainBatches(batch_size), data)
+
+
+def make_identity_sampler(
+    domains: Sequence[jax.Array | Sequence[jax.Array]], *, num_identities: int, num_images: int
+) -> SampleEpisodeFn:
+    """Makes a distribution of identities with several images each from every domain, for verification.
+
+    In each domain P different identities are drawn uniformly, and K different images of each. Domains need not have the
+    same identities, nor as many.
+
+    Args:
+      domains: D domains, each the images of its identities as in `few_shot.make_sampler`: an array [I, n, ...], or a
+        list of I arrays [n_i, ...].
+      num_identities: P, of each domain.
+      num_images: K ≥ 2, of each identity.
+
+    Returns:
+      `(key) -> Episode`: the support set has inputs [D, P·K, ...] and int32 targets [D, P·K] in 0..P−1, the identities
+      within a domain. Pixels become float32 in [0, 1]. The query set is empty, [0, P·K, ...].
+
+    Raises:
+      ValueError: if there is no domain, a number is no such integer, or a domain has too few identities or images.
+    """
+    num_images = check_integer("num_images", num_images, at_least=2)
+    if not len(domains):
+        raise ValueError("domains is empty; give the images of at least one domain")
+    samplers = []
+    for index, images in enumerate(domains):
+        try:
+            samplers.append(few_shot.make_sampler(images, way=num_identities, shot=num_images - 1, query_shot=1))
+        except ValueError as error:
+            raise ValueError(f"domain {index}: {error}") from error
+    return jax.tree_util.Partial(_identity_batches, tuple(samplers))
+
+
+def _identity_batches(samplers: tuple[SampleEpisodeFn, ...], key: PRNGKey) -> Episode:
+    """The support and query sets of an episode of every domain, as one support set."""
+    episode_key, *keys = jax.random.split(key, len(samplers) + 1)
+
+    def all_images(sample_episode, key):
+        episode = sample_episode(key)
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts), episode.support, episode.query)
+
+    batches = [all_images(*pair) for pair in zip(samplers, keys, strict=True)]
+    support = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    return Episode(support, jax.tree.map(lambda leaf: leaf[:0], support), episode_key)
 
 
 class _Data(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 from key_use import assert_every_key_has_one_purpose
 
 from maml_jax import Batch
-from maml_jax.tasks.domains import make_sampler
+from maml_jax.tasks.domains import make_identity_sampler, make_sampler
 from maml_jax.tasks.pixels import scale_pixels
 
 COUNTS, BATCH_SIZE, EPISODES = (5, 3, 8), 4, 2000
@@ -106,3 +106,54 @@ ONE = Batch(np.zeros((4, 2), np.float32), np.zeros(4, np.int32))
 def test_mistakes_are_refused_when_the_sampler_is_made(domains, batch_size, message):
     with pytest.raises(ValueError, match=message):
         make_sampler(domains, batch_size=batch_size)
+
+
+def telling_identities(num_identities, counts):
+    """Identities of a domain as features [n, 2]: the identity and the image."""
+    return [
+        np.stack([np.full(n, i), np.arange(n)], 1).astype(np.float32)
+        for i, n in zip(range(num_identities), counts, strict=True)
+    ]
+
+
+def test_identities_have_different_images_and_labels_of_their_own():
+    people = [telling_identities(4, [3, 5, 3, 4]), [100 + x for x in telling_identities(3, [3, 3, 3])]]
+    sample_episode = make_identity_sampler(people, num_identities=3, num_images=3)
+    keys = jax.random.split(jax.random.key(0), 200)
+    episodes = jax.jit(jax.vmap(sample_episode))(keys)
+    chex.assert_shape(episodes.support, [(200, 2, 9, 2), (200, 2, 9)])
+    chex.assert_shape(episodes.query, [(200, 0, 9, 2), (200, 0, 9)])
+    inputs, targets = map(np.asarray, episodes.support)
+    assert np.all((inputs[:, 1] >= 100) & (inputs[:, 0] < 100).all())
+    for domain in range(2):
+        for episode in range(200):
+            who, which = inputs[episode, domain].T
+            labels = targets[episode, domain]
+            for label in range(3):
+                assert len(set(who[labels == label])) == 1  # one identity a label
+                assert len(set(which[labels == label])) == 3  # and no image twice
+            assert len(set(who)) == 3
+    assert set(np.unique(inputs[:, 0, :, 0])) == {0, 1, 2, 3}
+    assert not np.array_equal(jax.random.key_data(episodes.key), jax.random.key_data(keys))
+
+
+def test_domains_draw_independently():
+    people = telling_identities(4, [3, 3, 3, 3])
+    sample_episode = make_identity_sampler([people, people], num_identities=2, num_images=2)
+    inputs = jax.jit(jax.vmap(sample_episode))(jax.random.split(jax.random.key(0), 300)).support.inputs
+    same = np.mean(np.all(np.asarray(inputs[:, 0]) == np.asarray(inputs[:, 1]), axis=(1, 2)))
+    assert same < 0.03
+
+
+@pytest.mark.parametrize(
+    ("people", "settings", "message"),
+    [
+        ([], {}, "domains is empty"),
+        ([telling_identities(2, [3, 3])], {"num_images": 1}, "num_images must be an integer of at least 2, got 1"),
+        ([telling_identities(2, [3, 3]), telling_identities(1, [3])], {}, "domain 1: "),
+        ([telling_identities(2, [3, 1])], {}, "domain 0: "),
+    ],
+)
+def test_identities_that_do_not_suffice_are_refused(people, settings, message):
+    with pytest.raises(ValueError, match=message):
+        make_identity_sampler(people, **{"num_identities": 2, "num_images": 2} | settings)

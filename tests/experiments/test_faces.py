@@ -1,0 +1,190 @@
+"""Verification in unseen domains in miniature, on made-up identities."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments import faces, runs
+from maml_jax import Batch, Episode, losses
+
+TINY = {"num_meta_steps": 4, "val_every": 2, "log_every": 1, "identities": 3}
+rng = np.random.default_rng(0)
+
+
+def config_of(algorithm="mldg", **settings):
+    return dataclasses.replace(faces.METHODS[algorithm], **TINY | settings)
+
+
+@pytest.fixture
+def characters(monkeypatch):
+    """Forty characters of four drawings. The first pixel of all drawings of a character names it."""
+    images = (rng.random((40, 4, 28, 28, 1)) < 0.2).astype(np.uint8) * 255
+    images[:, :, 0, 0, 0] = 100 + np.arange(40)[:, None]
+    parts = {"train": images[:20], "val": images[20:25], "test": images[25:]}
+    monkeypatch.setattr(faces.omniglot, "load", lambda split, data_dir: parts[split])
+    return images
+
+
+@pytest.mark.parametrize("name", ["mfr", "cdt"])
+@pytest.mark.parametrize("algorithm", faces.METHODS)
+def test_a_run_is_tested_and_can_be_used(characters, algorithm, name, tmp_path):
+    config = config_of(algorithm, losses=name, run_dir=tmp_path / "run")
+    results = faces.run(config)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    assert [(row["by"], row["domain"]) for row in results["evaluations"]] == [
+        (by, domain) for by in ("embedding", "pixels") for domain in ("edges", "coarse")
+    ]
+    learner, params, loaded = runs.load(tmp_path / "run")
+    assert loaded.losses == name
+    examples = faces.examples_of(faces.with_paper_defaults(config))
+    again = faces.test(loaded, learner, params, examples)
+    assert again["evaluations"] == results["evaluations"]
+    assert (tmp_path / "run" / "figures" / "roc.png").exists()
+    assert faces.run(config) == results  # found finished
+
+
+def test_no_identity_is_in_two_parts(characters):
+    found = faces.examples_of(faces.with_paper_defaults(config_of()))
+    undone = {"plain": lambda x: x, "inverted": lambda x: 255 - x}
+    assert list(found.train) == ["plain", "inverted", "thick", "turned"]
+    assert list(found.test) == ["edges", "coarse"]
+    trained = [{int(undone[name](images)[0, 0, 0, 0]) for images in found.train[name]} for name in undone]
+    validated = [{int(undone[name](images)[0, 0, 0, 0]) for images in found.val[name]} for name in undone]
+    tested = {int(images[0, 0, 0, 0]) for images in found.test["coarse"]}
+    assert validated[0] == validated[1]
+    assert len(trained[0]) == len(trained[1]) == 6
+    assert not trained[0] & trained[1]
+    assert not (trained[0] | trained[1]) & (validated[0] | tested)
+    assert not validated[0] & tested
+    assert [len(x) for x in (validated[0], tested)] == [6, 10]
+
+
+def test_renderings_keep_shape_and_dtype(characters):
+    for name, render in faces.RENDERINGS.items():
+        found = render(characters)
+        assert (found.shape, found.dtype) == (characters.shape, np.uint8), name
+        assert name == "plain" or np.any(found != characters)
+    line = np.zeros((1, 28, 28, 1), np.uint8)
+    line[0, 10, 5:20, 0] = 200
+    assert np.count_nonzero(faces.RENDERINGS["thick"](line)) == 3 * 17
+    assert not np.any(faces.RENDERINGS["edges"](line)[line > 0])
+
+
+def test_erm_with_cdt_measures_every_domain_by_each_other_one():
+    config = config_of("erm", losses="cdt", across_weight=1.0)
+    plain = config_of("erm", losses="cdt", across_weight=0.0)
+    inputs = jnp.asarray(rng.random((3, 6, 28, 28, 1)), jnp.float32)
+    targets = jnp.tile(jnp.repeat(jnp.arange(3), 2), (3, 1))
+    episode = Episode(Batch(inputs, targets), Batch(inputs[:0], targets[:0]), jax.random.key(0))
+    learner = faces.make_learner(config)
+    params = learner.init(jax.random.key(1), inputs)
+    with_it, without = (faces.make_learner(c).objective(params, episode)[0] for c in (config, plain))
+    outputs = jnp.stack([learner.predict(params, x) for x in inputs])
+    crossed = losses.cross_domain_triplet(config.margin)
+    expected = np.mean(
+        [
+            crossed(outputs[i], targets[i], outputs[j][None], targets[j][None])
+            for i in range(3)
+            for j in range(3)
+            if i != j
+        ]
+    )
+    np.testing.assert_allclose(with_it - without, expected, rtol=1e-4)
+
+
+def write_folder(directory, people=5, images=3, domains=("day", "night", "sketch")):
+    for domain in domains:
+        for person in range(people):
+            folder = directory / domain / f"{domain[0]}{person}"
+            folder.mkdir(parents=True)
+            for image in range(images):
+                Image.fromarray(rng.integers(0, 255, (9, 7, 3), dtype=np.uint8)).save(folder / f"{image}.png")
+    return directory
+
+
+def test_a_folder_of_ones_own(tmp_path):
+    directory = write_folder(tmp_path / "data")
+    config = config_of("erm", data="folder", data_dir=directory, identities=2, run_dir=tmp_path / "run")
+    results = faces.run(config)
+    assert results["protocol"]["held_out"] == ["sketch"]
+    assert results["protocol"]["sources"] == ["day", "night"]
+    assert results["evaluations"][0]["identities"] == 5
+
+
+def test_people_who_are_trained_on_are_not_tested(tmp_path):
+    directory = write_folder(tmp_path / "data")
+    for person in range(4):
+        (directory / "sketch" / f"s{person}").rename(directory / "sketch" / f"d{person}")
+    found = faces.of_folder(directory, ("sketch",))
+    assert {name: len(people) for name, people in found.train.items()} == {"day": 3, "night": 3}
+    names = {f"d{i}" for i in range(5)} - {f"d{i}" for i in np.random.default_rng(0).permutation(5)[:2]}
+    assert len(found.test["sketch"]) == 5 - len(names & {f"d{i}" for i in range(4)})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (
+            lambda d: (d / "day" / "d0" / "1.png").unlink() or (d / "day" / "d0" / "2.png").unlink(),
+            "d0 holds one image",
+        ),
+        (lambda d: (d / "day" / "d0" / "1.png").write_bytes(b"nothing"), "1.png"),
+        (lambda d: (d / "extra").mkdir(), "extra holds no folder of a person"),
+        (lambda d: [(d / "day" / f"d{i}").rename(d / "night" / f"x{i}") for i in range(3)], "holds 2 people"),
+    ],
+)
+def test_folders_that_do_not_suffice_are_refused(tmp_path, spoil, message):
+    directory = write_folder(tmp_path / "data")
+    spoil(directory)
+    with pytest.raises(ValueError, match=message):
+        faces.run(config_of("erm", data="folder", data_dir=directory, held_out=("sketch",), run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"identities": 1}, "--identities must be an integer of at least 2, got 1"),
+        ({"shot": 1}, "--shot must be an integer of at least 2, got 1"),
+        ({"held_out": ("fog",)}, "--held-out fog is no domain; choose among plain"),
+        ({"data": "folder"}, "--data folder needs the folder by --data-dir"),
+        ({"positive_threshold": 2.0}, r"--positive-threshold 2\.0 must be a cosine"),
+        ({"scale": 0.0}, r"--scale=0\.0 must be a positive number"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+
+
+def test_too_few_identities_are_refused_before_training(characters, tmp_path):
+    with pytest.raises(ValueError, match="--identities 7 exceeds the 6 training identities"):
+        faces.run(config_of(identities=7, run_dir=tmp_path / "run"))
+    with pytest.raises(ValueError, match="leaves no source domain"):
+        faces.run(config_of(held_out=tuple(faces.RENDERINGS), run_dir=tmp_path / "run"))
+
+
+def result(algorithm, seed, rate, **config):
+    metrics = {"tar_at_0.01": {"mean": [rate], "ci95": [0.01]}}
+    roc = np.linspace(0, 1, 41).tolist()
+    rows = [{"by": by, "domain": "edges", "metrics": metrics, "roc": roc} for by in ("embedding", "pixels")]
+    config = {"losses": "mfr", "data": "characters"} | config
+    return {"algorithm": algorithm, "seed": seed, "config": config, "evaluations": rows}
+
+
+def test_differences_are_paired_by_seed():
+    results = [result("erm", s, 0.3 + 0.1 * s) for s in range(3)] + [
+        result("mldg", s, 0.31 + 0.1 * s) for s in range(3)
+    ]
+    rows = [
+        [c.strip() for c in line.split("|")[1:-1]] for line in faces.section(results, lambda r: []).splitlines()[4:]
+    ]
+    assert rows[0][1:] == ["edges", "3", "40.00 ± 24.84", ""]
+    assert rows[1][3:] == ["41.00 ± 24.84", "1.00 ± 0.00"]
+    assert rows[2][0] == "pixels"
+    assert faces.section([], lambda r: []) == ""
