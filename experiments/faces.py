@@ -79,7 +79,7 @@ class Config(RunConfig):
     identities: int = 16
     """Identities of each source domain in a meta-step."""
     shot: int = 2
-    """Images of each of them."""
+    """Images of each identity in a meta-step, in each source domain."""
     query_shot: Annotated[int | None, tyro.conf.Suppress] = None
     meta_batch_size: int = 1
     """Episodes per meta-step. Each has a split of the source domains of its own."""
