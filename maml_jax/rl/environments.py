@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maml_jax.rl.distributions import Categorical, Distribution, Normal
 from maml_jax.types import ArrayTree, Environment, PRNGKey
@@ -23,7 +24,8 @@ def from_gymnax(environment: Any, sample_params: Callable[[PRNGKey], ArrayTree])
       sample_params: `(key) -> params`, such as `lambda key: default.replace(gravity=jax.random.uniform(key))`.
 
     Returns:
-      An `Environment`. State and observation keep the dtypes that `reset_env` gives them; the reward is a float.
+      An `Environment` whose reward is a float. States of gymnax hold Python numbers, which change their dtype in the
+      first step; the state keeps the dtypes that `reset_env` gives it wherever nothing is lost, such as a fraction.
 
     Raises:
       ValueError: if `environment` lacks one of the two functions.
@@ -44,11 +46,17 @@ def from_gymnax(environment: Any, sample_params: Callable[[PRNGKey], ArrayTree])
 
     def step(params: ArrayTree, state: ArrayTree, action: ArrayTree, key: PRNGKey) -> tuple:
         observation, new_state, reward, done, *_ = environment.step_env(key, state, action, params)
-        # States of gymnax hold Python numbers, which change their dtype in the first step.
-        new_state = jax.tree.map(lambda new, old: jnp.asarray(new, old.dtype), new_state, state)
+        if jax.tree.structure(new_state) == jax.tree.structure(state):  # if not, `check_environment` says so
+            new_state = jax.tree.map(_as_before, new_state, state)
         return new_state, _arrays(observation), jnp.asarray(reward, float), jnp.asarray(done, bool)
 
     return Environment(sample_task, reset, step)
+
+
+def _as_before(new: jax.Array, old: jax.Array) -> jax.Array:
+    """The new leaf in the dtype of the old one; unchanged if that would lose a fraction."""
+    new = jnp.asarray(new)
+    return jnp.asarray(new, old.dtype) if np.can_cast(new.dtype, old.dtype, "same_kind") else new
 
 
 def _arrays(tree: ArrayTree) -> ArrayTree:

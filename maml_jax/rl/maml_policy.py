@@ -1,13 +1,14 @@
 """MAML within a trial: a policy that takes a policy-gradient step after every reward, and whose start is learnt.
 
-The parameters of the moment φ are the state of a recurrent policy, and an inner step is its transition. Data and
-adaptation therefore alternate once per time step, and whole trials are trained as those of RL². The derivative passes
-through every inner step exactly. The objective counts each action under the φ that took it, so the reward of a trial
-includes what was earned while adapting, as published totals do.
+The current parameters φ are the state of a recurrent policy, and an inner step is its transition. Data and adaptation
+therefore alternate once per time step, and whole trials are trained as those of RL². The derivative passes through
+every inner step exactly. Every reward of a trial counts, also those that are earned while adapting.
 
 Finn, Abbeel and Levine, 2017, section 3.3, with one trajectory of one time step for every update.
 https://arxiv.org/abs/1703.03400
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from maml_jax.rl.distributions import Categorical
 from maml_jax.rl.policies import categorical_policy
 from maml_jax.rl.surrogates import Transition, policy_gradient
 from maml_jax.rl.trials import RecurrentPolicy
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, Model, check_integer
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, Model, check_integer, check_positive
 
 
 def maml_policy(
@@ -36,10 +37,14 @@ def maml_policy(
 ) -> RecurrentPolicy:
     """A policy that takes one inner step φ ← φ − α ∘ ∇ loss(φ) after every time step.
 
-    The inner loss is a surrogate of softmax(f_φ), where f is the network; what acts is softmax(β f_φ). With β = 1 both
-    are the same policy, but then a policy that has become certain has no gradient left, and cannot leave an arm that
-    disappoints. The advantage of an action is its own reward minus b, so an action should not change what later ones
-    earn: the policy is made for bandits. θ, b, the rates α (one per parameter) and β are learnt.
+    The inner loss is a surrogate of softmax(f_φ), where f is the network. What acts is softmax(β f_φ). With β = 1 both
+    are the same policy; but a policy that has become certain has no gradient left, so it cannot leave an action that
+    disappoints.
+
+    The advantage of an action is its own reward minus b. That is right for bandits. Elsewhere it leaves out what an
+    action changes in later rewards: the inner step is then biased, and the outer objective is not.
+
+    θ, the rates α (one per parameter, which may become negative), b and β are learnt, together with the values.
 
     Args:
       model: the network, from observations [S, D] to logits [S, A].
@@ -47,29 +52,45 @@ def maml_policy(
       observation_size: D, the numbers of an observation.
       inner_lr: all rates at the start.
       baseline: b at the start.
-      learn_rates: False keeps α at `inner_lr`.
-      learn_temperature: False keeps β at 1.
-      loss_fn: the inner loss, a surrogate of this package. All that are exact in the first derivative give the same
-        inner steps; the derivative of `policy_gradient` is that of the step as it is taken.
+      learn_rates: False keeps α at `inner_lr`, as in MAML.
+      learn_temperature: False keeps β at 1, as in MAML.
+      loss_fn: the inner loss, a surrogate of this package. All give the same inner steps. Keep `policy_gradient`: its
+        second derivative is that of the step which is taken, and those of the others are not.
       critic_size: hidden units of the values, which are a function of the probabilities of the actions and of the time.
       inner_grad: how an inner gradient is differentiated.
 
     Returns:
-      A `RecurrentPolicy` for `run_trial`, `make_trial_sampler` and `rl2`. Its parameters are {"start": θ, "rates": α,
-      "baseline": b, "inverse_temperature": β, "critic": those of the values}.
+      A `RecurrentPolicy` for `run_trial`, `make_trial_sampler` and `rl2`. Its inputs are [..., D + A + 2]. Its
+      parameters are {"start": θ, "rates": α, "baseline": b, "inverse_temperature": β, "critic": those of the values}.
 
     Raises:
-      ValueError: if `model` is no `Model`, or a count no positive integer.
+      ValueError: if `model` is no `Model`, a count no positive integer, `inner_lr` not positive or `baseline` not
+        finite. `init` and `step` raise it if inputs or logits have another size.
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     observation_size = check_integer("observation_size", observation_size, at_least=1)
+    check_positive("inner_lr", inner_lr)
+    if not math.isfinite(baseline):
+        raise ValueError(f"baseline={baseline} must be a finite number")
     policy = categorical_policy(model)
     critic = models.mlp(features=(check_integer("critic_size", critic_size, at_least=1), 1))
     observations = jax.ShapeDtypeStruct((1, observation_size), jnp.float32)
 
+    def check_inputs(inputs: jax.Array) -> None:
+        expected = observation_size + num_actions + 2
+        if inputs.shape[-1] != expected:
+            raise ValueError(
+                f"the inputs have {inputs.shape[-1]} numbers; observation_size={observation_size} and "
+                f"num_actions={num_actions} need {expected}: the observation, the last action, its reward, and the end"
+            )
+
     def init(key: jax.Array, inputs: jax.Array) -> ArrayTree:
+        check_inputs(inputs)
         start_key, critic_key = jax.random.split(key)
         start = policy.init(start_key, jnp.zeros(observations.shape))
+        logits = jax.eval_shape(policy.apply, start, observations).logits
+        if logits.shape[-1] != num_actions:
+            raise ValueError(f"the network has {logits.shape[-1]} outputs; num_actions={num_actions} needs as many")
         return {
             "start": start,
             "rates": jax.tree.map(lambda leaf: jnp.full_like(leaf, inner_lr), start),
@@ -84,6 +105,7 @@ def maml_policy(
         return {"change": change, "observation": jnp.zeros(observation_size), "time": jnp.zeros(())}
 
     def step(params: ArrayTree, carry: ArrayTree, inputs: jax.Array) -> tuple:
+        check_inputs(inputs)
         observation, action, reward, _ = jnp.split(
             inputs, [observation_size, observation_size + num_actions, observation_size + num_actions + 1]
         )

@@ -63,6 +63,35 @@ def test_dtypes_stay_as_they_start():
     assert not any(leaf.weak_type for leaf in jax.tree.leaves((state, observation, after)))
 
 
+class Drifting(Cart):
+    """An integer in the state becomes a fraction."""
+
+    def step_env(self, key, state, action, params):
+        return self.observe(state), state._replace(time=state.time + 0.5), 0.0, False, {}
+
+    def reset_env(self, key, params):
+        observation, state = super().reset_env(key, params)
+        return observation, state._replace(time=0)
+
+
+class Growing(Cart):
+    """The state gets another structure."""
+
+    def step_env(self, key, state, action, params):
+        return self.observe(state), (state, state), 0.0, False, {}
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [(Drifting(), r"changes state\.time from int32\[\] to float32\[\]"), (Growing(), "must return the same structure")],
+)
+def test_a_state_that_would_lose_something_is_refused(environment, message):
+    broken = rl.from_gymnax(environment, lambda key: Params())
+    task = broken.sample_task(jax.random.key(0))
+    with pytest.raises(ValueError, match=message):
+        rl.rollout(broken, right, task, jax.random.key(1), num_trajectories=2, horizon=3)
+
+
 def test_tasks_are_batched_and_a_trial_can_be_run():
     policy = rl.gru_policy(num_actions=2, hidden_size=3)
     params = policy.init(jax.random.key(0), jnp.zeros((1, 2 + 2 + 2)))

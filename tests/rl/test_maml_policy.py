@@ -21,9 +21,9 @@ def policy_of(**settings):
     return rl.maml_policy(models.mlp(features=(A,)), num_actions=A, observation_size=1, **settings)
 
 
-def params_of(policy, dtype=jnp.float64):
-    """Parameters of which no two are equal."""
-    params = policy.init(jax.random.key(0), jnp.zeros((1, 1 + A + 2)))
+def params_of(policy, dtype=jnp.float64, size=1):
+    """Parameters of which no two are equal, for observations of this size."""
+    params = policy.init(jax.random.key(0), jnp.zeros((1, size + A + 2)))
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noise = [leaf + 0.3 * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
@@ -53,6 +53,37 @@ def test_each_inner_step_is_that_of_a_softmax_table():
             np.testing.assert_allclose(found[step], float(params["inverse_temperature"]) * table, rtol=1e-6)
             softmax = np.exp(table) / np.exp(table).sum()
             table = table + rate * (rewards[step] - float(params["baseline"])) * (np.eye(A)[arms[step]] - softmax)
+
+
+def test_a_step_is_taken_at_the_observation_that_was_acted_on():
+    # Two observations as one-hot vectors: a row of the kernel is the table of logits of its observation.
+    with jax.enable_x64(True):
+        policy = rl.maml_policy(
+            models.mlp(features=(A,)), num_actions=A, observation_size=2, inner_lr=1.3, baseline=0.4
+        )
+        params = params_of(policy, size=2)
+        states, arms, rewards = [0, 1, 1, 0], [1, 0, 1], [1.0, 0.0, 1.0]
+        inputs = [np.concatenate([np.eye(2)[states[0]], np.zeros(A + 2)])]
+        for state, arm, reward in zip(states[1:], arms, rewards, strict=True):
+            inputs.append(np.concatenate([np.eye(2)[state], np.eye(A)[arm], [reward, 0.0]]))
+        _, (distribution, value) = jax.lax.scan(
+            lambda carry, seen: policy.step(params, carry, seen), policy.start(), jnp.array(inputs)
+        )
+        start, rates, critic = (params[name] for name in ("start", "rates", "critic"))
+        kernel, bias = np.array(start["dense_0"]["kernel"]), np.array(start["dense_0"]["bias"])
+        for step, state in enumerate(states):
+            logits = float(params["inverse_temperature"]) * (kernel[state] + bias)
+            np.testing.assert_allclose(distribution.logits[step], logits, rtol=1e-6)
+            acting = np.exp(logits) / np.exp(logits).sum()
+            features = np.concatenate([acting, [np.log1p(step)]])
+            hidden = np.maximum(features @ critic["dense_0"]["kernel"] + critic["dense_0"]["bias"], 0.0)
+            expected = hidden @ critic["dense_1"]["kernel"] + critic["dense_1"]["bias"]
+            np.testing.assert_allclose(value[step], expected[0], rtol=1e-6)
+            if step < len(arms):
+                softmax = np.exp(kernel[state] + bias) / np.exp(kernel[state] + bias).sum()
+                change = (rewards[step] - float(params["baseline"])) * (np.eye(A)[arms[step]] - softmax)
+                kernel[state] = kernel[state] + np.asarray(rates["dense_0"]["kernel"])[state] * change
+                bias = bias + np.asarray(rates["dense_0"]["bias"]) * change
 
 
 def enumerated(policy, params):
@@ -141,8 +172,41 @@ def test_it_is_trained_like_any_recurrent_policy_on_one_device_and_on_two():
         ({"num_actions": 0}, "num_actions must be an integer of at least 1, got 0"),
         ({"observation_size": 0}, "observation_size must be an integer of at least 1, got 0"),
         ({"critic_size": 0}, "critic_size must be an integer of at least 1, got 0"),
+        ({"inner_lr": -1.0}, r"inner_lr=-1\.0 must be a positive number"),
+        ({"inner_lr": float("nan")}, "inner_lr=nan must be a positive number"),
+        ({"baseline": float("nan")}, "baseline=nan must be a finite number"),
     ],
 )
-def test_wrong_counts_are_refused(settings, message):
+def test_wrong_numbers_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         rl.maml_policy(models.mlp(features=(A,)), **{"num_actions": A, "observation_size": 1} | settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "message"),
+    [
+        ({"observation_size": 2}, 1, "the inputs have 5 numbers; observation_size=2 and num_actions=2 need 6"),
+        ({}, 2, "the inputs have 6 numbers; observation_size=1 and num_actions=2 need 5"),
+        ({"num_actions": 3}, 2, "the network has 2 outputs; num_actions=3 needs as many"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(settings, size, message):
+    policy = rl.maml_policy(models.mlp(features=(A,)), **{"num_actions": A, "observation_size": 1} | settings)
+    with pytest.raises(ValueError, match=message):
+        policy.init(jax.random.key(0), jnp.zeros((1, size + A + 2)))
+
+
+def test_it_learns_to_stay_with_the_arm_that_pays():
+    # One of the two arms always pays, and the other never does: after the first pull nothing has to be missed.
+    policy = policy_of(inner_lr=0.5, baseline=0.5)
+    learner = rl.rl2(policy, entropy_weight=0.0)
+    plain = bandits(A)
+    sure = plain._replace(sample_task=lambda key: jax.nn.one_hot(jax.random.randint(key, (), 0, A), A))
+    sampler = rl.make_trial_sampler(sure, policy, num_episodes=1, horizon=4)
+    rule = rl.clipped_epochs(optax.adam(5e-2), num_epochs=4, prepare=rl.standardise_advantages)
+    state = init_meta_state(learner, rule, jax.random.key(0), inputs=jnp.zeros((1, 1 + A + 2)))
+    loop = make_train_loop(learner, rule, sampler, meta_batch_size=200, num_steps=40, chunk_size=200)
+    _, info = loop(state, jax.random.key(1))
+    reward = np.asarray(info.objective.reward)
+    assert reward[0] < 3.0
+    assert reward[-5:].mean() > 3.35  # 3.5 is the most that can be expected
