@@ -34,17 +34,23 @@ console = Console(width=None if sys.stdout.isatty() else 150)
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The settings of every benchmark."""
+class Output:
+    """Where the results of a benchmark go."""
 
     short: bool = False
     """Replace the defaults of the other flags by a small sweep that takes a minute or two."""
+    results_dir: Path = Path("benchmarks/results")
+    """The directory of NAME.json and NAME.png. With --short they are written to its subdirectory "short"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(Output):
+    """The settings of every benchmark that measures times."""
+
     max_repetitions: int = 30
     """Repetitions of each timed program, after one warm-up call."""
     max_seconds: float = 20.0
     """Seconds after which a timed program is not repeated any more. It is timed at least once."""
-    results_dir: Path = Path("benchmarks/results")
-    """The directory of NAME.json and NAME.png. With --short they are written to its subdirectory "short"."""
 
 
 class Timing(NamedTuple):
@@ -181,7 +187,7 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
     the experiments.
 
     Args:
-      config_type: a frozen dataclass that extends `Settings`.
+      config_type: a frozen dataclass that extends `Output`.
       run: the benchmark.
       description: the text of --help.
       short: the defaults with --short.
@@ -200,7 +206,7 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
         sys.exit(f"error: {error}")
 
 
-def write_results(name: str, settings: Settings, content: dict[str, Any], *, suffix: str = "") -> Path:
+def write_results(name: str, settings: Output, content: dict[str, Any], *, suffix: str = "") -> Path:
     """Writes NAME.json: the content, the configuration, versions of packages, and the device.
 
     Args:
@@ -237,7 +243,7 @@ def versions(*packages: str) -> dict[str, str]:
     return found
 
 
-def results_folder(settings: Settings) -> Path:
+def results_folder(settings: Output) -> Path:
     """The directory of the results, which is made if it does not exist."""
     folder = settings.results_dir / "short" if settings.short else settings.results_dir
     folder.mkdir(parents=True, exist_ok=True)
@@ -255,7 +261,7 @@ def _as_json(content: Any) -> Any:
 
 
 @contextlib.contextmanager
-def figure(name: str, settings: Settings, *, columns: int = 1, width: float = 4.5) -> Iterator[Any]:
+def figure(name: str, settings: Output, *, columns: int = 1, width: float = 4.5) -> Iterator[Any]:
     """Yields a list of `columns` axes, each `width` inches wide, then writes NAME.png. No display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

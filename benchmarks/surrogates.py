@@ -17,7 +17,7 @@ from benchmarks import common
 from maml_jax import Model, models, rl
 from maml_jax.rl.rollout import as_batch
 from maml_jax.tasks.tabular_mdp import TabularMDP, action_values, random_mdps
-from maml_jax.types import ArrayTree
+from maml_jax.types import ArrayTree, check_integer
 
 SURROGATES = {
     "policy_gradient": rl.policy_gradient,
@@ -25,26 +25,40 @@ SURROGATES = {
     "loaded_dice": rl.loaded_dice,
 }
 
+DERIVATIVES = ("gradient", "second derivative")
+
 
 @dataclasses.dataclass(frozen=True)
-class Config(common.Settings):
-    """Estimates of the gradient and of a product with the second derivative, one process for each horizon."""
+class Config(common.Output):
+    """Estimates of the gradient and of a product with the second derivative."""
 
     horizon: tuple[int, ...] = (5, 20)
     """Time steps of a trajectory."""
+    num_processes: int = 3
+    """Random processes, the same at every horizon."""
     num_states: int = 10
-    """States of the process."""
+    """States of a process."""
     num_actions: int = 5
-    """Actions of the process."""
+    """Actions of a process."""
     hidden_size: int = 16
     """Units of the policy network's hidden layer."""
     num_trajectories: int = 20
     """Trajectories of one estimate."""
-    num_estimates: int = 20_000
-    """Estimates whose mean and spread are reported."""
+    num_estimates: int = 10_000
+    """Estimates whose mean and spread are reported, for every process."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a number that cannot be."""
+        if not self.horizon:
+            raise ValueError("--horizon needs at least one number of time steps")
+        for horizon in self.horizon:
+            check_integer("--horizon", horizon, at_least=1)
+        least = {"num_processes": 1, "num_states": 1, "num_actions": 2, "hidden_size": 1, "num_trajectories": 1}
+        for name, smallest in (least | {"num_estimates": 2}).items():
+            check_integer(f"--{name.replace('_', '-')}", getattr(self, name), at_least=smallest)
 
 
-SHORT = Config(short=True, horizon=(5,), num_estimates=2000)
+SHORT = Config(short=True, horizon=(5,), num_processes=1, num_estimates=2000)
 
 
 def expected_return(policy: Model, params: ArrayTree, mdp: TabularMDP, horizon: int) -> tuple[jax.Array, jax.Array]:
@@ -97,14 +111,14 @@ def flat(tree: ArrayTree) -> jax.Array:
     return jax.flatten_util.ravel_pytree(tree)[0]
 
 
-def measure(horizon: int, config: Config) -> list[dict[str, Any]]:
-    """Bias and spread of every surrogate, by a table of logits and by a network."""
-    mdp = random_mdps(config.num_states, config.num_actions).sample_task(jax.random.key(horizon))
+def measure(horizon: int, process: int, config: Config) -> list[dict[str, Any]]:
+    """Bias and spread of every surrogate in one process, by a table of logits and by a network."""
+    mdp = random_mdps(config.num_states, config.num_actions).sample_task(jax.random.key(process))
     policies = {"table": (config.num_actions,), "network": (config.hidden_size, config.num_actions)}
     rows = []
     for kind, features in policies.items():
         policy = rl.categorical_policy(models.mlp(features=features))
-        params = policy.init(jax.random.key(0), jnp.zeros((1, config.num_states)))
+        params = policy.init(jax.random.key(100 + process), jnp.zeros((1, config.num_states)))
 
         def gradient(params, policy=policy):
             return jax.grad(lambda p: expected_return(policy, p, mdp, horizon)[0])(params)
@@ -113,15 +127,13 @@ def measure(horizon: int, config: Config) -> list[dict[str, Any]]:
         estimate = estimator(policy, params, mdp, horizon, config)
         keys = jax.random.split(jax.random.key(1), config.num_estimates)
         for name, loss in SURROGATES.items():
-            many = jax.jit(
-                lambda keys, loss=loss, one=estimate: jax.lax.map(lambda k: one(loss, k), keys, batch_size=100)
-            )
-            estimates = many(keys)
-            for derivative, found, truth in zip(("gradient", "second derivative"), estimates, exact, strict=True):
-                rows.append(
-                    {"horizon": horizon, "policy": kind, "surrogate": name, "derivative": derivative}
-                    | errors(found, truth)
-                )
+
+            def many(keys, loss=loss, estimate=estimate):
+                return jax.lax.map(lambda key: estimate(loss, key), keys, batch_size=100)
+
+            about = {"horizon": horizon, "process": process, "policy": kind, "surrogate": name}
+            for derivative, found, truth in zip(DERIVATIVES, jax.jit(many)(keys), exact, strict=True):
+                rows.append(about | {"derivative": derivative} | errors(found, truth))
     return rows
 
 
@@ -138,7 +150,8 @@ def errors(estimates: jax.Array, exact: jax.Array) -> dict[str, float]:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes surrogates.json and surrogates.png, and returns the content."""
-    rows = [row for horizon in config.horizon for row in measure(horizon, config)]
+    processes = range(config.num_processes)
+    rows = [row for horizon in config.horizon for process in processes for row in measure(horizon, process, config)]
     content = {"config": dataclasses.asdict(config), "rows": rows}
     common.show(tables(content))
     common.write_results("surrogates", config, {"rows": rows})
@@ -150,46 +163,62 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
     """One table for each derivative."""
     config, rows = content["config"], content["rows"]
     note = (
-        "Bias and spread are relative to the norm of the exact vector. An estimate without bias would show a bias of "
-        "about the number in parentheses, which is the noise of the mean."
+        "Bias and spread are relative to the norm of the exact vector: the mean over the processes, with the smallest "
+        "and the largest in parentheses. The noise is what the bias of an estimate without bias would be on average."
     )
     return [
         common.Table(
-            f"{derivative}, estimates from {config['num_trajectories']} trajectories",
-            ["surrogate", "policy", "time steps", "bias (noise)", "spread of one estimate"],
+            f"{derivative}, estimates from {config['num_trajectories']} trajectories, processes: "
+            f"{config['num_processes']}",
+            ["surrogate", "policy", "time steps", "bias", "noise of the bias", "spread of one estimate"],
             [
                 [
-                    row["surrogate"],
-                    row["policy"],
-                    row["horizon"],
-                    f"{row['bias']:.3f} ({row['bias_of_noise']:.3f})",
-                    f"{row['spread']:.2f}",
+                    *key,
+                    over_processes([row["bias"] for row in group], 3),
+                    f"{np.mean([row['bias_of_noise'] for row in group]):.3f}",
+                    over_processes([row["spread"] for row in group], 2),
                 ]
-                for row in rows
-                if row["derivative"] == derivative
+                for key, group in grouped(rows, derivative).items()
             ],
             note,
         )
-        for derivative in ("gradient", "second derivative")
+        for derivative in DERIVATIVES
     ]
 
 
+def grouped(rows: list[dict[str, Any]], derivative: str) -> dict[tuple, list[dict[str, Any]]]:
+    """The rows of one derivative by surrogate, policy and horizon, the processes together."""
+    found: dict[tuple, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: (row["horizon"], row["policy"] == "network")):
+        if row["derivative"] == derivative:
+            found.setdefault((row["surrogate"], row["policy"], row["horizon"]), []).append(row)
+    return found
+
+
+def over_processes(values: list[float], digits: int) -> str:
+    """The mean with the smallest and the largest value."""
+    return f"{np.mean(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
+
+
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
-    """Draws bias and spread of the second derivative, for the network."""
+    """Draws bias and spread of the second derivative of the network, a point for every process."""
+    groups = grouped(rows, "second derivative")
     with common.figure("surrogates", config, columns=len(config.horizon), width=5.0) as drawn:
         for axes, horizon in zip(drawn, config.horizon, strict=True):
-            chosen = [
-                row
-                for row in rows
-                if (row["horizon"], row["policy"], row["derivative"]) == (horizon, "network", "second derivative")
-            ]
-            places = np.arange(len(chosen))
-            axes.barh(places - 0.2, [row["bias"] for row in chosen], 0.4, label="bias")
-            axes.barh(places + 0.2, [row["spread"] for row in chosen], 0.4, label="spread of one estimate", hatch="//")
-            axes.set_yticks(places, [row["surrogate"] for row in chosen])
-            axes.invert_yaxis()
+            for place, name in enumerate(SURROGATES):
+                group = groups[name, "network", horizon]
+                for row in group:
+                    axes.plot(row["bias"], place, "o", color="C0")
+                    axes.plot(row["bias_of_noise"], place, "|", color="C0", markersize=16)
+                    axes.plot(row["spread"], place, "s", color="C1")
+            axes.plot([], [], "o", color="C0", label="bias")
+            axes.plot([], [], "|", color="C0", markersize=16, label="bias by noise alone")
+            axes.plot([], [], "s", color="C1", label="spread of one estimate")
+            axes.set_yticks(range(len(SURROGATES)), list(SURROGATES))
+            axes.set_ylim(len(SURROGATES) - 0.5, -0.5)
             axes.set(title=f"{horizon} time steps", xlabel="relative to the exact second derivative", xscale="log")
-            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
 
 
 if __name__ == "__main__":

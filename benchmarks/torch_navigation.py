@@ -22,6 +22,7 @@ class Settings(NamedTuple):
     inner_lr: float
     max_kl: float
     num_cg_steps: int = 10
+    residual_tolerance: float = 1e-10
     damping: float = 1e-5
     backtrack: float = 0.8
     num_backtracks: int = 15
@@ -111,13 +112,20 @@ def adapt(weights: Weights, support: Trajectories, settings: Settings) -> Weight
 
 def outer_loss(
     weights: Weights, support: Trajectories, query: Trajectories, settings: Settings
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """The ratio surrogate of the adapted policy, its KL from the one that acted, and its outputs."""
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """The ratio surrogate of the adapted policy, and its outputs."""
     outputs = policy(adapt(weights, support, settings), query.observation)
     old = log_prob(query.mean, query.log_std, query.action)
     ratio = (log_prob(*outputs, query.action) - old).exp()
-    loss = -masked_mean(ratio * query.advantage, query.mask)
-    return loss, masked_mean(divergence((query.mean, query.log_std), outputs), query.mask), outputs
+    return -masked_mean(ratio * query.advantage, query.mask), outputs
+
+
+def loss_and_divergence(
+    weights: Weights, support: Trajectories, query: Trajectories, settings: Settings
+) -> tuple[Tensor, Tensor]:
+    """The surrogate of the adapted policy, and its KL from the one that acted."""
+    loss, outputs = outer_loss(weights, support, query, settings)
+    return loss.detach(), masked_mean(divergence((query.mean, query.log_std), outputs), query.mask).detach()
 
 
 def divergence(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> Tensor:
@@ -135,7 +143,7 @@ def gradient_and_product(
     """The mean loss, its gradient, and the product with the Fisher matrix, all flat."""
     total, mean_kl = 0.0, 0.0
     for support, query in data:
-        loss, _, outputs = outer_loss(weights, support, query, settings)
+        loss, outputs = outer_loss(weights, support, query, settings)
         fixed = tuple(output.detach() for output in outputs)
         total = total + loss / len(data)
         mean_kl = mean_kl + masked_mean(divergence(fixed, outputs), query.mask) / len(data)
@@ -144,7 +152,7 @@ def gradient_and_product(
     slope = flat(torch.autograd.grad(mean_kl, leaves, create_graph=True))
 
     def product(vector: Tensor) -> Tensor:
-        return flat(torch.autograd.grad(slope @ vector, leaves, retain_graph=True)) + settings.damping * vector
+        return flat(torch.autograd.grad(slope @ vector, leaves, retain_graph=True))
 
     return total.detach(), grads, product
 
@@ -154,16 +162,16 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors])
 
 
-def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, num_steps: int) -> Tensor:
+def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, settings: Settings) -> Tensor:
     """Solves product(x) = target."""
     found, left = torch.zeros_like(target), target.clone()
     direction, size = left.clone(), left @ left
-    for _ in range(num_steps):
+    for _ in range(settings.num_cg_steps):
         image = product(direction)
         step = size / (direction @ image)
         found, left = found + step * direction, left - step * image
         new_size = left @ left
-        if new_size < 1e-10:
+        if new_size < settings.residual_tolerance:
             break
         direction, size = left + new_size / size * direction, new_size
     return found
@@ -172,12 +180,12 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], target: Tensor, num
 def step(weights: Weights, data: Data, settings: Settings) -> Weights:
     """The longest step of the natural gradient whose KL is within the bound and that lowers the loss."""
     old_loss, grads, product = gradient_and_product(weights, data, settings)
-    direction = conjugate_gradients(product, grads, settings.num_cg_steps)
+    direction = conjugate_gradients(lambda v: product(v) + settings.damping * v, grads, settings)
     length = torch.sqrt(2.0 * settings.max_kl / (direction @ product(direction)))
     for attempt in range(settings.num_backtracks):
         moved = moved_by(weights, -length * settings.backtrack**attempt * direction)
-        found = [outer_loss(moved, *pair, settings)[:2] for pair in data]
-        loss, kl = (torch.stack(values).mean().detach() for values in zip(*found, strict=True))
+        found = [loss_and_divergence(moved, *pair, settings) for pair in data]
+        loss, kl = (torch.stack(values).mean() for values in zip(*found, strict=True))
         if loss < old_loss and kl <= settings.max_kl:
             return moved
     return weights

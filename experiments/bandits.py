@@ -30,9 +30,9 @@ class Config(trials.TrialConfig):
     experiment: ClassVar[str] = "bandits"
 
     num_arms: int = 5
-    """Arms of a bandit; 5, 10 and 50 in the paper."""
+    """Arms of a bandit; 5, 10 and 50 in the RL² paper."""
     num_pulls: int = 10
-    """Pulls of a trial; 10, 100 and 500 in the paper."""
+    """Pulls of a trial; 10, 100 and 500 in the RL² paper."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
@@ -88,30 +88,37 @@ def _problem(num_arms: int, num_pulls: int) -> trials.Problem:
     )
 
 
-def regret(problem: trials.Problem, probabilities: jax.Array, trial: rl.Trial) -> jax.Array:
-    """What each pull is expected to pay less than the best arm, [n]."""
-    return jnp.max(probabilities) - probabilities[trial.action]
+def reward_and_regret(problem: trials.Problem, probabilities: jax.Array, trial: rl.Trial) -> tuple:
+    """The total reward of a trial, and what each pull is expected to pay less than the best arm, [n]."""
+    return jnp.sum(trial.reward), jnp.max(probabilities) - probabilities[trial.action]
 
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """The rewards and regrets of the policy and of the strategies, and the largest reward that can be expected."""
-    *keys, strategy_key, regret_key = jax.random.split(runs.streams(config.seed).test, 4)
-    problem = problem_of(config)
-    metrics = trials.reward_metrics(config, problem, params, keys)
-    strategies, regrets = bandit_strategies.compare(
+    *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
+    problem, metrics, regrets = problem_of(config), {}, {}
+    names = {"reward": True, "reward_of_draws": False}
+    for key, (name, greedy) in zip(keys, names.items(), strict=True):
+        reward, regret = trials.through_trials(
+            config, problem, params, key, config.eval_episodes, reward_and_regret, greedy=greedy
+        )
+        metrics[name] = runs.mean_and_interval(reward[:, None])
+        regrets[name] = np.cumsum(regret.mean(0)).tolist()
+    strategies, of_strategies = bandit_strategies.compare(
         strategy_key, num_arms=config.num_arms, num_pulls=config.num_pulls, num_tasks=config.eval_episodes
     )
-    of_policy = trials.through_trials(config, problem, params, regret_key, config.eval_episodes, regret, greedy=True)
-    regrets = {trials.TITLES[config.algorithm]: np.cumsum(of_policy.mean(0)).tolist(), **regrets}
     try:
         optimum = bandit_strategies.bayes_optimum(config.num_arms, config.num_pulls)
     except ValueError:  # there are too many states for the dynamic programme
         optimum = None
-    return {"metrics": metrics, "strategies": strategies, "regret": regrets, "optimum": optimum}
+    regret = {trials.TITLES[config.algorithm]: regrets["reward"], **of_strategies}
+    return {"metrics": metrics, "strategies": strategies, "regret": regret, "optimum": optimum}
 
 
 def draw(directory: Path, results: dict[str, Any]) -> None:
-    """Draws the regret after each pull."""
+    """Draws the regret after each pull, if the results have it."""
+    if "regret" not in results:
+        return
     arms, pulls = (results["config"][name] for name in ("num_arms", "num_pulls"))
     figures.regrets(directory / "regret.png", {f"{pulls} pulls of {arms} arms": results["regret"]})
 

@@ -295,11 +295,9 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
       cells: by title of the panel and label, the sum of the regrets up to each pull. The curves of learnt policies are
         wide, so that they can be seen below others.
     """
-    figure, panels = plt.subplots(
-        1, len(cells), figsize=(max(4.2 * len(cells), 5.5), 3.8), layout="constrained", squeeze=False
-    )
     labels = list(dict.fromkeys(label for curves in cells.values() for label in curves))
-    for axes, (title, curves) in zip(panels[0], cells.items(), strict=True):
+    figure, panels = _panels(len(cells))
+    for axes, (title, curves) in zip(panels, cells.items(), strict=True):
         for label, regret in curves.items():
             index = labels.index(label)
             style = {"color": f"C{index % 10}", "linestyle": DASHES[index % 4], "marker": MARKERS[index % len(MARKERS)]}
@@ -307,10 +305,24 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
                 style |= {"linewidth": 5, "alpha": 0.45, "zorder": 1}
             axes.plot(range(1, len(regret) + 1), regret, label=label, markevery=0.2, markersize=4, **style)
         axes.set(title=title, xlabel="pulls", ylabel="expected reward lost so far")
-        axes.set_ylim(0, 1.1 * max(regret[-1] for label, regret in curves.items() if label != "random"))
-        axes.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=7)
+        axes.set_ylim(0, 1.1 * max([r[-1] for name, r in curves.items() if name != "random"], default=None))
+    _legend_below(figure, panels)
     save(figure, file)
+
+
+def _panels(count: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
+    """A figure with panels side by side."""
+    figure, panels = plt.subplots(1, count, figsize=(max(4.2 * count, 5.5), 4.3), layout="constrained", squeeze=False)
+    for axes in panels[0]:
+        axes.grid(alpha=0.3)
+    return figure, panels[0]
+
+
+def _legend_below(figure: plt.Figure, panels: Sequence[plt.Axes]) -> None:
+    """One legend with every label of all panels."""
+    handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    columns = 3 if len(panels) < 3 else 5
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def roc(file: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
@@ -320,11 +332,9 @@ def roc(file: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None
       file: the figure to write.
       curves: by domain and label, the true accept rate at each of `verification.ROC_POINTS`.
     """
-    figure, panels = plt.subplots(
-        1, len(curves), figsize=(max(4.2 * len(curves), 5.5), 3.8), layout="constrained", squeeze=False
-    )
+    figure, panels = _panels(len(curves))
     labels = list(dict.fromkeys(label for of_domain in curves.values() for label in of_domain))
-    for axes, (domain, of_domain) in zip(panels[0], curves.items(), strict=True):
+    for axes, (domain, of_domain) in zip(panels, curves.items(), strict=True):
         for label, rates in of_domain.items():
             index = labels.index(label)
             axes.plot(ROC_POINTS, rates, label=label, color=f"C{index % 10}", linestyle=DASHES[index % 4])
@@ -336,8 +346,7 @@ def roc(file: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None
             xlim=(ROC_POINTS[0], 1),
             ylim=(0, 1),
         )
-        axes.grid(alpha=0.3)
-    panels[0, 0].legend(fontsize=8)
+    _legend_below(figure, panels)
     save(figure, file)
 
 

@@ -146,7 +146,8 @@ BANDITS = {
     }.items()
 }
 """Mean total reward on Bernoulli bandits by (pulls, arms) and strategy: Duan et al., 2016, table 1, on 1,000 tasks.
-MAML: Mishra et al., 2018, table 3. https://arxiv.org/abs/1707.03141"""
+MAML: as quoted from Mishra et al., 2018, https://arxiv.org/abs/1707.03141, without the number of pulls before an
+update."""
 
 MDPS = {
     episodes: dict(

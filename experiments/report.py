@@ -58,6 +58,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     """
     results = runs.finite(runs.read_json(run_dir / "results.json"))
     if results["experiment"] == "cross_domain":
+        flags = []
         ways = "-".join(map(str, results["config"]["ways"]))
         name = f"cross_domain_ways-{ways}_seed-{results['seed']}"
     else:
@@ -68,9 +69,9 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
     runs.write_json(file, results)
     picture = run_dir / "figures" / "behaviour.png"
-    name = rl_report.BEHAVIOUR.get((results["experiment"], results["algorithm"]))
-    if name and picture.exists() and results["seed"] == 0 and not flags:
-        shutil.copy(picture, results_dir.parent / "figures" / name)
+    picture_name = rl_report.BEHAVIOUR.get((results["experiment"], results["algorithm"]))
+    if picture_name and picture.exists() and results["seed"] == 0 and not flags:
+        shutil.copy(picture, results_dir.parent / "figures" / picture_name)
     return file
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -41,9 +42,10 @@ class TrialTraining:
     discount: float = 0.99
     """Discount of a time step, over the whole trial."""
     decay: float = 0.95
-    """The decay λ of the generalised advantages; 0.3 in the paper."""
+    """The decay λ of the generalised advantages; 0.3 in the RL² paper."""
     clip: float = 0.2
-    """The change of the ratio of probabilities beyond which nothing is gained. The paper has a trust region instead."""
+    """The change of the ratio of probabilities beyond which nothing is gained. The RL² paper has a trust region
+    instead."""
     epochs: int = 4
     """How often the trials of a meta-step are gone through."""
     minibatches: int = 2
@@ -70,7 +72,7 @@ class RecurrentTraining(TrialTraining):
     """Hyperparameters of RL²: a gated recurrent unit, trained by proximal policy optimisation on whole trials."""
 
     hidden_size: int = 64
-    """Units of the recurrent layer; 256 in the paper."""
+    """Units of the recurrent layer; 256 in the RL² paper."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""
@@ -87,14 +89,17 @@ class DescentTraining(TrialTraining):
     baseline: float = 0.5
     """What a reward is compared with at the start; it is learnt."""
     learn_rates: bool = True
-    """Whether there is a learnt rate per parameter; MAML has one that is given."""
+    """Learn a rate for each parameter. Otherwise all rates stay at --inner-lr, as in MAML."""
     learn_temperature: bool = True
-    """Whether the policy that acts has a learnt temperature, which the inner loss has not."""
+    """Learn a temperature of the policy that acts; the inner loss is computed without it. Otherwise it is 1, as in
+    MAML."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""
         super().__post_init__()
         check_positive("--inner-lr", self.inner_lr)
+        if not math.isfinite(self.baseline):
+            raise ValueError(f"--baseline {self.baseline} must be a finite number")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

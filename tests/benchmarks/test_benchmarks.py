@@ -153,7 +153,7 @@ def result_of(name, folder):
     found = json.loads((folder / f"{name}.json").read_text())
     assert found["versions"]["jax"] == jax.__version__
     assert found["device"]
-    assert found["config"]["max_repetitions"] == 1
+    assert found["config"].get("max_repetitions", 1) == 1
     return common.read_results(folder / f"{name}.json")
 
 
@@ -405,24 +405,56 @@ def test_navigation_runs(quick, tmp_path):
         assert all(distance < 1e-10 for distance in found["distances"].values())
 
 
-def test_a_wrong_meta_gradient_in_pytorch_is_found(monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "wrong", "found"),
+    [
+        ("adapt", lambda right: lambda w, s, c: right(w, s, c._replace(inner_lr=0.4)), "meta-gradient"),
+        ("advantages", lambda right: lambda *args: -right(*args), "advantages"),
+        (
+            "conjugate_gradients",
+            lambda right: lambda p, g, c: right(p, g, c._replace(num_cg_steps=2)),
+            "trust-region step",
+        ),
+        ("divergence", lambda right: lambda old, new: 3.0 * right(old, new), "trust-region step"),
+    ],
+)
+def test_what_is_wrong_in_pytorch_is_found(monkeypatch, name, wrong, found):
     torch_navigation = pytest.importorskip("benchmarks.torch_navigation", reason="torch is not installed")
     settings = navigation.settings_of(navigation.Config(meta_batch_size=2, num_trajectories=3, horizon=6))
-    adapt = torch_navigation.adapt
-    monkeypatch.setattr(torch_navigation, "adapt", lambda w, s, settings: adapt(w, s, settings._replace(inner_lr=0.4)))
-    assert all(distance > 1e-3 for distance in navigation.distances(torch_navigation, settings).values())
+    monkeypatch.setattr(torch_navigation, name, wrong(getattr(torch_navigation, name)))
+    assert navigation.distances(torch_navigation, settings)[found] > 1e-3
 
 
-def test_surrogates_runs(quick, tmp_path):
+def test_surrogates_runs(tmp_path):
     sizes = {"horizon": (6,), "num_states": 3, "num_actions": 3, "hidden_size": 4, "num_estimates": 4000}
-    surrogates.run(surrogates.Config(**quick, **sizes))
+    surrogates.run(surrogates.Config(results_dir=tmp_path, num_processes=1, **sizes))
     rows = result_of("surrogates", tmp_path)["rows"]
     assert len(rows) == 2 * 3 * 2
     for row in rows:
         unbiased = row["derivative"] == "gradient" or row["surrogate"] == "loaded_dice"
-        assert row["bias_of_noise"] == pytest.approx(row["spread"] / 4000**0.5)
         # In expectation the bias of an estimate without bias is that of the noise.
         assert (row["bias"] < 2 * row["bias_of_noise"]) == unbiased
+
+
+def test_bias_and_spread_are_those_of_made_up_estimates():
+    drawn = np.random.default_rng(0).normal(size=(5000, 2)) * [3.0, 4.0] + [0.0, 12.0]
+    found = surrogates.errors(jnp.asarray(drawn), np.array([0.0, 10.0]))
+    assert found["spread"] == pytest.approx(0.5, rel=0.03)  # the root of 9 + 16, over 10
+    assert found["bias"] == pytest.approx(0.2, abs=0.03)
+    assert found["bias_of_noise"] == pytest.approx(0.5 / 5000**0.5, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"horizon": ()}, "--horizon needs at least one number"),
+        ({"horizon": (0,)}, "--horizon must be an integer of at least 1, got 0"),
+        ({"num_estimates": 1}, "--num-estimates must be an integer of at least 2, got 1"),
+    ],
+)
+def test_surrogates_refuse_what_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        surrogates.Config(**settings)
 
 
 def test_the_exact_return_is_that_of_the_trajectories():
@@ -441,6 +473,7 @@ def test_the_exact_return_is_that_of_the_trajectories():
     returns = drawn.reward.sum(0)
     assert abs(float(returns.mean() - exact)) < 4 * float(returns.std()) / 20_000**0.5
     assert values[0, 0] == exact
+    assert abs(float(drawn.reward[-1].mean() - jnp.mean(drawn.observation[-1] @ values[-1]))) < 0.05
 
 
 def test_peers_agree_and_run(quick, tmp_path):

@@ -178,13 +178,15 @@ def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
     assert [row[5] for row in rows] == ["98.8 / 99.7 / 96.0 / 98.9"] * 2 + ["", "80.0 / 95.0 / 69.5 / 89.1"]
 
 
-@pytest.mark.parametrize(("seed", "expected"), [(0, True), (1, False)])
-def test_the_picture_of_what_a_policy_does_is_taken_from_the_run_with_the_default_settings(tmp_path, seed, expected):
+@pytest.mark.parametrize(
+    ("name", "expected"), [("seed-0", True), ("seed-1", False), ("surrogate-loaded-dice_seed-0", False)]
+)
+def test_the_picture_of_what_a_policy_does_is_taken_from_the_run_with_the_default_settings(tmp_path, name, expected):
     run_dir, experiments = tmp_path / "run", tmp_path / "experiments"
     for folder in (run_dir / "figures", experiments / "results", experiments / "figures"):
         folder.mkdir(parents=True)
     (run_dir / "figures" / "behaviour.png").write_bytes(b"picture")
-    (run_dir / "results.json").write_text((RESULTS / f"navigation_maml_seed-{seed}.json").read_text())
+    (run_dir / "results.json").write_text((RESULTS / f"navigation_maml_{name}.json").read_text())
     report.add(run_dir, experiments / "results")
     assert (experiments / "figures" / "navigation_behaviour.png").exists() == expected
 

@@ -1,5 +1,7 @@
 """The tables on reinforcement learning, from made-up results."""
 
+import pytest
+
 from experiments import published, rl_report
 
 EMPTY = {"navigation": [], "bandits": [], "mdps": [], "mazes": []}
@@ -50,8 +52,9 @@ def test_another_horizon_is_not_compared_with_the_published_one():
     assert not any("published values" in row[0] for row in rows)
 
 
-def bandit_result(arms, reward, algorithm="rl2"):
+def bandit_result(arms, reward, algorithm="rl2", seed=0):
     return {
+        "seed": seed,
         "algorithm": algorithm,
         "regret": {{"rl2": "RL²", "maml": "MAML"}[algorithm]: [0.1, 0.2], "UCB1": [0.2, 0.3], "random": [0.3, 0.6]},
         "config": {"num_pulls": 10, "num_arms": arms},
@@ -87,6 +90,18 @@ def test_runs_with_other_flags_have_rows_and_curves_of_their_own():
     assert rows["MAML, `--no-learn-temperature`"] == ["6.35 ± 0.50 (published 6.5)"]
     curves = rl_report.regrets(results, flags)["10 pulls, 5 arms"]
     assert curves.keys() == {"MAML", "MAML, `--no-learn-temperature`", "UCB1", "random"}
+
+
+def test_no_result_hides_another():
+    results = [bandit_result(5, 6.55), bandit_result(5, 1.23, seed=1)]
+    table = rl_report.strategies_table(results, lambda result: [], published.BANDITS, rl_report.BANDIT_SIZES)
+    rows = {row[0]: row[1:] for row in rows_of(table)}
+    assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)"]
+    assert rows["RL², seed 1"] == ["1.23 ± 0.50 (published 6.7)"]
+    with pytest.raises(ValueError, match="two results are RL², seed 1 in 10 pulls, 5 arms"):
+        rl_report.strategies_table([*results, results[1]], lambda r: [], published.BANDITS, rl_report.BANDIT_SIZES)
+    older = {name: value for name, value in results[0].items() if name != "regret"}
+    assert rl_report.regrets([older, *results], lambda r: [])["10 pulls, 5 arms"].keys() == {"RL²", "UCB1", "random"}
 
 
 def test_walks_stand_beside_the_published_ones():

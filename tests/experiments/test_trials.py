@@ -53,7 +53,7 @@ def test_a_run_is_tested_and_can_be_used(finished):
     assert loaded.num_meta_steps == config.num_meta_steps
     problem = module.problem_of(config)
     key = runs.streams(config.seed).test
-    test_key = key if module is mazes else jax.random.split(key, 4 if module is bandits else 3)[0]
+    test_key = key if module is mazes else jax.random.split(key, 3)[0]
     again = trials.outcome(config, problem, params, test_key, config.eval_episodes, greedy=True)
     expected = results["metrics"]["steps_of_most_probable" if module is mazes else "reward"]["mean"]
     found = again.steps.mean(0) if module is mazes else again.reward.sum(1).mean()
@@ -132,11 +132,24 @@ def test_walks_are_drawn_as_they_went(finished, tmp_path):
             assert not np.any(np.asarray(maze.walls)[tuple(squares.T)])
 
 
+def test_the_regret_is_that_of_the_most_probable_actions(monkeypatch):
+    monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: ({}, {}))
+    of_mode = {True: (np.full(4, 2.0), np.full((4, 2), 0.25)), False: (np.full(4, 1.0), np.full((4, 2), 0.5))}
+    monkeypatch.setattr(trials, "through_trials", lambda *a, greedy, **k: of_mode[greedy])
+    found = bandits.test(config_of(bandits), {})
+    assert found["regret"] == {"RL²": [0.25, 0.5]}
+    assert [found["metrics"][name]["mean"] for name in ("reward", "reward_of_draws")] == [[2.0], [1.0]]
+
+
+def test_results_without_regret_are_drawn_without_it(tmp_path):
+    bandits.draw(tmp_path, {"config": {"num_arms": 2, "num_pulls": 3}})
+    assert not list(tmp_path.iterdir())
+
+
 def test_too_many_states_have_no_optimum(monkeypatch):
     monkeypatch.setattr(bandit_strategies, "MAX_STATES", 3)
     monkeypatch.setattr(bandit_strategies, "compare", lambda key, **sizes: ({}, {}))
-    monkeypatch.setattr(trials, "outcome", lambda *a, **k: trials.Outcome(*(np.ones((4, 1)),) * 3))
-    monkeypatch.setattr(trials, "through_trials", lambda *a, **k: np.ones((4, 10)))
+    monkeypatch.setattr(trials, "through_trials", lambda *a, **k: (np.ones(4), np.ones((4, 10))))
     assert bandits.test(config_of(bandits), {})["optimum"] is None
 
 
@@ -153,6 +166,7 @@ def test_too_many_states_have_no_optimum(monkeypatch):
         (mazes, {"size": 1}, "--size must be an integer of at least 2, got 1"),
         (bandits, {"settings": {"discount": 1.5}}, r"--discount 1\.5 must be at most 1"),
         (bandits, {"settings": {"hidden_size": 0}}, "--hidden-size must be an integer of at least 1, got 0"),
+        (bandits, {"method": "maml", "settings": {"baseline": float("nan")}}, "--baseline nan must be a finite number"),
         (bandits, {"method": "maml", "settings": {"inner_lr": 0.0}}, r"--inner-lr=0\.0 must be a positive number"),
         (bandits, {"settings": {"entropy_weight": -1.0}}, r"--entropy-weight=-1\.0 must be a number of at least 0"),
     ],
@@ -172,10 +186,17 @@ def test_the_command_line_has_the_defaults(module):
 
 
 def test_regret_is_what_the_best_arm_would_pay_more():
-    config = config_of(bandits, num_arms=2)
-    trial = rl.Trial(*([None] * 8))._replace(action=jnp.array([0, 1, 1]))
-    found = bandits.regret(bandits.problem_of(config), jnp.array([0.9, 0.2]), trial)
+    config = config_of(bandits, num_arms=2, num_pulls=6)
+    trial = rl.Trial(*([None] * 8))._replace(action=jnp.array([0, 1, 1]), reward=jnp.array([1.0, 0.0, 1.0]))
+    reward, found = bandits.reward_and_regret(bandits.problem_of(config), jnp.array([0.9, 0.2]), trial)
+    assert reward == 2.0
     np.testing.assert_allclose(found, [0.0, 0.7, 0.7], rtol=1e-6)
+    problem = bandits.problem_of(config)
+    params = trials.make_policy(problem, config.hyperparameters).init(jax.random.key(0), jnp.zeros((1, 5)))
+    reward, regret = trials.through_trials(
+        config, problem, params, jax.random.key(0), 4000, bandits.reward_and_regret, greedy=True
+    )
+    np.testing.assert_allclose(reward.mean() + regret.sum(1).mean(), 6 * 2 / 3, atol=0.08)
     played = bandit_strategies.play(
         bandit_strategies.STRATEGIES["greedy"], jax.random.key(0), num_tasks=4000, num_arms=2, num_pulls=6
     )
