@@ -20,7 +20,10 @@ from experiments.cli import main
 from experiments.runs import console
 from maml_jax import rl
 from maml_jax.tasks.mazes import MOVES, Maze, mazes, shortest_path
-from maml_jax.types import ArrayTree, check_integer
+from maml_jax.types import ArrayTree, PRNGKey, check_integer
+
+LARGER_SIZE = 9
+"""Cells along a side of the larger mazes of the test."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +33,7 @@ class Config(trials.TrialConfig):
     experiment: ClassVar[str] = "mazes"
 
     size: int = 5
-    """Cells along a side of a maze; 5, and 9 for the test of extrapolation, in the paper."""
+    """Cells along a side of a maze; 5 in the paper. Mazes of 9 are tested too if it is smaller."""
     view: int = 3
     """Squares along a side of what the agent sees, an odd number: 3 are the walls around its cell, 5 also the cells
     around it."""
@@ -63,10 +66,11 @@ METHODS = {
 
 def about() -> dict[str, str]:
     """A line on each method for --help."""
-    first, second = published.MAZES["steps"]
+    paper = published.MAZES["5 x 5"]
+    first, second = paper["steps"]
     return {
-        "rl2": f"RL² (Duan et al., 2016). Published: success in {published.MAZES['success'][0]:.1%}, the second walk "
-        f"{second / first:.2f} times as long as the first and no longer in {published.MAZES['improved']:.1%} of mazes."
+        "rl2": f"RL² (Duan et al., 2016). Published: success in {paper['success'][0]:.1%}, the second walk "
+        f"{second / first:.2f} times as long as the first and no longer in {paper['improved']:.1%} of mazes."
     }
 
 
@@ -87,8 +91,20 @@ def _problem(size: int, view: int, num_episodes: int, horizon: int) -> trials.Pr
 
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
-    """Success and steps of every walk, by the most probable actions and by drawn ones, beside the shortest path."""
+    """Success and steps of every walk by the most probable actions and by drawn ones, beside the shortest path.
+
+    The policy is also tested in larger mazes than it was trained in, with four times the time steps, as in the paper.
+    """
     key = runs.streams(config.seed).test
+    larger = dataclasses.replace(config, size=LARGER_SIZE, horizon=4 * config.horizon)
+    found = walks_of(config, params, key)
+    if config.size < LARGER_SIZE:
+        found["larger"] = {"size": LARGER_SIZE, "horizon": larger.horizon} | walks_of(larger, params, key)
+    return found
+
+
+def walks_of(config: Config, params: ArrayTree, key: PRNGKey) -> dict[str, Any]:
+    """What `test` reports of mazes of one size."""
     problem, metrics = problem_of(config), {}
     for name, greedy in {"draws": False, "most_probable": True}.items():
         found = trials.outcome(config, problem, params, key, config.eval_episodes, greedy=greedy)
@@ -134,13 +150,21 @@ def squares_of(maze: Maze, trial: rl.Trial, num_walks: int) -> list[np.ndarray]:
 
 def show(results: dict[str, Any]) -> None:
     """Prints success and steps of every walk."""
-    metrics, count = results["metrics"], len(results["metrics"]["steps_of_draws"]["mean"])
-    size = results["config"]["size"]
-    table = Table(title=f"mazes of {size} x {size} cells, {results['protocol']['episodes']:,} of them")
+    size, count = results["config"]["size"], results["protocol"]["episodes"]
+    tested = {size: results}
+    if larger := results.get("larger"):
+        tested[larger["size"]] = larger
+    for cells, found in tested.items():
+        beyond = "" if cells == size else f", which are larger than those of the training ({size} x {size})"
+        _show_walks(f"mazes of {cells} x {cells} cells, {count:,} of them{beyond}", found)
+
+
+def _show_walks(title: str, found: dict[str, Any]) -> None:
+    metrics, table = found["metrics"], Table(title=title)
     for heading in ("actions", "walk", "steps", "reached the goal, %", "reached and no longer than the first, %"):
         table.add_column(heading, justify="left" if heading == "actions" else "right")
     for name in ("draws", "most_probable"):
-        for walk in range(count):
+        for walk in range(len(metrics[f"steps_of_{name}"]["mean"])):
             cells = [
                 runs.format_mean(*(metrics[f"{what}_of_{name}"][part][walk] for part in ("mean", "ci95")), scale=scale)
                 for what, scale in (("steps", 1), ("success", 100))
@@ -149,7 +173,7 @@ def show(results: dict[str, Any]) -> None:
             shown = runs.format_mean(improved["mean"][0], improved["ci95"][0], scale=100) if walk == 1 else ""
             table.add_row(name.replace("_", " "), str(walk + 1), *cells, shown)
     console.print(table)
-    console.print(f"the shortest path has {results['shortest_path']:.2f} steps on average")
+    console.print(f"the shortest path has {found['shortest_path']:.2f} steps on average")
 
 
 EXPERIMENT = trials.Experiment(

@@ -120,34 +120,39 @@ def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence
 
 
 def mazes_table(results: Results) -> str:
-    """Steps and success of both walks, one row a run."""
+    """Steps and success of both walks, one row for every size of maze that a run was tested in, and way to act."""
     rows = []
     for result in results:
-        metrics, config = result["metrics"], result["config"]
-        steps = metrics["steps_of_draws"]
-        first, second = steps["mean"][:2]
-        rows.append(
-            [
-                f"{config['size']} x {config['size']}, view {config['view']}",
-                *(runs.format_mean(steps["mean"][walk], steps["ci95"][walk]) for walk in (0, 1)),
-                f"{second / first:.2f}",
-                " / ".join(f"{100 * share:.1f}" for share in metrics["success_of_draws"]["mean"][:2]),
-                runs.format_mean(
-                    metrics["improved_of_draws"]["mean"][0], metrics["improved_of_draws"]["ci95"][0], scale=100
-                ),
-                f"{result['shortest_path']:.2f}",
-                f"{result['meta_steps']:,}",
-            ]
-        )
-    first, second = published.MAZES["steps"]
-    success = " / ".join(f"{100 * share:.1f}" for share in published.MAZES["success"])
-    improved = f"{100 * published.MAZES['improved']:.1f}"
-    paper = ["published, in pictures", str(first), str(second), f"{second / first:.2f}", success, improved, "", ""]
+        config, larger = result["config"], result.get("larger")
+        name = f"{config['size']} x {config['size']}, view {config['view']}"
+        tested = {name: result} | ({f"{name}, tested in {larger['size']} x {larger['size']}": larger} if larger else {})
+        for label, found in tested.items():
+            for how, way in {"drawn": "draws", "most probable": "most_probable"}.items():
+                metrics = {what: found["metrics"][f"{what}_of_{way}"] for what in ("steps", "success", "improved")}
+                first, second = metrics["steps"]["mean"][:2]
+                rows.append(
+                    [
+                        label,
+                        how,
+                        *(runs.format_mean(metrics["steps"]["mean"][k], metrics["steps"]["ci95"][k]) for k in (0, 1)),
+                        f"{second / first:.2f}",
+                        " / ".join(f"{100 * share:.1f}" for share in metrics["success"]["mean"][:2]),
+                        runs.format_mean(metrics["improved"]["mean"][0], metrics["improved"]["ci95"][0], scale=100),
+                        f"{found['shortest_path']:.2f}",
+                        f"{result['meta_steps']:,}",
+                    ]
+                )
+    for label, paper in published.MAZES.items():
+        first, second = paper["steps"]
+        success = " / ".join(f"{100 * share:.1f}" for share in paper["success"])
+        improved = f"{100 * paper['improved']:.1f}"
+        row = [f"published, in pictures, {label}", "", str(first), str(second), f"{second / first:.2f}"]
+        rows.append([*row, success, improved, "", ""])
     header = [
-        "cells", "steps, first walk", "second", "ratio", "success, %", "second no longer, %", "shortest path",
-        "meta-steps",
+        "cells", "actions", "steps, first walk", "second", "ratio", "success, %", "second no longer, %",
+        "shortest path", "meta-steps",
     ]  # fmt: skip
-    return runs.markdown_table(header, [*rows, paper])
+    return runs.markdown_table(header, rows)
 
 
 def behaviour(experiment: str, algorithm: str, title: str) -> str:
@@ -196,7 +201,7 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
         )
     if of["mazes"]:
         parts.append(
-            "### Mazes\n\nTwo walks through the same maze, actions drawn. A walk that does not reach the goal counts "
+            "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts "
             "with the steps after which it is given up.\n\n"
             + mazes_table(of["mazes"])
             + behaviour("mazes", "rl2", "Walks through the first mazes of the test")

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from experiments import bandits, cli, domains, hyperparameters, images, mazes, mdps, navigation, omniglot, sinusoid
+from experiments import (
+    bandits,
+    cli,
+    domains,
+    faces,
+    hyperparameters,
+    images,
+    mazes,
+    mdps,
+    navigation,
+    omniglot,
+    sinusoid,
+)
 from maml_jax import CATALOGUE
 
 
@@ -34,7 +46,7 @@ def test_the_method_is_a_subcommand_or_a_flag(arguments):
     assert (config.algorithm, config.way, config.hyperparameters.inner_lr) == ("reptile", 20, 0.5)
 
 
-WITH_METHODS = (bandits, domains, hyperparameters, images, mazes, mdps, navigation, omniglot, sinusoid)
+WITH_METHODS = (bandits, domains, faces, hyperparameters, images, mazes, mdps, navigation, omniglot, sinusoid)
 
 
 @pytest.mark.parametrize("module", WITH_METHODS, ids=lambda module: module.__name__)

@@ -104,20 +104,26 @@ def test_no_result_hides_another():
     assert rl_report.regrets([older, *results], lambda r: [])["10 pulls, 5 arms"].keys() == {"RL²", "UCB1", "random"}
 
 
+def walks(steps):
+    found = {"steps": steps, "success": (0.99, 1.0), "improved": (0.9,)}
+    ways = ("draws", "most_probable")
+    metrics = {f"{what}_of_{way}": metric(*values) for what, values in found.items() for way in ways}
+    return {"metrics": metrics, "shortest_path": 5.5}
+
+
 def test_walks_stand_beside_the_published_ones():
-    result = {
-        "config": {"size": 5, "view": 3},
-        "metrics": {
-            "steps_of_draws": metric(20.0, 10.0),
-            "success_of_draws": metric(0.99, 1.0),
-            "improved_of_draws": metric(0.9),
-        },
-        "shortest_path": 5.5,
-        "meta_steps": 100,
-    }
-    ours, paper = rows_of(rl_report.mazes_table([result]))
-    assert ours[3:5] == ["0.50", "99.0 / 100.0"]
-    assert paper[1:6] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
+    larger = {"size": 9, "horizon": 400} | walks((80.0, 60.0))
+    result = {"config": {"size": 5, "view": 3}, "meta_steps": 100} | walks((20.0, 10.0))
+    rows = rows_of(rl_report.mazes_table([result | {"larger": larger}]))
+    assert [row[:2] for row in rows[:4]] == [
+        [name, how]
+        for name in ("5 x 5, view 3", "5 x 5, view 3, tested in 9 x 9")
+        for how in ("drawn", "most probable")
+    ]
+    assert rows[0][4:6] == ["0.50", "99.0 / 100.0"]
+    assert rows[2][2:5] == ["80.00 ± 0.50", "60.00 ± 0.50", "0.75"]
+    assert rows[4][2:7] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
+    assert len(rows_of(rl_report.mazes_table([result]))) == 4
 
 
 def test_only_what_there_is_has_a_section(tmp_path):

@@ -69,6 +69,10 @@ def test_strategies_are_beside_the_policy(finished):
     module, _, results = finished
     if module is mazes:
         assert results["shortest_path"] > 1.0
+        larger = results["larger"]
+        assert (larger["size"], larger["horizon"]) == (9, 24)
+        assert larger["shortest_path"] > results["shortest_path"]
+        assert max(larger["metrics"]["steps_of_draws"]["mean"]) <= 24
         return
     strategies = results["strategies"]
     assert all(np.isfinite(found["mean"][0]) and found["ci95"][0] > 0 for found in strategies.values())
