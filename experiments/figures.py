@@ -268,7 +268,7 @@ def returns(
         goals with one seed, and over seeds with several.
       paper: by label, the published returns.
     """
-    figure, axes = plt.subplots(figsize=(6.5, 4.2), layout="constrained")
+    figure, axes = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
     for index, (label, of_seeds) in enumerate(results.items()):
         metrics = [result["evaluations"][0]["metrics"]["return"] for result in of_seeds]
         means = np.array([metric["mean"] for metric in metrics], float)
@@ -283,7 +283,7 @@ def returns(
     axes.set(xlabel="updates", ylabel="mean return")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    _legend_below(figure, [axes])
     save(figure, file)
 
 
@@ -322,7 +322,8 @@ def _legend_below(figure: plt.Figure, panels: Sequence[plt.Axes]) -> None:
     """One legend with every label of all panels."""
     handles = {label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     columns = 3 if len(panels) < 3 else 5
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
+    shown = [label.replace("`", "") for label in handles]
+    figure.legend(handles.values(), shown, loc="outside lower center", ncols=columns, fontsize=8)
 
 
 def roc(file: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
