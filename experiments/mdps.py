@@ -58,7 +58,7 @@ def about() -> dict[str, str]:
     numbers = ", ".join(f"{rewards['RL²']} with {episodes} episodes" for episodes, rewards in published.MDPS.items())
     return {
         "rl2": f"RL² (Duan et al., 2016). Published total rewards: {numbers}.",
-        "maml": "MAML, an inner step after every reward. Nothing is published on these processes.",
+        "maml": "MAML, an inner step after every reward. No published number.",
     }
 
 
@@ -81,9 +81,14 @@ def _problem(num_episodes: int) -> trials.Problem:
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """The total reward of the policy and of the strategies."""
     *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
+    problem, metrics = problem_of(config), {}
+    names = {"reward": True, "reward_of_draws": False}
+    for key, (name, greedy) in zip(keys, names.items(), strict=True):
+        found = trials.outcome(config, problem, params, key, config.eval_episodes, greedy=greedy)
+        metrics[name] = runs.mean_and_interval(found.reward.sum(1, keepdims=True))
     sizes = {"num_episodes": config.num_episodes, "num_tasks": config.eval_episodes}
     return {
-        "metrics": trials.reward_metrics(config, problem_of(config), params, keys),
+        "metrics": metrics,
         "strategies": mdp_strategies.compare(strategy_key, **sizes),
     }
 

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -348,19 +348,6 @@ def load(experiment: Experiment, run_dir: str | Path) -> tuple[MetaLearner, Arra
     training = training_of(config, experiment.problem_of(config))
     optimizer = training.optimizer(config, None)
     return training.learner, common.load_params(config.run_dir, config, training.learner, training.inputs, optimizer)
-
-
-def reward_metrics(
-    config: TrialConfig, problem: Problem, params: ArrayTree, keys: Sequence[PRNGKey]
-) -> dict[str, dict[str, list[float]]]:
-    """The total reward of a trial with the most probable actions, and with drawn ones, each with a key of its own."""
-    names = {"reward": True, "reward_of_draws": False}
-    return {
-        name: runs.mean_and_interval(
-            outcome(config, problem, params, key, config.eval_episodes, greedy=greedy).reward.sum(1, keepdims=True)
-        )
-        for key, (name, greedy) in zip(keys, names.items(), strict=True)
-    }
 
 
 def reward_table(results: Mapping[str, Any], paper: Mapping[str, float], title: str) -> Table:
