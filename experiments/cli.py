@@ -28,7 +28,7 @@ GROUPS = {
     "task": (),
     "network": (
         "network", "filters", "features", "pooling", "flatten", "norm_scale", "adapt_norm", "pretrained_run",
-        "head_scale",
+        "head_scale", "width", "depth", "lexical", "vector_size",
     ),
     "outer_loop": (
         "meta_batch_size", "num_meta_steps", "outer_optimizer", "outer_lr", "outer_schedule", "outer_lr_end",
@@ -37,7 +37,8 @@ GROUPS = {
     ),
     "test": (
         "eval_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive", "population", "ensemble",
-        "tune_inner_lr", "inner_lr_grid", "val_every", "eval_shot", "later_lr",
+        "tune_inner_lr", "inner_lr_grid", "val_every", "eval_shot", "later_lr", "sizes",
+        "num_subsets", "dev_pairs", "finetune_lr", "finetune_steps", "finetune_batch", "beam",
     ),
     "run": (
         "seed", "seeds", "run_dir", "log_every", "chunk_size", "precision", "distributed",

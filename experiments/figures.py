@@ -410,3 +410,31 @@ def mazes(file: Path, drawn: Sequence[Mapping[str, Any]]) -> None:
     ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     save(figure, file)
+
+
+def low_resource(file: Path, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """BLEU against the number of sentence pairs, a panel for every held-out language.
+
+    Args:
+      file: the figure to write.
+      methods: by label, the "evaluations" of a result of `experiments.translation`, of one state. The interval is over
+        the subsets.
+    """
+    languages = list(dict.fromkeys(row["language"] for rows in methods.values() for row in rows))
+    figure, panels = _panels(len(languages))
+    for axes, language in zip(panels, languages, strict=True):
+        for index, (label, rows) in enumerate(methods.items()):
+            shown = [row for row in rows if row["language"] == language and row["state"] == rows[0]["state"]]
+            each = [mean_and_interval(np.repeat(row["bleu"], 1 if len(row["bleu"]) > 1 else 2)) for row in shown]
+            style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
+            axes.errorbar(
+                [row["pairs"] for row in shown],
+                [one["mean"][0] for one in each],
+                [one["ci95"][0] for one in each],
+                linestyle=DASHES[index % 4],
+                label=label,
+                **style,
+            )
+        axes.set(title=f"held out: {language}", xlabel="sentence pairs", ylabel="BLEU, greedy")
+    _legend_below(figure, panels)
+    save(figure, file)

@@ -31,6 +31,8 @@ from experiments import (
     rl_report,
     runs,
     sinusoid,
+    translation,
+    translation_report,
 )
 from maml_jax import CATALOGUE
 
@@ -86,6 +88,7 @@ EXPERIMENTS = {
     "mdps": mdps,
     "mazes": mazes,
     "faces": faces,
+    "translation": translation,
 }
 FROM_DATA = ("num_classes",)
 """Settings that a run takes from its data if no flag gives them."""
@@ -496,6 +499,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + other_kinds
         + rl_report.section(of, flags_but_seed)
         + verification
+        + translation_report.section(of["translation"], flags_but_seed)
         + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
         "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
@@ -522,6 +526,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         figures.roc(
             report.parent / "figures" / "faces.png", faces.curves_of(faces.labelled(characters, flags_but_seed))
         )
+    if of["translation"]:
+        translation_report.draw(report.parent / "figures" / "translation.png", of["translation"], flags_but_seed)
     for result in of["cross_domain"]:
         cross_domain.draw(report.parent / "figures" / "cross_domain.png", result)
     if curves_of_seeds:

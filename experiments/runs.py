@@ -33,7 +33,18 @@ LOCATION = ("run_dir", "distributed", "tracking", "seeds")
 """Settings that say where a run is kept, made and watched, and beside which seeds. They are not stored."""
 IRRELEVANT = ("data_dir", "chunk_size", "stream")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
-EXPERIMENTS = ("sinusoid", "omniglot", "images", "domains", "navigation", "bandits", "mdps", "mazes", "faces")
+EXPERIMENTS = (
+    "sinusoid",
+    "omniglot",
+    "images",
+    "domains",
+    "navigation",
+    "bandits",
+    "mdps",
+    "mazes",
+    "faces",
+    "translation",
+)
 """Experiments whose runs hold a learner that can be loaded."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed; --num-meta-steps only if the outer rate does not depend on it."""

@@ -1,6 +1,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from maml_jax import losses
@@ -43,6 +44,20 @@ def test_the_derivatives_of_cross_entropy_need_no_scatter():
     assert "scatter" not in jaxpr
 
 
+def test_masked_cross_entropy_is_the_mean_over_the_targets_that_count():
+    scores = jax.random.normal(jax.random.key(0), (2, 3, 5))
+    targets = jnp.array([[1, 4, 0], [0, 2, 0]])
+    counted = jnp.array([scores[0, 0], scores[0, 1], scores[1, 1]])
+    expected = losses.cross_entropy(counted, jnp.array([1, 4, 2]))
+    np.testing.assert_allclose(losses.masked_cross_entropy(scores, targets), expected, rtol=1e-6)
+    everything = losses.masked_cross_entropy(scores, targets, ignored=3)
+    np.testing.assert_allclose(everything, losses.cross_entropy(scores, targets), rtol=1e-6)
+    assert losses.masked_cross_entropy(scores, jnp.zeros((2, 3), int)) == 0.0
+    assert np.isnan(losses.masked_cross_entropy(scores, targets.at[0, 0].set(5)))
+    gradient = jax.grad(losses.masked_cross_entropy)(scores, targets)
+    np.testing.assert_array_equal(np.any(gradient != 0.0, axis=-1), targets != 0)
+
+
 def test_accuracy_is_the_share_of_right_answers():
     outputs = jnp.array([[3.0, 1, 2], [0, 1, 2], [5, 4, 3], [0, 9, 1]])
     value = losses.accuracy(outputs, jnp.array([0, 2, 1, 1]))
@@ -56,7 +71,7 @@ def test_mean_squared_error_does_not_broadcast(shape):
         losses.mean_squared_error(jnp.zeros((3, 1)), jnp.zeros(shape))
 
 
-@pytest.mark.parametrize("loss_fn", [losses.cross_entropy, losses.accuracy])
+@pytest.mark.parametrize("loss_fn", [losses.cross_entropy, losses.masked_cross_entropy, losses.accuracy])
 def test_class_losses_refuse_one_hot_and_misplaced_targets(loss_fn):
     with pytest.raises(ValueError, match=rf"{loss_fn.__name__} takes integer .* float32; .* targets.argmax\(-1\)"):
         loss_fn(jnp.zeros((3, 5)), jnp.zeros((3, 5)))

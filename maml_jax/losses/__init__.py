@@ -2,6 +2,7 @@
 
 from maml_jax.losses.supervised import accuracy as accuracy
 from maml_jax.losses.supervised import cross_entropy as cross_entropy
+from maml_jax.losses.supervised import masked_cross_entropy as masked_cross_entropy
 from maml_jax.losses.supervised import mean_squared_error as mean_squared_error
 from maml_jax.losses.verification import cross_domain_triplet as cross_domain_triplet
 from maml_jax.losses.verification import domain_alignment as domain_alignment
@@ -17,6 +18,7 @@ __all__ = [
     "domain_alignment",
     "hard_pair_attention",
     "large_margin_cosine",
+    "masked_cross_entropy",
     "mean_squared_error",
     "soft_classification",
     "triplet",

@@ -58,11 +58,38 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
     _check_class_scores(outputs, targets, "cross_entropy")
+    return jnp.mean(_of_each(outputs, targets))
+
+
+def masked_cross_entropy(outputs: jax.Array, targets: jax.Array, *, ignored: int = 0) -> jax.Array:
+    """Mean softmax cross-entropy over the targets that count, in nats per target.
+
+    The mean is over the targets and not over sentences, so a step size keeps its meaning for sentences of any length.
+
+    Args:
+      outputs: unnormalised log-probabilities [..., N].
+      targets: integer class indices [...], in [0, N).
+      ignored: targets with this value do not count, such as those that fill sentences up to one length.
+
+    Returns:
+      A scalar; 0 if no target counts, and not a number if one is out of range.
+
+    Raises:
+      ValueError: if the shapes do not fit or the targets are not integers.
+    """
+    _check_class_scores(outputs, targets, "masked_cross_entropy")
+    counts = targets != ignored
+    total = jnp.sum(jnp.where(counts, _of_each(outputs, targets), 0.0))
+    return total / jnp.maximum(jnp.sum(counts), 1)
+
+
+def _of_each(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """The softmax cross-entropy of each target [...]."""
     # Compares instead of gathering: the derivative of a gather is a scatter, a loop over the examples on a CPU.
     num_classes = outputs.shape[-1]
     is_target = targets[..., None] == jnp.arange(num_classes).reshape((1,) * targets.ndim + (-1,))
     of_target = jnp.sum(jnp.where(is_target, jax.nn.log_softmax(outputs), 0.0), -1)
-    return -jnp.mean(jnp.where((targets >= 0) & (targets < num_classes), of_target, jnp.nan))
+    return -jnp.where((targets >= 0) & (targets < num_classes), of_target, jnp.nan)
 
 
 def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -16,22 +16,38 @@ from maml_jax.models.recurrent import RecurrentModel as RecurrentModel
 from maml_jax.models.recurrent import gru as gru
 from maml_jax.models.resnet12 import ResNet12 as ResNet12
 from maml_jax.models.resnet12 import resnet12 as resnet12
+from maml_jax.models.translation import PAD as PAD
+from maml_jax.models.translation import TASK_VECTORS as TASK_VECTORS
+from maml_jax.models.translation import UNIVERSAL_VECTORS as UNIVERSAL_VECTORS
+from maml_jax.models.translation import Lexicon as Lexicon
+from maml_jax.models.translation import Sentences as Sentences
+from maml_jax.models.translation import Translator as Translator
+from maml_jax.models.translation import gru_translator as gru_translator
+from maml_jax.models.translation import transformer_translator as transformer_translator
 
 __all__ = [
     "MLP",
+    "PAD",
+    "TASK_VECTORS",
+    "UNIVERSAL_VECTORS",
     "BatchStatNorm",
     "Conv4",
+    "Lexicon",
     "MultiScale",
     "PopulationNorm",
     "RecurrentModel",
     "ResNet12",
+    "Sentences",
+    "Translator",
     "conv4",
     "fill_population_statistics",
     "from_linen",
     "from_nnx",
     "gru",
+    "gru_translator",
     "mlp",
     "multi_scale",
     "omniglot_mlp",
     "resnet12",
+    "transformer_translator",
 ]

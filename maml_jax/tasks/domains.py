@@ -38,12 +38,35 @@ def make_sampler(domains: Sequence[Batch], *, batch_size: int) -> SampleEpisodeF
         of the domains do not fit together.
     """
     batch_size = check_integer("batch_size", batch_size, at_least=1)
-    domains = [Batch(*domain) for domain in domains]
-    counts = _count_examples(domains)
-    examples = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *domains)
-    starts = np.cumsum(counts) - counts
-    data = _Data(examples, jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32))
-    return jax.tree_util.Partial(_DomainBatches(batch_size), data)
+    return jax.tree_util.Partial(_DomainBatches(batch_size), _data_of(domains))
+
+
+def make_single_domain_sampler(
+    domains: Sequence[Batch], *, num_inner_steps: int, shot: int, query_shot: int
+) -> SampleEpisodeFn:
+    """Makes a distribution of episodes of one domain each, with a batch for every inner step.
+
+    A domain is drawn uniformly, and its examples independently and uniformly. An episode may hold an example twice.
+
+    Args:
+      domains: D domains, as in `make_sampler`.
+      num_inner_steps: K ≥ 0. With K = 0 the support set is empty.
+      shot: the examples of each inner step.
+      query_shot: those of the query set.
+
+    Returns:
+      `(key) -> Episode` for a learner with `data_per_step`: a support set with leaves [K, shot, ...] and a query set
+      [query_shot, ...]. Inputs of uint8 become float32 in [0, 1].
+
+    Raises:
+      ValueError: if a count is wrong, or the domains do not fit together.
+    """
+    sizes = (
+        check_integer("num_inner_steps", num_inner_steps, at_least=0),
+        check_integer("shot", shot, at_least=1),
+        check_integer("query_shot", query_shot, at_least=1),
+    )
+    return jax.tree_util.Partial(_SingleDomain(*sizes), _data_of(domains))
 
 
 def make_identity_sampler(
@@ -119,6 +142,39 @@ class _DomainBatches:
         support = jax.tree.map(lambda leaf: leaf[data.starts[:, None] + places], data.examples)
         support = support._replace(inputs=scale_pixels(support.inputs))
         return Episode(support, jax.tree.map(lambda leaf: leaf[:0], support), episode_key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _SingleDomain:
+    """`(data, key) -> Episode` with the settings of `make_single_domain_sampler`."""
+
+    num_inner_steps: int
+    shot: int
+    query_shot: int
+
+    def __call__(self, data: _Data, key: PRNGKey) -> Episode:
+        domain_key, example_key, episode_key = jax.random.split(key, 3)
+        domain = jax.random.randint(domain_key, (), 0, len(data.starts))
+        num_support = self.num_inner_steps * self.shot
+        places = jax.random.randint(example_key, (num_support + self.query_shot,), 0, data.counts[domain])
+        drawn = jax.tree.map(lambda leaf: leaf[data.starts[domain] + places], data.examples)
+        drawn = drawn._replace(inputs=scale_pixels(drawn.inputs))
+        shape = self.num_inner_steps, self.shot
+        support = jax.tree.map(lambda leaf: leaf[:num_support].reshape(*shape, *leaf.shape[1:]), drawn)
+        return Episode(support, jax.tree.map(lambda leaf: leaf[num_support:], drawn), episode_key)
+
+
+def _data_of(domains: Sequence[Batch]) -> _Data:
+    """The examples of all domains in one array a leaf.
+
+    Raises:
+      ValueError: if the domains do not fit together.
+    """
+    domains = [Batch(*domain) for domain in domains]
+    counts = _count_examples(domains)
+    examples = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *domains)
+    starts = np.cumsum(counts) - counts
+    return _Data(examples, jnp.asarray(starts, jnp.int32), jnp.asarray(counts, jnp.int32))
 
 
 def _count_examples(domains: list[Batch]) -> list[int]:

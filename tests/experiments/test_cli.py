@@ -19,6 +19,7 @@ from experiments import (
     navigation,
     omniglot,
     sinusoid,
+    translation,
 )
 from maml_jax import CATALOGUE
 
@@ -46,7 +47,19 @@ def test_the_method_is_a_subcommand_or_a_flag(arguments):
     assert (config.algorithm, config.way, config.hyperparameters.inner_lr) == ("reptile", 20, 0.5)
 
 
-WITH_METHODS = (bandits, domains, faces, hyperparameters, images, mazes, mdps, navigation, omniglot, sinusoid)
+WITH_METHODS = (
+    bandits,
+    domains,
+    faces,
+    hyperparameters,
+    images,
+    mazes,
+    mdps,
+    navigation,
+    omniglot,
+    sinusoid,
+    translation,
+)
 
 
 @pytest.mark.parametrize("module", WITH_METHODS, ids=lambda module: module.__name__)

@@ -8,7 +8,7 @@ import pytest
 from key_use import assert_every_key_has_one_purpose
 
 from maml_jax import Batch
-from maml_jax.tasks.domains import make_identity_sampler, make_sampler
+from maml_jax.tasks.domains import make_identity_sampler, make_sampler, make_single_domain_sampler
 from maml_jax.tasks.pixels import scale_pixels
 
 COUNTS, BATCH_SIZE, EPISODES = (5, 3, 8), 4, 2000
@@ -157,3 +157,38 @@ def test_domains_draw_independently():
 def test_identities_that_do_not_suffice_are_refused(people, settings, message):
     with pytest.raises(ValueError, match=message):
         make_identity_sampler(people, **{"num_identities": 2, "num_images": 2} | settings)
+
+
+def test_an_episode_of_a_single_domain_has_a_batch_for_every_step():
+    sample_episode = make_single_domain_sampler(telling_domains(), num_inner_steps=3, shot=2, query_shot=4)
+    found = jax.jit(jax.vmap(sample_episode))(jax.random.split(jax.random.key(0), EPISODES))
+    chex.assert_shape(found.support, [(EPISODES, 3, 2, 2, 1, 1), (EPISODES, 3, 2)])
+    chex.assert_shape(found.query, [(EPISODES, 4, 2, 1, 1), (EPISODES, 4)])
+    targets = np.concatenate([np.asarray(found.support.targets).reshape(EPISODES, -1), found.query.targets], axis=1)
+    domain, example = targets // 100, targets % 100
+    assert np.all(domain == domain[:, :1])
+    pixels = np.round(255 * np.asarray(found.query.inputs))[..., 0, 0]
+    np.testing.assert_array_equal(pixels, np.stack([domain[:, 6:], example[:, 6:]], axis=-1))
+    np.testing.assert_allclose(np.bincount(domain[:, 0]) / EPISODES, 1 / 3, atol=0.04)
+    for place, count in enumerate(COUNTS):
+        drawn = example[domain[:, 0] == place]
+        np.testing.assert_allclose(np.bincount(drawn.ravel()) / drawn.size, 1 / count, atol=0.03)
+        # The examples of an episode are independent of each other.
+        np.testing.assert_allclose(np.mean(drawn[:, 0] == drawn[:, 6]), 1 / count, atol=0.06)
+    assert_every_key_has_one_purpose(sample_episode, jax.random.key(1))
+
+
+def test_an_episode_without_inner_steps_has_an_empty_support_set():
+    sample_episode = make_single_domain_sampler(telling_domains(), num_inner_steps=0, shot=2, query_shot=4)
+    episode = sample_episode(jax.random.key(0))
+    assert episode.support.targets.shape == (0, 2)
+    assert episode.query.targets.shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"num_inner_steps": -1}, "num_inner_steps"), ({"shot": 0}, "shot"), ({"query_shot": 0}, "query_shot")],
+)
+def test_counts_of_a_single_domain_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"{message} must be an integer of at least"):
+        make_single_domain_sampler(telling_domains(), **{"num_inner_steps": 1, "shot": 1, "query_shot": 1} | settings)

@@ -1,0 +1,422 @@
+"""Translation from few sentences in miniature, on made-up languages."""
+
+import dataclasses
+import itertools
+import json
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from sacrebleu.metrics import BLEU
+
+from experiments import bleu, decoding, finetuning, lexical, parallel_text, runs, translation
+from maml_jax import Episode, losses
+from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS, Sentences, transformer_translator
+
+WORDS = ("a", "man", "dog", "red", "runs", "sits", "in", "park", "the", "on", "grass", "woman", "big", "child", "sees")
+LANGUAGES = {"xa": "o{}", "xb": "{}ta", "xc": "ki{}", "xd": "{}un", "xv": "po{}"}
+LINES = {"train": 60, "val": 8, "test": 6}
+TINY = {
+    "sources": ("xa", "xb"), "held_out": ("xc", "xd"), "validation": "xv", "source_pairs": 30, "pool_lines": 30,
+    "max_subwords": 16, "source_subwords": 60, "target_subwords": 34, "width": 8, "depth": 1, "vector_size": 4,
+    "shot": 2, "query_shot": 3, "num_meta_steps": 4, "val_every": 2, "log_every": 1, "sizes": (4, 8), "num_subsets": 2,
+    "dev_pairs": 5, "finetune_steps": 20, "finetune_batch": 2, "beam": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A directory with English of a dozen words and languages that write each of them in another way."""
+    directory, rng = tmp_path_factory.mktemp("corpus"), np.random.default_rng(0)
+    for part, count in LINES.items():
+        english = [" ".join(rng.choice(WORDS, rng.integers(3, 7))) for _ in range(count)]
+        write(directory, part, "en", english)
+        for language, form in LANGUAGES.items():
+            write(directory, part, language, [" ".join(form.format(w) for w in line.split()) for line in english])
+    return directory
+
+
+def write(directory, part, language, lines):
+    (directory / f"{part}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(autouse=True)
+def few_validation_pairs(monkeypatch):
+    monkeypatch.setattr(translation, "VALIDATION_SIZE", 4)
+    monkeypatch.setattr(translation, "VALIDATION", finetuning.FineTuning(steps=20, batch_size=2))
+
+
+def config_of(corpus, algorithm="fomaml", **settings):
+    return dataclasses.replace(translation.METHODS[algorithm], data_dir=corpus, **TINY | settings)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings"),
+    [
+        ("fomaml", {"pretrain_steps": 2}),
+        ("maml", {"lexical": True}),
+        ("pretrained", {"network": "gru"}),
+    ],
+)
+def test_a_run_is_tested_and_can_be_used(corpus, algorithm, settings, tmp_path):
+    config = config_of(corpus, algorithm, run_dir=tmp_path / "run", **settings)
+    results = translation.run(config)
+    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+    selected = [row for row in results["evaluations"] if row["state"] == "selected"]
+    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), (0, 4, 8)))
+    assert [len(row["bleu"]) for row in selected] == [1, 2, 2] * 2
+    assert len(results["examples"]) == 2 * 3
+    assert results["examples"][0]["reference"] in parallel_text.Corpus(corpus).lines("test", "en")
+    last = [row for row in results["evaluations"] if row["state"] == "last"]
+    is_last = results["protocol"]["selected_step"] == config.num_meta_steps
+    assert len(last) == (6 if algorithm == "pretrained" and not is_last else 0)
+    assert (tmp_path / "run" / "figures" / "bleu.png").exists()
+    assert translation.run(config) == results  # found finished
+    learner, params, loaded = runs.load(tmp_path / "run")
+    assert loaded.sources == ("xa", "xb")
+    if not settings.get("lexical"):
+        setup = translation.setup_of(translation.with_paper_defaults(config))
+        episode = setup.training.sample_episode(jax.random.key(0))
+        assert np.isfinite(learner.objective(params, episode)[0])
+        # Without the text: the run directory is enough.
+        command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns", "kithe kiman"))
+        assert len(translation.translate(command)) == 2
+
+
+def test_a_network_from_scratch_is_tested_without_training(corpus, tmp_path):
+    config = config_of(corpus, "pretrained", num_meta_steps=0, sizes=(4,), beam=1, run_dir=tmp_path / "run")
+    results = translation.run(config)
+    assert [row["state"] for row in results["evaluations"]] == ["selected"] * 4
+    assert results["protocol"]["pairs_trained"] == 0
+
+
+def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys):
+    config = config_of(corpus, lexical=True, num_meta_steps=2, num_subsets=1, sizes=(4,), run_dir=tmp_path / "run")
+    translation.run(config)
+    lines = [parallel_text.Corpus(corpus).lines("train", name)[:20] for name in ("xc", "en")]
+    file = tmp_path / "pairs.tsv"
+    file.write_text("\n".join("\t".join(pair) for pair in zip(*lines, strict=True)) + "\n\n")
+    command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns",), pairs=file)
+    assert translation.translate(command) == translation.translate(command)
+    assert "fine-tuned on 18 pairs" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="give some by --pairs"):
+        translation.translate(dataclasses.replace(command, pairs=None))
+    with pytest.raises(ValueError, match="--text holds no words"):
+        translation.translate(dataclasses.replace(command, text=("kidog", " ")))
+    for content, message in (
+        ("kidog dog\n", "line 1 of .* each line holds a sentence, one tab and its English"),
+        ("kidog\tdog\n\nkiman\t\n", "line 3 of"),
+        ("\n", "holds no pair"),
+        ("kidog\tdog\n" * 9, "holds 9 pairs .* at least 10"),
+    ):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            translation.translate(command)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        translation.translate(dataclasses.replace(command, pairs=tmp_path / "none"))
+    with pytest.raises(runs.RunError, match="no run directory"):
+        translation.translate(dataclasses.replace(command, run=tmp_path))
+
+
+def test_other_subwords_than_those_of_the_run_are_refused(corpus, tmp_path):
+    text = translation.text_of(config_of(corpus))
+    translation.keep_text(tmp_path, text)
+    translation.keep_text(tmp_path, text)
+    (tmp_path / "text" / "source.model").write_bytes(b"others")
+    with pytest.raises(runs.RunError, match="holds other subwords"):
+        translation.keep_text(tmp_path, text)
+
+
+def test_english_of_the_low_resource_languages_is_in_no_training(corpus):
+    config = config_of(corpus)
+    text = translation.text_of(config)
+    everything = parallel_text.Corpus(corpus).lines("train", "en")
+
+    def english(pairs):
+        return set(parallel_text.decode(text.subwords.target, pairs.target))
+
+    for pairs in text.sources.values():
+        assert len(pairs.source) <= 30
+        assert english(pairs) <= set(everything[:30])
+    for language in text.languages.values():
+        assert english(language.pool) <= set(everything[30:])
+    assert text.languages["xc"].references == parallel_text.Corpus(corpus).lines("test", "en")
+    assert text.languages["xv"].references == parallel_text.Corpus(corpus).lines("val", "en")[:5]
+
+
+def test_sides_are_filled_and_framed(corpus):
+    text = translation.text_of(config_of(corpus))
+    pairs = parallel_text.pairs_of(text.subwords, ["odog oruns", "", "oman"], ["dog runs", "man", "man"], 8, cut=False)
+    assert len(pairs.source) == 2  # the empty one is left out
+    for side, begins in (pairs.source, 0), (pairs.target, 1):
+        for row in side:
+            end = np.flatnonzero(row == decoding.END)
+            assert len(end) == 1
+            assert np.all(row[end[0] + 1 :] == PAD)
+            assert np.all(row[begins : end[0]] > decoding.END)
+    assert np.all(pairs.target[:, 0] == decoding.BEGIN)
+    assert parallel_text.decode(text.subwords.target, pairs.target[:, 1:]) == ["dog runs", "man"]
+    long = parallel_text.pairs_of(text.subwords, ["odog " * 30], ["dog " * 30], 8, cut=True)
+    assert long.source.shape == (1, 8)
+    assert long.source[0, -1] == decoding.END
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"held_out": ("xa",)}, "--held-out xa is --sources too"),
+        ({"validation": "en"}, "--validation en is the target language too"),
+        ({"sources": ()}, "--sources  must be one or more, each once"),
+        ({"sizes": (4, 4)}, "--sizes 4 4 must be one or more, each once"),
+        ({"sizes": (0,)}, "--sizes must be an integer of at least 1, got 0"),
+        ({"finetune_steps": 30}, "--finetune-steps 30 must be a multiple of 20"),
+        ({"finetune_lr": 0.0}, "--finetune-lr=0.0 must be a positive number"),
+        ({"beam": 0}, "--beam must be an integer of at least 1, got 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(corpus, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(corpus, **settings)
+
+
+def test_pretraining_has_no_second_phase(corpus):
+    with pytest.raises(ValueError, match="pretrained has none"):
+        config_of(corpus, "pretrained", pretrain_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: write(d, "train", "xa", ["one", "two"]),
+            "train.xa in .* has 2 lines and train.en has 60; line i of",
+        ),
+        (lambda d: write(d, "test", "xc", ["one"] * 5), "test.xc in .* has 5 lines and test.en has 6"),
+        (lambda d: write(d, "train", "xb", [" "] * 60), "train.xb in .* holds no words; leave the language out"),
+        (lambda d: (d / "val.xv").unlink(), "holds no file val.xv; add it, or leave the language out"),
+        (lambda d: (d / "train.xa").write_bytes(b"\xff\xfe\xff"), "train.xa in .* is not UTF-8 text"),
+    ],
+)
+def test_text_that_does_not_fit_is_refused_before_anything_else(corpus, tmp_path, change, message):
+    for file in corpus.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    change(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        translation.run(config_of(tmp_path, run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pool_lines": 60}, "train.en has 60 lines and 60 are kept"),
+        ({"sizes": (40,)}, "40 pairs of xc are wanted and the last 30 lines have"),
+        ({"source_subwords": 5000}, "cannot be divided into 5000 subwords"),
+        ({"max_subwords": 3}, "train.xa has no pair of at most 2 subwords a sentence"),
+    ],
+)
+def test_text_that_is_too_little_is_refused(corpus, settings, message):
+    with pytest.raises(ValueError, match=message):
+        translation.text_of(config_of(corpus, **settings))
+
+
+def test_a_corpus_may_be_a_zip(corpus, tmp_path, monkeypatch):
+    file = tmp_path / parallel_text.PACK
+    with zipfile.ZipFile(file, "w") as archive:
+        for part in corpus.iterdir():
+            archive.write(part, part.name)
+    expected = parallel_text.Corpus(corpus).lines("val", "xa")
+    assert parallel_text.Corpus.find(file).lines("val", "xa") == expected
+    monkeypatch.setenv("MAML_JAX_PACKS", str(tmp_path))
+    assert parallel_text.Corpus.find(None).lines("val", "xa") == expected
+    (tmp_path / "other.zip").write_text("nothing")
+    with pytest.raises(ValueError, match="is neither a directory nor a zip"):
+        parallel_text.Corpus.find(tmp_path / "other.zip").lines("val", "xa")
+    with pytest.raises(FileNotFoundError, match=r"there is no .*none"):
+        parallel_text.Corpus.find(tmp_path / "none")
+    monkeypatch.delenv("MAML_JAX_PACKS")
+    with pytest.raises(FileNotFoundError, match="the text is in no known place"):
+        parallel_text.Corpus.find(None)
+
+
+def test_bleu_is_that_of_sacrebleu():
+    references = ["A man in a red shirt is walking .", "two dogs play in the snow .", "a child"]
+    found = ["a man in a blue shirt is walking", "Dogs play in snow .", ""]
+    counts = bleu.counts(found, references)
+    metric = BLEU(lowercase=True)
+    assert bleu.score(counts.sum(0)) == pytest.approx(metric.corpus_score(found, [references]).score)
+    resampled = bleu.resampled(counts)
+    chosen = np.random.default_rng(0).multinomial(3, np.full(3, 1 / 3), size=bleu.NUM_RESAMPLES)
+    for number in (0, 17):
+        rows = np.repeat(np.arange(3), chosen[number])
+        drawn = [[lines[row] for row in rows] for lines in (found, references)]
+        assert resampled[number] == pytest.approx(metric.corpus_score(drawn[0], [drawn[1]]).score)
+    assert "case:lc" in bleu.signature()
+    with pytest.raises(ValueError, match="zip"):
+        bleu.counts(found[:2], references)
+
+
+def small_translator():
+    translator = transformer_translator(source_vocabulary=7, target_vocabulary=6, width=8, depth=1, heads=2)
+    source = Sentences(jnp.array([[5, 6, 3], [4, 3, PAD]]))
+    params = translator.model.init(jax.random.key(0), (source, jnp.ones((2, 4), jnp.int32)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    return translator, tree.unflatten([x + jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]), source  # noqa: B905
+
+
+def test_a_beam_that_holds_everything_finds_the_most_probable_translation():
+    translator, params, source = small_translator()
+    length, vocabulary = 3, 6
+    found = decoding.translations(translator, params, source, max_length=length, beam=vocabulary**length)
+    greedy = decoding.translations(translator, params, source, max_length=length)
+    tokens = [t for t in range(vocabulary) if t != PAD]
+    candidates = []
+    for count in range(1, length + 1):
+        for body in itertools.product([t for t in tokens if t != decoding.END], repeat=count - 1):
+            candidates += [(*body, last) for last in (tokens if count == length else [decoding.END])]
+    scores = np.zeros((len(candidates), 2))
+    for number, candidate in enumerate(candidates):
+        given = jnp.tile(jnp.array([decoding.BEGIN, *candidate[:-1]]), (2, 1))
+        log_p = jax.nn.log_softmax(translator.model.apply(params, (source, given)))
+        total = sum(log_p[:, place, token] for place, token in enumerate(candidate))
+        scores[number] = total / len(candidate) ** decoding.LENGTH_POWER
+    for row in range(2):
+        best = [t for t in candidates[int(np.argmax(scores[:, row]))] if t != decoding.END]
+        assert found[row].tolist() == best + [PAD] * (length - len(best))
+    given = jnp.full((2, 1), decoding.BEGIN)
+    for place in range(length):
+        logits = translator.model.apply(params, (source, given))[:, -1].at[:, PAD].set(-jnp.inf)
+        given = jnp.concatenate([given, jnp.argmax(logits, -1)[:, None]], axis=1)
+        alive = jnp.cumprod(given[:, 1:] != decoding.END, axis=1)
+        np.testing.assert_array_equal(greedy[:, place], jnp.where(alive[:, place], given[:, -1], PAD))
+
+
+def pools(rng, translator_source=7, target=6):
+    sides = rng.integers(4, translator_source, (9, 3)), rng.integers(4, target, (9, 5))
+    return parallel_text.Pairs(*(side.astype(np.int32) for side in sides))
+
+
+def test_a_fine_tuning_is_the_loop_that_stops_at_the_best_dev_loss(x64):
+    translator, params, _ = small_translator()
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    rng = np.random.default_rng(0)
+    language = parallel_text.Language(pools(rng), pools(rng), pools(rng), (), None)
+    (job,) = [jax.tree.map(lambda x: x[0], finetuning.jobs_of([language], (5,), 1, None))]
+    how = finetuning.FineTuning(rate=0.05, steps=60, every=20, batch_size=4)
+    tuned = finetuning.fine_tune_all(translator, how, params, [language], jax.tree.map(lambda x: x[None], job))
+
+    def loss_of(params, pairs):
+        inputs, targets = finetuning.as_batch(pairs, None)
+        return losses.masked_cross_entropy(translator.model.apply(params, inputs), targets)
+
+    step = jax.jit(jax.grad(loss_of))
+    rule = optax.adam(0.05)
+    state, dev = rule.init(params), [float(loss_of(params, language.dev))]
+    kept = [params]
+    for key in jax.random.split(job.key, 3):
+        for rows in job.order[jax.random.randint(key, (20, 4), 0, 5)]:
+            batch = jax.tree.map(lambda x, rows=rows: x[rows], language.pool)
+            updates, state = rule.update(step(params, batch), state, params)
+            params = optax.apply_updates(params, updates)
+        dev.append(float(loss_of(params, language.dev)))
+        kept.append(params)
+    np.testing.assert_allclose(tuned.losses[0], dev, rtol=1e-6)
+    best = int(np.argmin(dev))
+    assert 0 < best < 3
+    assert tuned.step[0] == 20 * best
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y, atol=1e-6), tuned.params, kept[best])
+
+
+def test_a_smaller_subset_is_a_part_of_the_larger():
+    rng = np.random.default_rng(1)
+    language = parallel_text.Language(pools(rng), pools(rng), pools(rng), (), None)
+    jobs = finetuning.jobs_of([language, language], (2, 6), 3, None)
+    assert jobs.language.tolist() == [0] * 6 + [1] * 6
+    assert jobs.size.tolist() == ([2] * 3 + [6] * 3) * 2
+    np.testing.assert_array_equal(jobs.order[0], jobs.order[3])
+    assert jobs.order.shape == (12, 6)
+    assert len({tuple(order) for order in jobs.order.tolist()}) == 6  # three subsets of each of two languages
+
+
+def test_vectors_without_a_translation_are_left_as_they_are():
+    vectors = np.eye(3, dtype=np.float32)
+    none = np.zeros((2, 2), np.int32)
+    np.testing.assert_array_equal(lexical.aligned(vectors, vectors, none, none), vectors)
+
+
+def test_an_alignment_undoes_a_rotation():
+    rng = np.random.default_rng(0)
+    keys = rng.normal(size=(30, 4)).astype(np.float32)
+    rotation = np.linalg.qr(rng.normal(size=(4, 4)))[0]
+    order = rng.permutation(np.arange(4, 30))
+    vectors = np.zeros((30, 4), np.float32)
+    vectors[order] = keys[4:] @ rotation
+    # Each sentence has one subword, whose translation is always the same.
+    source = np.repeat(order, 4)[:, None]
+    target = np.repeat(np.arange(4, 30), 4)[:, None]
+    pairs = lexical.translations(source, target)
+    assert {tuple(pair) for pair in pairs} == set(zip(order.tolist(), range(4, 30), strict=True))
+    found = lexical.aligned(vectors, keys, source, target)
+    np.testing.assert_allclose(found[order], keys[4:], atol=1e-5)
+    rare = lexical.translations(source[::2], target[::2])
+    assert not len(rare)  # twice is not often enough
+
+
+def test_word_vectors_factorise_the_positive_information_of_neighbours():
+    rng = np.random.default_rng(0)
+    text = [rng.integers(4, 12, 6).tolist() for _ in range(40)]
+    vectors = lexical.word_vectors(text, 13, 8)
+    counts = np.zeros((13, 13))
+    for sentence in text:
+        for i, j in itertools.permutations(range(len(sentence)), 2):
+            counts[sentence[i], sentence[j]] += abs(i - j) <= lexical.WINDOW
+    of_word = counts.sum(1)
+    of_context = of_word**lexical.SMOOTHING
+    expected = np.zeros((13, 13))
+    for i, j in zip(*np.nonzero(counts), strict=True):
+        expected[i, j] = max(0.0, np.log(counts[i, j] * of_context.sum() / (of_word[i] * of_context[j])))
+    left, values, _ = np.linalg.svd(expected)
+    rows = left[4:12, :8] * np.sqrt(values[:8])
+    cosines = rows @ rows.T / np.outer(np.linalg.norm(rows, axis=1), np.linalg.norm(rows, axis=1))
+    np.testing.assert_allclose(vectors[4:12] @ vectors[4:12].T, cosines, atol=1e-5)
+    assert not np.any(vectors[[0, 1, 2, 3, 12]])
+
+
+def test_the_own_vectors_of_a_task_are_not_meta_learned_and_universal_ones_do_not_adapt(corpus):
+    config = config_of(corpus, lexical=True)
+    setup = translation.setup_of(translation.with_paper_defaults(config))
+    learner, sample = setup.training.learner, setup.training.sample_episode
+    params = learner.init(jax.random.key(0), setup.training.inputs)
+    episode = sample(jax.random.key(1))
+    gradient = jax.grad(lambda p: learner.objective(p, episode)[0])(params)["source"]
+    assert not np.any(gradient[TASK_VECTORS])
+    assert np.any(gradient[UNIVERSAL_VECTORS])
+    adapted, _ = learner.adapt(params, episode.support)
+    assert np.any(adapted["source"][TASK_VECTORS])
+    np.testing.assert_array_equal(adapted["source"][UNIVERSAL_VECTORS], params["source"][UNIVERSAL_VECTORS])
+
+
+def test_pretraining_comes_first_in_one_run(corpus):
+    config = translation.with_paper_defaults(config_of(corpus, pretrain_steps=3))
+    setup = translation.setup_of(config)
+    plain = translation.setup_of(dataclasses.replace(config, pretrain_steps=0)).training.learner
+    pretrained = translation.setup_of(
+        dataclasses.replace(
+            translation.METHODS["pretrained"],
+            **TINY | {"data_dir": corpus, "run_dir": config.run_dir},
+        )
+    ).training.learner
+    episode = setup.training.sample_episode(jax.random.key(0))
+    params = plain.init(jax.random.key(1), setup.training.inputs)
+    empty = jax.tree.map(lambda x: x[:0], episode.support)
+    for step, expected in ((2, pretrained.objective(params, Episode(empty, episode.query))[0]),
+                           (3, plain.objective(params, episode)[0])):  # fmt: skip
+        found, info = setup.training.learner(jnp.int32(step)).objective(params, episode)
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+        assert info.support_loss.shape == (1,)
+    pairs = [translation.pairs_of_a_meta_step(config, step) for step in (2, 3)]
+    assert pairs == [2 * 3, 2 * (2 + 3)]
