@@ -38,7 +38,7 @@ GROUPS = {
     "test": (
         "eval_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive", "population", "ensemble",
         "tune_inner_lr", "inner_lr_grid", "val_every", "eval_shot", "later_lr", "sizes",
-        "num_subsets", "dev_pairs", "finetune_lr", "finetune_steps", "finetune_batch", "beam",
+        "validation_pairs", "num_subsets", "dev_pairs", "finetune_lr", "finetune_steps", "finetune_batch", "beam",
     ),
     "run": (
         "seed", "seeds", "run_dir", "log_every", "chunk_size", "precision", "distributed",
@@ -276,12 +276,15 @@ def main(
     description: str,
     *,
     about: Mapping[str, str] | None = None,
+    subcommand: str = "",
 ) -> None:
     """Parses the command line and runs.
 
+    `subcommand` is what stands between the program and the arguments, for its --help.
+
     Mistakes end in one paragraph and exit code 2; with MAML_JAX_TRACEBACK=1 in the environment, in a traceback.
     """
-    program = f"python -m {sys.modules['__main__'].__spec__.name}"
+    program = f"python -m {sys.modules['__main__'].__spec__.name} {subcommand}".rstrip()
     with processes.exit_on_error():
         try:
             config = parse(configs, description, about=about, program=program)

@@ -61,11 +61,13 @@ class Tuned(NamedTuple):
     Attributes:
       params: with the least dev loss.
       step: their step, 0 for the start.
+      loss: theirs on the dev pairs, in nats per token.
       losses: [steps / every + 1], the dev loss at each look, in nats per token.
     """
 
     params: ArrayTree
     step: jax.Array
+    loss: jax.Array
     losses: jax.Array
 
 
@@ -80,15 +82,20 @@ def stacked(pairs: list[Pairs]) -> Pairs:
 
 
 def as_batch(pairs: Pairs, vectors: jax.Array | None) -> Batch:
-    """Inputs and targets of a translator for pairs [B, ...]; `vectors` [V, Q] are those of the source tokens."""
-    found = None if vectors is None else vectors[pairs.source]
-    return Batch((Sentences(pairs.source, found), pairs.target[:, :-1]), pairs.target[:, 1:])
+    """Inputs and targets of a translator for pairs [..., B]; the source tokens have `vectors` [..., B, S, Q]."""
+    return Batch((Sentences(pairs.source, vectors), pairs.target[..., :-1]), pairs.target[..., 1:])
+
+
+def vectors_of(tokens: jax.Array, vectors: jax.Array | None) -> jax.Array | None:
+    """The rows [..., Q] of a table [V, Q] for tokens [...]; None without a table."""
+    return None if vectors is None else vectors[tokens]
 
 
 def jobs_of(languages: list[Language], sizes: tuple[int, ...], num_subsets: int, keys: jnp.ndarray | None) -> Job:
     """A job for each language, size and subset, leaves [L · sizes · subsets, ...] in this order.
 
-    Subset s of a language is the same whatever the run, and a smaller one is a part of the larger.
+    A smaller subset is a part of the larger one of the same number. The subsets depend on the place of a language and
+    on its pool, so they are the same in all runs with the same text and the same languages.
 
     Args:
       languages: each with at least as many pairs in its pool as the largest size.
@@ -117,7 +124,7 @@ def dev_loss(translator: Translator, params: ArrayTree, pairs: Pairs, vectors: j
     """The mean loss of a token of pairs [n, ...], in nats."""
 
     def of_one(pair: Pairs) -> tuple[jax.Array, jax.Array]:
-        inputs, targets = as_batch(jax.tree.map(lambda x: x[None], pair), vectors)
+        inputs, targets = as_batch(*jax.tree.map(lambda x: x[None], (pair, vectors_of(pair.source, vectors))))
         count = jnp.sum(targets != PAD)
         return losses.masked_cross_entropy(translator.model.apply(params, inputs), targets, ignored=PAD) * count, count
 
@@ -147,7 +154,8 @@ def fine_tune(translator: Translator, how: FineTuning, params: ArrayTree, pool: 
         params, opt_state, best, least, best_step, step = carry
         shape = how.every, how.batch_size
         chosen = job.order[jax.random.randint(key, shape, 0, job.size)]
-        batches = jax.vmap(lambda rows: as_batch(jax.tree.map(lambda x: x[rows], pool), job.vectors))(chosen)
+        drawn = jax.tree.map(lambda x: x[chosen], pool)
+        batches = as_batch(drawn, vectors_of(drawn.source, job.vectors))
         params, info = inner.inner_loop(
             loss_fn, rule, params, None, num_steps=how.every, per_step=batches, opt_state=opt_state, where=adapts
         )
@@ -155,22 +163,23 @@ def fine_tune(translator: Translator, how: FineTuning, params: ArrayTree, pool: 
         better = loss < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
         best_step = jnp.where(better, step, best_step)
-        return (params, info.opt_state, best, jnp.minimum(loss, least), best_step, step), loss
+        return (params, info.opt_state, best, jnp.where(better, loss, least), best_step, step), loss
 
     zero_shot = dev_loss(translator, params, dev, job.vectors)
     opt_state = rule.init(select(params, adapts)[0])
     first = (params, opt_state, params, zero_shot, jnp.int32(0), jnp.int32(0))
     keys = jax.random.split(job.key, how.steps // how.every)
-    (_, _, best, _, best_step, _), found = jax.lax.scan(round_of, first, keys)
-    return Tuned(best, best_step, jnp.concatenate([zero_shot[None], found]))
+    (_, _, best, least, best_step, _), found = jax.lax.scan(round_of, first, keys)
+    return Tuned(best, best_step, least, jnp.concatenate([zero_shot[None], found]))
 
 
 def fine_tune_all(
     translator: Translator, how: FineTuning, params: ArrayTree, languages: list[Language], jobs: Job
 ) -> Tuned:
-    """The fine-tunings of several jobs, leaves [J, ...], divided over the devices."""
+    """The fine-tunings of several jobs, leaves [J, ...] of numpy, divided over the devices."""
+    params = jax.tree.map(np.asarray, params)  # wherever they were
     pool, dev = (stacked([getattr(language, part) for language in languages]) for part in ("pool", "dev"))
-    return _program(translator, how, len(jobs.size))((params, pool, dev), jobs)
+    return jax.tree.map(np.asarray, _program(translator, how, len(jobs.size))((params, pool, dev), jobs))
 
 
 @functools.lru_cache(maxsize=8)
@@ -202,7 +211,7 @@ def translated(
     beam: int,
 ) -> jax.Array:
     """int32 [n, T], the translations of sentences [n, S] whose subwords have the vectors [V, Q], or none."""
-    sentences = Sentences(source, None if vectors is None else vectors[source])
+    sentences = Sentences(source, vectors_of(source, vectors))
     return decoding.translations(translator, params, sentences, max_length=max_length, beam=beam)
 
 

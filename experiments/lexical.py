@@ -30,6 +30,9 @@ def word_vectors(sentences: Sequence[Sequence[int]], vocabulary: int, size: int)
       sentences: the text as subwords.
       vocabulary: V.
       size: Q, smaller than V.
+
+    Raises:
+      ValueError: if no two subwords occur together more often than by chance.
     """
     left, right = [], []
     for sentence in sentences:
@@ -45,6 +48,11 @@ def word_vectors(sentences: Sequence[Sequence[int]], vocabulary: int, size: int)
     of_context = of_word**SMOOTHING
     information = np.log(counts.data * of_context.sum() / (of_word[counts.row] * of_context[counts.col]))
     positive = scipy.sparse.csr_matrix((np.maximum(information, 0.0), (counts.row, counts.col)), counts.shape)
+    if not positive.count_nonzero():
+        raise ValueError(
+            "the text holds no two subwords that occur together more often than by chance, so their vectors are not "
+            "defined; give more or longer sentences"
+        )
     # A fixed start makes the factorisation the same in every run.
     start = np.ones(vocabulary) / np.sqrt(vocabulary)
     factors, values, _ = scipy.sparse.linalg.svds(positive, k=size, v0=start)
@@ -78,7 +86,7 @@ def translations(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def _occurrences(sentences: np.ndarray) -> scipy.sparse.csr_matrix:
-    """[N, V], 1 where a sentence holds a subword; what begins, ends and fills sentences is left out."""
+    """[N, V], 1 where a sentence holds a subword; special tokens, the unknown one included, are left out."""
     rows, places = np.nonzero(sentences > END)
     tokens = sentences[rows, places]
     shape = len(sentences), int(sentences.max(initial=END)) + 1

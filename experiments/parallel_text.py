@@ -6,6 +6,7 @@ translation of line i of the English file of that part.
 
 import dataclasses
 import functools
+import hashlib
 import io
 import os
 import zipfile
@@ -41,6 +42,7 @@ class Corpus:
         if where is None:
             packs = os.environ.get("MAML_JAX_PACKS")
             where = Path(packs).expanduser() / PACK if packs else None
+        where = None if where is None else Path(where)
         if where is None or not where.exists():
             raise FileNotFoundError(
                 f"{'the text is in no known place' if where is None else f'there is no {where}'}; give a directory or "
@@ -50,7 +52,7 @@ class Corpus:
         return cls(where)
 
     def lines(self, part: str, language: str) -> tuple[str, ...]:
-        """The lines of a file, those of English as many.
+        """The lines of a file, as many as the English file has.
 
         Raises:
           FileNotFoundError: if there is no such file.
@@ -80,10 +82,14 @@ def _read(path: Path, name: str) -> tuple[str, ...]:
         raise FileNotFoundError(f"{path} holds no file {name}; add it, or leave the language out") from None
     except zipfile.BadZipFile:
         raise ValueError(f"{path} is neither a directory nor a zip; give one that holds {name}") from None
+    return _lines(content, f"{name} in {path}")
+
+
+def _lines(content: bytes, what: str) -> tuple[str, ...]:
     try:
-        return tuple(content.decode().removesuffix("\n").split("\n"))
+        return tuple(content.decode("utf-8-sig").replace("\r\n", "\n").removesuffix("\n").split("\n"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name} in {path} is not UTF-8 text ({error}); convert it") from None
+        raise ValueError(f"{what} is not UTF-8 text ({error}); convert it") from None
 
 
 class Subwords(NamedTuple):
@@ -95,7 +101,10 @@ class Subwords(NamedTuple):
 
 @functools.lru_cache(maxsize=8)
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        raise ValueError(f"the subwords are damaged ({error}); choose another run") from error
 
 
 def train_subwords(lines: Iterable[str], size: int, what: str) -> bytes:
@@ -119,8 +128,8 @@ def train_subwords(lines: Iterable[str], size: int, what: str) -> bytes:
         )
     except RuntimeError as error:
         raise ValueError(
-            f"{what} cannot be divided into {size} subwords ({error}); give more text, or a smaller number by "
-            "--source-subwords or --target-subwords"
+            f"{what} cannot be divided into {size} subwords ({error}); change --source-subwords or --target-subwords "
+            "as it says, or give more text"
         ) from error
     return model.getvalue()
 
@@ -131,7 +140,7 @@ def encode(model: bytes, lines: Sequence[str]) -> list[list[int]]:
 
 
 def decode(model: bytes, tokens: np.ndarray) -> list[str]:
-    """The text of each row [B, T], up to the first `PAD`."""
+    """The text of each row [B, T]; `PAD`, `BEGIN` and `END` are left out."""
     kept = [[int(token) for token in row if token not in (PAD, BEGIN, END)] for row in tokens]
     return _processor(model).decode(kept)
 
@@ -179,7 +188,6 @@ class Language(NamedTuple):
       dev: the pairs that stop the fine-tuning.
       test: the pairs of the test; those of a validation language are its dev pairs.
       references: the English of the test, as it is written.
-      pool_text: the sources and translations of the pool as tokens, for the alignment of a lexical representation.
       vectors: [V, Q], the vectors of the source tokens by the language's own text; None without a lexical
         representation.
     """
@@ -200,6 +208,7 @@ class Text(NamedTuple):
       sources: the training pairs of each source language.
       vectors: [languages, V, Q], the aligned vectors of the source tokens in each source language; None without.
       languages: the low-resource languages, validation included.
+      digest: SHA-256 of all lines that were read, in hexadecimal digits.
     """
 
     subwords: Subwords
@@ -207,6 +216,7 @@ class Text(NamedTuple):
     sources: dict[str, Pairs]
     vectors: np.ndarray | None
     languages: dict[str, Language]
+    digest: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,16 +241,16 @@ class TextSettings:
 def read(settings: TextSettings) -> Text:
     """Reads a corpus, learns its subwords, and divides its English.
 
-    The last lines of "train" are the pool that the few sentences of a low-resource language are drawn from. No source
-    language is trained on their English. Subwords are learnt from the text of all languages, and the vectors of a
-    lexical representation from each language's own; no translation into a low-resource language is used for either.
+    The last lines of "train" are the pool that the few sentences of a low-resource language are drawn from. No training
+    pair of a source language has their English. Subwords, and the vectors of a lexical representation, are learnt from
+    the text alone of every language, the low-resource ones and all English of "train" included.
 
     Raises:
       FileNotFoundError: if a file is missing.
       ValueError: if files are not aligned, a language has too few sentences, or the subwords do not fit the text.
     """
-    corpus = Corpus.find(settings.path)
-    low = tuple(dict.fromkeys((*settings.held_out, settings.validation)))
+    corpus = Corpus(settings.path)
+    low = (*settings.held_out, settings.validation)
     everything = (*settings.sources, *low)
     train = {language: corpus.lines("train", language) for language in (*everything, ENGLISH)}
     for language in low:
@@ -284,7 +294,11 @@ def read(settings: TextSettings) -> Text:
     languages = {
         language: _language(corpus, settings, subwords, language, first_of_pool, own[language]) for language in low
     }
-    return Text(subwords, keys, sources, vectors, languages)
+    digest = hashlib.sha256()
+    for part, names in {"train": everything, "val": low, "test": settings.held_out}.items():
+        for name in (*names, ENGLISH):
+            digest.update("\n".join(corpus.lines(part, name)).encode())
+    return Text(subwords, keys, sources, vectors, languages, digest.hexdigest())
 
 
 def _language(
@@ -314,12 +328,12 @@ def read_pairs(file: Path) -> tuple[list[str], list[str]]:
 
     Raises:
       FileNotFoundError: if there is no such file.
-      ValueError: if a line has another form, or there is none.
+      ValueError: if a line has another form, there is none, or the file is no UTF-8 text.
     """
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {file}; give one with a sentence, a tab and its English a line")
     left, right = [], []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(file.read_bytes(), str(file)), 1):
         if not line.strip():
             continue
         cells = line.split("\t")

@@ -2,14 +2,16 @@
 
 A small network learns from several languages at once, and is then fine-tuned on a few hundred sentence pairs of a
 language that it has never seen. `fomaml` is MetaNMT: one language an episode, an inner step of a fresh Adam, a
-meta-gradient of first order. `pretrained` trains on the same pairs without inner steps, and with --num-meta-steps 0 it
-is a network from scratch. All are stopped on a validation language, which is fine-tuned like the held-out ones.
+meta-gradient of first order. `pretrained` trains on as many pairs without inner steps, and with --num-meta-steps 0 it
+is a network from scratch. The state of each is selected by a validation language.
 
 The text is captions of photographs in 13 languages. The paper has Europarl, whose preparation was not published, so its
 BLEU cannot be compared. After a training, `python -m experiments.translation translate RUN --text ...` translates.
 """
 
 import dataclasses
+import functools
+import io
 import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
@@ -22,11 +24,11 @@ import tyro
 from rich.table import Table
 
 from experiments import bleu, common, figures, finetuning, lexical, parallel_text, runs, seeds
-from experiments.cli import RunConfig, flag, main, with_defaults
+from experiments.cli import Precision, RunConfig, flag, main, with_defaults
 from experiments.common import Training
 from experiments.parallel_text import Corpus, Subwords, Text, TextSettings
 from experiments.runs import RunError, console, stored_config
-from maml_jax import Batch, InnerDescent, MetaLearner, NoHyperparameters, inner, losses, models
+from maml_jax import Batch, InnerDescent, MetaLearner, NoHyperparameters, inner, losses, models, processes
 from maml_jax.algorithms.maml_plus_plus import switch_at
 from maml_jax.models import TASK_VECTORS, Lexicon, Sentences, Translator
 from maml_jax.tasks import domains
@@ -39,11 +41,14 @@ from maml_jax.types import (
     check_integer,
     check_not_negative,
     check_positive,
+    combine,
+    partition,
 )
 
-VALIDATION = finetuning.FineTuning(steps=100)
-VALIDATION_SIZE, VALIDATION_SUBSETS = 600, 2
-"""How the validation language is fine-tuned."""
+VALIDATION_STEPS, VALIDATION_SUBSETS = 100, 2
+"""Most steps of a fine-tuning on the validation language, and its draws."""
+HEADS = 4
+"""Heads of the attention of the transformer."""
 NUM_EXAMPLES = 3
 """Sentences of each language whose translations are shown."""
 
@@ -86,11 +91,11 @@ class Config(RunConfig):
     validation: str = "uk"
     """The language that selects the state; it is neither trained on nor tested."""
     source_pairs: int = 12_000
-    """Pairs of each source language."""
+    """Pairs of each source language, at most."""
     pool_lines: int = 4_000
-    """The last lines of train.*, which the few sentences are drawn from, and whose English no training sees."""
+    """The last lines of train.*, which the few sentences are drawn from. No training pair has their English."""
     max_subwords: int = 20
-    """Training pairs have fewer subwords on each side. Those of the test are cut at twice as many."""
+    """Training pairs have fewer subwords on each side. Sources of dev and test are cut to fewer than twice as many."""
     source_subwords: int = 6_000
     """Subwords of all source sides together, held-out languages included."""
     target_subwords: int = 1_500
@@ -108,7 +113,7 @@ class Config(RunConfig):
     lexical: bool = False
     """Whether source subwords are made of universal ones (universal lexical representation)."""
     vector_size: int = 64
-    """Size of the vectors of subwords by their text, with --lexical."""
+    """Size of the fixed vectors that subwords get from the text of their language, with --lexical."""
     pretrain_steps: int = 0
     """The first meta-steps, which are pretraining: the loss of the query pairs without inner steps."""
     meta_batch_size: int = 2
@@ -122,6 +127,8 @@ class Config(RunConfig):
     """Meta-steps in one compiled call, and between lines of metrics.jsonl; it divides --val-every."""
     sizes: tuple[int, ...] = (200, 600, 1350)
     """Sentence pairs of a held-out language that are fine-tuned on."""
+    validation_pairs: int = 600
+    """Sentence pairs of the validation language that are fine-tuned on, in two draws of at most 100 steps each."""
     num_subsets: int = 5
     """Draws of each size."""
     dev_pairs: int = 500
@@ -133,7 +140,7 @@ class Config(RunConfig):
     finetune_batch: int = 32
     """Pairs of a step of the fine-tuning."""
     beam: int = 4
-    """Width of the beam search, which is reported beside greedy translation."""
+    """Width of a beam search. It translates with the first draw of each size; all draws are translated greedily."""
     data_dir: Path | None = None
     """Directory or zip with files train.LANGUAGE, val.LANGUAGE, test.LANGUAGE, line i of each a translation of line i
     of the .en file; by default captions13.zip in $MAML_JAX_PACKS."""
@@ -144,6 +151,7 @@ class Config(RunConfig):
         least = {
             "source_pairs": 1, "pool_lines": 1, "max_subwords": 3, "source_subwords": 8, "target_subwords": 8,
             "width": 1, "depth": 1, "vector_size": 1, "pretrain_steps": 0, "num_subsets": 1, "dev_pairs": 1,
+            "validation_pairs": 1,
             "finetune_steps": finetuning.EVERY, "finetune_batch": 1, "beam": 1,
         }  # fmt: skip
         for name, smallest in least.items():
@@ -155,6 +163,15 @@ class Config(RunConfig):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{flag(name)} {' '.join(map(str, values))} must be one or more, each once")
+        if sorted(self.sizes) != list(self.sizes):
+            raise ValueError(f"--sizes {' '.join(map(str, self.sizes))} must be in increasing order")
+        if self.network == "transformer" and self.width % HEADS:
+            raise ValueError(f"--width {self.width} must be a multiple of {HEADS}, the heads of the attention")
+        if self.lexical and self.vector_size >= min(self.source_subwords, self.target_subwords):
+            raise ValueError(
+                f"--vector-size {self.vector_size} must be smaller than --source-subwords {self.source_subwords} and "
+                f"--target-subwords {self.target_subwords}"
+            )
         if self.finetune_steps % finetuning.EVERY:
             raise ValueError(f"--finetune-steps {self.finetune_steps} must be a multiple of {finetuning.EVERY}")
         roles = {"--sources": self.sources, "--held-out": self.held_out, "--validation": (self.validation,)}
@@ -186,7 +203,8 @@ def about() -> dict[str, str]:
 
 def with_paper_defaults(config: Config) -> Config:
     """Fills in what depends on other settings."""
-    return with_defaults(config, {"run_dir": Path(f"runs/translation-{config.algorithm}-{config.seed}")})
+    parts = [config.algorithm, *["lexical"] * config.lexical, *["gru"] * (config.network == "gru"), str(config.seed)]
+    return with_defaults(config, {"run_dir": Path(f"runs/translation-{'-'.join(parts)}")})
 
 
 def text_of(config: Config) -> Text:
@@ -210,13 +228,14 @@ def text_of(config: Config) -> Text:
         },
     )  # fmt: skip
     text = parallel_text.read(settings)
-    needed = {language: max(config.sizes) for language in config.held_out} | {config.validation: VALIDATION_SIZE}
-    for language, count in needed.items():
+    needed = dict.fromkeys(config.held_out, ("--sizes", config.sizes[-1]))
+    needed[config.validation] = "--validation-pairs", config.validation_pairs
+    for language, (name, count) in needed.items():
         found = len(text.languages[language].pool.source)
         if found < count:
             raise ValueError(
                 f"{count} pairs of {language} are wanted and the last {config.pool_lines:,} lines have {found} of at "
-                f"most {config.max_subwords - 1} subwords; keep more by --pool-lines, or choose smaller --sizes"
+                f"most {config.max_subwords - 1} subwords; keep more by --pool-lines, or choose fewer by {name}"
             )
     return text
 
@@ -227,7 +246,7 @@ def make_translator(config: Config, keys: np.ndarray | None) -> Translator:
     sizes |= {"width": config.width, "lexicon": None if keys is None else Lexicon(keys)}
     if config.network == "gru":
         return models.gru_translator(**sizes)
-    return models.transformer_translator(depth=config.depth, **sizes)
+    return models.transformer_translator(depth=config.depth, heads=HEADS, **sizes)
 
 
 def make_learner(config: Config, translator: Translator) -> LearnerOrSchedule:
@@ -258,12 +277,8 @@ def make_learner(config: Config, translator: Translator) -> LearnerOrSchedule:
 
 def _start(meta_params: ArrayTree) -> ArrayTree:
     """Where a task starts: its own vectors of subwords are 0, and are not meta-learned."""
-
-    def of_leaf(path, leaf):
-        is_own = jax.tree_util.keystr(path, simple=True, separator="/").endswith(TASK_VECTORS)
-        return jax.lax.stop_gradient(leaf) if is_own else leaf
-
-    return jax.tree_util.tree_map_with_path(of_leaf, meta_params)
+    own, others = partition(meta_params, lambda name, _: name.endswith(TASK_VECTORS))
+    return combine(jax.lax.stop_gradient(own), others)
 
 
 def _model_inputs(config: Config) -> ArrayTree:
@@ -279,7 +294,7 @@ def _episode(sample_episode: Any, vectors: jax.Array | None, key: PRNGKey) -> Ep
     def convert(batch: Batch) -> Batch:
         (source, language), target = batch
         found = None if vectors is None else vectors[language[..., None], source]
-        return Batch((Sentences(source, found), target[..., :-1]), target[..., 1:])
+        return finetuning.as_batch(parallel_text.Pairs(source, target), found)
 
     episode = sample_episode(key)
     return episode._replace(support=convert(episode.support), query=convert(episode.query))
@@ -294,7 +309,12 @@ class Setup(NamedTuple):
 
 
 def setup_of(config: Config) -> Setup:
-    """What is trained, and how it is validated, at settings without gaps."""
+    """What is trained, and how it is validated, at settings without gaps; the same for all seeds."""
+    return _setup_of(dataclasses.replace(config, seed=0, seeds=1, run_dir=None))
+
+
+@functools.lru_cache(maxsize=2)
+def _setup_of(config: Config) -> Setup:
     text = text_of(config)
     translator = make_translator(config, text.keys)
     examples = [
@@ -305,16 +325,15 @@ def setup_of(config: Config) -> Setup:
         examples,
         num_inner_steps=getattr(config.hyperparameters, "num_inner_steps", 0),
         shot=config.shot,
-        query_shot=config.query_shot or config.shot,
+        query_shot=config.query_shot,
     )
     vectors = None if text.vectors is None else jnp.asarray(text.vectors)
     validation = [text.languages[config.validation]]
-    jobs = finetuning.jobs_of(validation, (VALIDATION_SIZE,), VALIDATION_SUBSETS, text.keys)
-    how = VALIDATION._replace(rate=config.finetune_lr, batch_size=config.finetune_batch)
+    jobs = finetuning.jobs_of(validation, (config.validation_pairs,), VALIDATION_SUBSETS, text.keys)
 
     def validate(params: ArrayTree) -> float:
-        tuned = finetuning.fine_tune_all(translator, how, params, validation, jobs)
-        return -float(np.mean(np.min(tuned.losses, axis=1)))
+        tuned = finetuning.fine_tune_all(translator, how(config, VALIDATION_STEPS), params, validation, jobs)
+        return -float(np.mean(tuned.loss))
 
     training = Training(
         make_learner(config, translator),
@@ -325,20 +344,40 @@ def setup_of(config: Config) -> Setup:
     return Setup(text, translator, training)
 
 
+def how(config: Config, steps: int) -> finetuning.FineTuning:
+    """A fine-tuning of at most so many steps."""
+    return finetuning.FineTuning(rate=config.finetune_lr, steps=steps, batch_size=config.finetune_batch)
+
+
 def training_of(config: Config) -> Training:
-    """What is trained, and how it is validated, at settings without gaps."""
-    return setup_of(config).training
+    """What is trained, and how it is validated, in a run directory that is claimed."""
+    setup = setup_of(config)
+    keep_text(config.run_dir, setup.text)
+    return setup.training
 
 
 def keep_text(run_dir: Path, text: Text) -> None:
     """Writes the subwords, and the vectors of the English ones, into a run directory, so that it can be used alone.
 
+    Process 0 does it for all processes.
+
     Raises:
-      RunError: if the run was made with others.
+      RunError: if the run was made with another text, or other subwords.
+      ProcessError: in the other processes, if process 0 raises.
     """
-    directory = run_dir / "text"
+    with processes.watchdog("keeping the text", runs.PROCESS_TIMEOUT_SECONDS):
+        processes.on_process_zero(lambda: _keep(run_dir / "text", text))
+
+
+def _keep(directory: Path, text: Text) -> None:
     directory.mkdir(exist_ok=True)
-    for name, content in {"source.model": text.subwords.source, "target.model": text.subwords.target}.items():
+    contents = {f"{side}.model": model for side, model in text.subwords._asdict().items()}
+    contents["sha256"] = text.digest.encode()
+    if text.keys is not None:
+        stream = io.BytesIO()
+        np.save(stream, text.keys)
+        contents["keys.npy"] = stream.getvalue()
+    for name, content in contents.items():
         file = directory / name
         if not file.exists():
             partial = file.with_name(file.name + ".partial")
@@ -346,13 +385,9 @@ def keep_text(run_dir: Path, text: Text) -> None:
             partial.replace(file)
         elif file.read_bytes() != content:
             raise RunError(
-                f"{file} holds other subwords than the text gives now; choose another --run-dir, or the text and the "
-                "version of sentencepiece that made it"
+                f"{file} is not what the text gives now; choose another --run-dir, or the text and the versions of "
+                "sentencepiece and scipy that the run was begun with"
             )
-    if text.keys is not None and not (directory / "keys.npy").exists():
-        with open(directory / "keys.partial", "wb") as stream:
-            np.save(stream, text.keys)
-        (directory / "keys.partial").replace(directory / "keys.npy")
 
 
 def test(config: Config, setup: Setup, states: dict[str, tuple[int, ArrayTree]]) -> dict[str, Any]:
@@ -365,29 +400,23 @@ def test(config: Config, setup: Setup, states: dict[str, tuple[int, ArrayTree]])
     """
     rows, examples, first = [], [], next(iter(states))
     for state, (step, params) in states.items():
-        beams = tuple(dict.fromkeys((1, config.beam))) if state == first else (1,)
-        found, translated = _tested(config, setup, params, beams)
+        found, translated = _tested(config, setup, params, config.beam if state == first else 1)
         rows += [{"state": state, "step": step} | row for row in found]
         examples = examples or translated
     chosen = [row for row in rows if row["state"] == first and row["pairs"]]
-    metrics = {
-        name: runs.mean_and_interval(np.concatenate([row[name] for row in chosen]))
-        for name in ("nll", "bleu", "bleu_beam")
-        if name in chosen[0]
-    }
+    metrics = {name: over_draws([row[name] for row in chosen]) for name in ("nll", "bleu")}
     return {"metrics": metrics, "evaluations": rows, "examples": examples}
 
 
-def _tested(config: Config, setup: Setup, params: ArrayTree, beams: tuple[int, ...]) -> tuple[list[dict], list[dict]]:
-    """A row for every held-out language and number of pairs, and some sentences before and after the fine-tuning."""
+def _tested(config: Config, setup: Setup, params: ArrayTree, beam: int) -> tuple[list[dict], list[dict]]:
+    """A row for every held-out language and number of pairs, and some sentences before and after the fine-tuning.
+
+    All fine-tunings translate greedily; with a `beam` above 1 the first of each size does so by beam search too.
+    """
     text, translator = setup.text, setup.translator
     languages = [text.languages[name] for name in config.held_out]
     jobs = finetuning.jobs_of(languages, config.sizes, config.num_subsets, text.keys)
-    how = finetuning.FineTuning(config.finetune_lr, config.finetune_steps, finetuning.EVERY, config.finetune_batch)
-    tuned = finetuning.fine_tune_all(translator, how, params, languages, jobs)
-    per_language = len(config.sizes) * config.num_subsets
-    first_jobs = jax.tree.map(lambda x: x[::per_language], jobs)
-    untuned = jax.tree.map(lambda x: np.stack([np.asarray(x)] * len(languages)), params)
+    tuned = finetuning.fine_tune_all(translator, how(config, config.finetune_steps), params, languages, jobs)
 
     def translate_all(params: ArrayTree, jobs: finetuning.Job, beam: int) -> list[list[str]]:
         found = finetuning.translate_all(
@@ -399,35 +428,45 @@ def _tested(config: Config, setup: Setup, params: ArrayTree, beams: tuple[int, .
             for tokens, count in zip(found, counts, strict=True)
         ]
 
-    before, after = (
-        {beam: translate_all(*given, beam) for beam in beams} for given in ((untuned, first_jobs), (tuned.params, jobs))
+    def every(step: int, tree: ArrayTree) -> ArrayTree:
+        return jax.tree.map(lambda x: x[::step], tree)
+
+    num_sizes, per_size = len(config.sizes), config.num_subsets
+    untuned = (
+        jax.tree.map(lambda x: np.stack([np.asarray(x)] * len(languages)), params),
+        every(num_sizes * per_size, jobs),
     )
-    losses_of, steps = np.asarray(tuned.losses), np.asarray(tuned.step)
+    firsts = every(per_size, tuned.params), every(per_size, jobs)
+    before, after = translate_all(*untuned, 1), translate_all(tuned.params, jobs, 1)
+    before_wide, after_wide = (translate_all(*of, beam) if beam > 1 else None for of in (untuned, firsts))
     rows, examples = [], []
     for place, (name, language) in enumerate(zip(config.held_out, languages, strict=True)):
-        first = place * per_language
-        scores = _scores(language.references, {beam: [before[beam][place]] for beam in beams})
-        rows.append({"language": name, "pairs": 0, "nll": losses_of[first, :1].tolist()} | scores)
-        for number, size in enumerate(config.sizes):
-            part = slice(first + number * config.num_subsets, first + (number + 1) * config.num_subsets)
-            scores = _scores(language.references, {beam: after[beam][part] for beam in beams})
-            found = {"nll": losses_of[part].min(axis=1).tolist(), "stopped_at": steps[part].tolist()}
-            rows.append({"language": name, "pairs": size} | found | scores)
+        score = functools.partial(_scores, language.references)
+        if text.keys is None:  # a lexical representation is aligned by pairs, so it has no zero shots
+            zero_shot = tuned.losses[place * num_sizes * per_size, :1].tolist()
+            wide = None if before_wide is None else before_wide[place]
+            rows.append({"language": name, "pairs": 0, "nll": zero_shot} | score([before[place]], wide))
+        for number, size in enumerate(config.sizes, place * num_sizes):
+            part = slice(number * per_size, (number + 1) * per_size)
+            found = {"nll": tuned.loss[part].tolist(), "stopped_at": tuned.step[part].tolist()}
+            wide = None if after_wide is None else after_wide[number]
+            rows.append({"language": name, "pairs": size} | found | score(after[part], wide))
         sources = parallel_text.decode(text.subwords.source, language.test.source[:NUM_EXAMPLES])
-        last = after[beams[-1]][first + per_language - 1]
-        shown = zip(sources, language.references, before[beams[-1]][place], last, strict=False)
+        largest = (place + 1) * num_sizes - 1
+        shown = zip(sources, language.references, before[place], after[largest * per_size], strict=False)
         names = "source", "reference", "before", "after"
         examples += [{"language": name} | dict(zip(names, lines, strict=True)) for lines in shown]
     return rows, examples
 
 
-def _scores(references: tuple[str, ...], translations: dict[int, list[list[str]]]) -> dict[str, list[float]]:
-    """BLEU of the translations of each fine-tuning by width of the beam, and the mean greedy one of resamples."""
-    counts = {beam: [bleu.counts(lines, references) for lines in each] for beam, each in translations.items()}
-    scores = {beam: [bleu.score(one.sum(0)) for one in each] for beam, each in counts.items()}
-    resampled = np.mean([bleu.resampled(one) for one in counts[1]], axis=0).round(3).tolist()
-    found = {"bleu": scores.pop(1), "resampled_bleu": resampled}
-    return found | ({"bleu_beam": next(iter(scores.values()))} if scores else {})
+def _scores(references: tuple[str, ...], greedy: list[list[str]], wide: list[str] | None) -> dict[str, list[float]]:
+    """BLEU of the greedy translations of each fine-tuning, its mean on resamples, and BLEU of those by beam search."""
+    counts = [bleu.counts(lines, references) for lines in greedy]
+    found = {
+        "bleu": [bleu.score(one.sum(0)) for one in counts],
+        "resampled_bleu": np.mean([bleu.resampled(one) for one in counts], axis=0).round(3).tolist(),
+    }
+    return found | ({} if wide is None else {"bleu_beam": [bleu.score(bleu.counts(wide, references).sum(0))]})
 
 
 def states_of(config: Config, setup: Setup, trained: runs.Trained) -> dict[str, tuple[int, ArrayTree]]:
@@ -447,7 +486,7 @@ def states_of(config: Config, setup: Setup, trained: runs.Trained) -> dict[str, 
 def pairs_of_a_meta_step(config: Config, step: int) -> int:
     """Sentence pairs whose gradient is taken in a meta-step."""
     num_inner_steps = getattr(config.hyperparameters, "num_inner_steps", 0) if step >= config.pretrain_steps else 0
-    return config.meta_batch_size * (num_inner_steps * config.shot + (config.query_shot or config.shot))
+    return config.meta_batch_size * (num_inner_steps * config.shot + config.query_shot)
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -460,18 +499,18 @@ def run(config: Config) -> dict[str, Any]:
         return seeds.run_seeds(run, training_of, config)
     setup = setup_of(config)
     with runs.open_run(config.run_dir, config) as run_dir:
-        if jax.process_index() == 0:
-            keep_text(run_dir, setup.text)
+        keep_text(run_dir, setup.text)
         trained = common.train(run_dir, config, setup.training)
         protocol = {
-            "split": "held-out languages; their English is in no training",
+            "split": "held-out languages; no training pair has their English",
             "fine_tuning": f"Adam, at most {config.finetune_steps} steps, the best of every {finetuning.EVERY} on dev",
-            "selection": f"least dev loss of {config.validation}, fine-tuned on {VALIDATION_SIZE} pairs",
+            "selection": f"least dev loss of {config.validation}, fine-tuned on {config.validation_pairs} pairs for at "
+            f"most {VALIDATION_STEPS} steps, mean of {VALIDATION_SUBSETS} draws",
             "selected_step": trained.best_step,
             "pairs_trained": sum(pairs_of_a_meta_step(config, step) for step in range(config.num_meta_steps)),
             "bleu": bleu.signature(),
             "test_sentences": len(setup.text.languages[config.held_out[0]].references),
-            "interval": "95 % over fine-tunings, Student's t; they share test sentences and dev pairs",
+            "interval": "95 % over draws of the pairs, Student's t; they share test sentences and dev pairs",
         }
         results = runs.finish(
             run_dir,
@@ -491,56 +530,54 @@ def run(config: Config) -> dict[str, Any]:
 
 def _load(run_dir: Path) -> tuple[Config, Subwords, np.ndarray | None, Translator, ArrayTree]:
     """The settings, subwords, keys, network and selected parameters of a run."""
+    experiment = runs.experiment_of(run_dir).__name__.removeprefix("experiments.")
+    if experiment != Config.experiment:
+        raise RunError(f"{run_dir} is a run of {experiment}; name one of {Config.experiment}")
     config = stored_config(METHODS, run_dir)
     directory = run_dir / "text"
     try:
         subwords = Subwords(*((directory / f"{side}.model").read_bytes() for side in Subwords._fields))
         keys = np.load(directory / "keys.npy", allow_pickle=False) if config.lexical else None
     except FileNotFoundError as error:
-        raise RunError(f"{run_dir} holds no {error.filename}; the run has not started its training") from error
+        raise RunError(f"there is no {error.filename}; the run has not started its training") from error
     translator = make_translator(config, keys)
     params = common.load_params(config.run_dir, config, make_learner(config, translator), _model_inputs(config))
     return config, subwords, keys, translator, params
 
 
-def load(run_dir: str | Path) -> tuple[LearnerOrSchedule, ArrayTree]:
-    """The learner and the selected parameters of a run."""
+def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
+    """The learner, as it is after the pretraining, and the selected parameters of a run."""
     config, _, _, translator, params = _load(Path(run_dir))
-    plain = dataclasses.replace(config, pretrain_steps=0)
-    learner = make_learner(plain, translator)
-    assert isinstance(learner, MetaLearner)
-    return learner, params
+    return make_learner(dataclasses.replace(config, pretrain_steps=0), translator), params
 
 
 def show(results: dict[str, Any]) -> None:
     """Prints the dev loss and BLEU of every held-out language and number of sentences."""
-    config = results["config"]
-    table = Table(
-        title=f"{results['algorithm']}: {results['protocol']['test_sentences']:,} test sentences, mean over subsets"
-    )
-    headings = ("state", "language", "pairs", "dev loss, nats a token", "BLEU, greedy", f"BLEU, beam {config['beam']}")
-    for heading in headings:
+    searched = f"beam {results['config']['beam']}, first draw"
+    count = results["protocol"]["test_sentences"]
+    table = Table(title=f"{results['algorithm']}: {count:,} test sentences, mean over draws, dev loss in nats a token")
+    for heading in ("state", "language", "pairs", "dev loss", "BLEU, greedy", "the same, first draw", searched):
         table.add_column(heading, justify="right")
     for row in results["evaluations"]:
-        columns = {"nll": 3, "bleu": 2, "bleu_beam": 2}
-        cells = [_cell(row[name], digits) if name in row else "" for name, digits in columns.items()]
+        means = [over_draws([row[name]]) for name in ("nll", "bleu")]
+        firsts = [row["bleu"][0], row["bleu_beam"][0]] if "bleu_beam" in row else []
+        cells = [runs.format_mean(m["mean"][0], m["ci95"][0], digits=d) for m, d in zip(means, (3, 2), strict=True)]
+        cells += [runs.format_mean(value) for value in firsts]
         table.add_row(f"{row['state']} ({row['step']:,})", row["language"], str(row["pairs"]), *cells)
     console.print(table)
 
 
-def _cell(values: list[float], digits: int = 2) -> str:
-    """A mean with its 95 % interval, if there are several."""
-    if len(values) < 2:
-        return runs.format_mean(values[0], digits=digits)
-    found = runs.mean_and_interval(np.array(values))
-    return runs.format_mean(found["mean"][0], found["ci95"][0], digits=digits)
+def over_draws(values: list[list[float]]) -> dict[str, list[float | None]]:
+    """The mean over rows of the same draws, averaged over these, with its interval; without one for a single draw."""
+    each = np.mean(values, axis=0)
+    return runs.mean_and_interval(each) if len(each) > 1 else {"mean": each.tolist(), "ci95": [None]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Translate:
     """What to translate."""
 
-    run: tyro.conf.Positional[Path]
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """The directory of a run of this experiment."""
     text: tuple[str, ...]
     """Sentences, each in quotes."""
@@ -548,15 +585,18 @@ class Translate:
     """A file with a sentence, a tab and its English in each line. The network is fine-tuned on it first; a tenth of the
     pairs, at least one, stop the fine-tuning. Without it, the network translates as it was trained."""
     seed: int = 0
-    """Of the fine-tuning."""
+    """Which pairs stop the fine-tuning."""
+    precision: Precision = "float32"
+    """Of matrix products, on devices that have a choice."""
 
 
 def translate(config: Translate) -> list[str]:
     """Translates sentences with the network of a run, which may be fine-tuned on pairs first.
 
     Raises:
+      FileNotFoundError: if there is no file of pairs.
       RunError: if there is no such run.
-      ValueError: if there are too few pairs, or a sentence is empty.
+      ValueError: if there are too few pairs, or a sentence is empty or too long.
     """
     settings, subwords, keys, translator, params = _load(config.run)
     if not config.text or not all(line.strip() for line in config.text):
@@ -564,6 +604,12 @@ def translate(config: Translate) -> list[str]:
             '--text holds no words; give one or more sentences, each in quotes: --text "um homem" "um cão"'
         )
     length = 2 * settings.max_subwords
+    for line, tokens in zip(config.text, parallel_text.encode(subwords.source, config.text), strict=True):
+        if len(tokens) >= length:
+            raise ValueError(
+                f"the sentence {line[:40]!r}... of --text has {len(tokens)} subwords and the network reads at most "
+                f"{length - 1}; divide it"
+            )
     vectors = None
     if config.pairs is None and keys is not None:
         raise ValueError("a run with --lexical knows a language by its pairs; give some by --pairs")
@@ -572,6 +618,8 @@ def translate(config: Translate) -> list[str]:
         pairs = parallel_text.pairs_of(subwords, left, right, length, cut=False)
         order = np.random.default_rng(config.seed).permutation(len(pairs.source))
         num_dev = max(1, len(order) // 10)
+        if num_long := len(left) - len(order):
+            console.print(f"{num_long} of {len(left)} pairs are longer than {length - 1} subwords and left out")
         if len(order) < 10:
             raise ValueError(
                 f"{config.pairs} holds {len(order)} pairs of at most {length - 1} subwords; a fine-tuning needs at "
@@ -580,16 +628,15 @@ def translate(config: Translate) -> list[str]:
         dev, few = (jax.tree.map(lambda x, rows=rows: x[rows], pairs) for rows in (order[:num_dev], order[num_dev:]))
         own = None
         if keys is not None:
-            encoded = parallel_text.encode(subwords.source, [*left, *config.text])
+            encoded = parallel_text.encode(subwords.source, left)
             own = lexical.word_vectors(encoded, settings.source_subwords, settings.vector_size)
         language = parallel_text.Language(few, dev, dev, (), own)
         jobs = finetuning.jobs_of([language], (len(few.source),), 1, keys)
-        how = finetuning.FineTuning(settings.finetune_lr, settings.finetune_steps, batch_size=settings.finetune_batch)
-        tuned = finetuning.fine_tune_all(translator, how, params, [language], jobs)
-        losses_of = np.asarray(tuned.losses[0])
+        tuning = how(settings, settings.finetune_steps)
+        tuned = finetuning.fine_tune_all(translator, tuning, params, [language], jobs)
         console.print(
-            f"fine-tuned on {len(few.source)} pairs for {int(tuned.step[0])} steps: loss on {num_dev} others "
-            f"{losses_of[0]:.3f} before, {losses_of.min():.3f} after, nats a token"
+            f"fine-tuned on {len(few.source)} pairs for {tuned.step[0]} steps: loss on {num_dev} others "
+            f"{tuned.losses[0, 0]:.3f} before, {tuned.loss[0]:.3f} after, nats a token"
         )
         params = jax.tree.map(lambda x: x[0], tuned.params)
         vectors = None if jobs.vectors is None else jobs.vectors[0]
@@ -604,7 +651,8 @@ def translate(config: Translate) -> list[str]:
 def _main() -> None:
     if sys.argv[1:2] == ["translate"]:
         del sys.argv[1]
-        main(Translate, translate, "Translates sentences into English with the network of a run.")
+        about_it = "Translates sentences into English with the network of a run."
+        main(Translate, translate, about_it, subcommand="translate")
     else:
         main(METHODS, run, __doc__, about=about())
 

@@ -24,7 +24,8 @@ class Sentences(NamedTuple):
 
     Attributes:
       tokens: integers [B, S].
-      vectors: [B, S, Q], the fixed vectors of the tokens for a lexical representation; None without one.
+      vectors: [B, S, Q], the fixed vectors of the tokens for a lexical representation; None without one. A network
+        with a lexicon raises ValueError if they are missing or of another size.
     """
 
     tokens: jax.Array
@@ -85,6 +86,11 @@ class _SourceVectors(nn.Module):
             return nn.Embed(self.vocabulary, self.width, embedding_init=scale, name="tokens")(sentences.tokens)
         keys = jnp.asarray(self.lexicon.keys)
         count, size = keys.shape
+        if sentences.vectors is None or sentences.vectors.shape != (*sentences.tokens.shape, size):
+            raise ValueError(
+                f"with a lexicon the sentences need vectors {(*sentences.tokens.shape, size)} of their tokens, got "
+                f"{None if sentences.vectors is None else sentences.vectors.shape}"
+            )
         universal = self.param(UNIVERSAL_VECTORS, scale, (count, self.width))
         own = self.param(TASK_VECTORS, nn.initializers.zeros, (self.vocabulary, self.width))
         align = self.param("alignment", lambda _: jnp.eye(size))

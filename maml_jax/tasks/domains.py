@@ -1,4 +1,4 @@
-"""Domains: one task seen in several ways, in episodes that hold a batch of every source domain.
+"""Domains: one task seen in several ways, in episodes that hold batches of every source domain, or of one.
 
 A sampler is a `jax.tree_util.Partial` of its settings and its data, so a compiled program takes the data as an
 argument.

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import sys
 import zipfile
 
 import jax
@@ -12,9 +13,9 @@ import optax
 import pytest
 from sacrebleu.metrics import BLEU
 
-from experiments import bleu, decoding, finetuning, lexical, parallel_text, runs, translation
+from experiments import bleu, cli, decoding, finetuning, lexical, parallel_text, runs, translation, translation_report
 from maml_jax import Episode, losses
-from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS, Sentences, transformer_translator
+from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS, Lexicon, Sentences, transformer_translator
 
 WORDS = ("a", "man", "dog", "red", "runs", "sits", "in", "park", "the", "on", "grass", "woman", "big", "child", "sees")
 LANGUAGES = {"xa": "o{}", "xb": "{}ta", "xc": "ki{}", "xd": "{}un", "xv": "po{}"}
@@ -23,6 +24,7 @@ TINY = {
     "sources": ("xa", "xb"), "held_out": ("xc", "xd"), "validation": "xv", "source_pairs": 30, "pool_lines": 30,
     "max_subwords": 16, "source_subwords": 60, "target_subwords": 34, "width": 8, "depth": 1, "vector_size": 4,
     "shot": 2, "query_shot": 3, "num_meta_steps": 4, "val_every": 2, "log_every": 1, "sizes": (4, 8), "num_subsets": 2,
+    "validation_pairs": 4,
     "dev_pairs": 5, "finetune_steps": 20, "finetune_batch": 2, "beam": 2,
 }  # fmt: skip
 
@@ -44,9 +46,8 @@ def write(directory, part, language, lines):
 
 
 @pytest.fixture(autouse=True)
-def few_validation_pairs(monkeypatch):
-    monkeypatch.setattr(translation, "VALIDATION_SIZE", 4)
-    monkeypatch.setattr(translation, "VALIDATION", finetuning.FineTuning(steps=20, batch_size=2))
+def short_validation(monkeypatch):
+    monkeypatch.setattr(translation, "VALIDATION_STEPS", 20)
 
 
 def config_of(corpus, algorithm="fomaml", **settings):
@@ -58,7 +59,7 @@ def config_of(corpus, algorithm="fomaml", **settings):
     [
         ("fomaml", {"pretrain_steps": 2}),
         ("maml", {"lexical": True}),
-        ("pretrained", {"network": "gru"}),
+        ("pretrained", {"network": "gru", "outer_lr": 1.0, "val_every": 1}),  # the last state is not the best
     ],
 )
 def test_a_run_is_tested_and_can_be_used(corpus, algorithm, settings, tmp_path):
@@ -66,13 +67,14 @@ def test_a_run_is_tested_and_can_be_used(corpus, algorithm, settings, tmp_path):
     results = translation.run(config)
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     selected = [row for row in results["evaluations"] if row["state"] == "selected"]
-    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), (0, 4, 8)))
-    assert [len(row["bleu"]) for row in selected] == [1, 2, 2] * 2
+    # The alignment of a lexical representation needs pairs.
+    sizes = (4, 8) if settings.get("lexical") else (0, 4, 8)
+    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), sizes))
+    assert [len(row["bleu"]) for row in selected] == [1 if size == 0 else 2 for size in sizes] * 2
     assert len(results["examples"]) == 2 * 3
     assert results["examples"][0]["reference"] in parallel_text.Corpus(corpus).lines("test", "en")
     last = [row for row in results["evaluations"] if row["state"] == "last"]
-    is_last = results["protocol"]["selected_step"] == config.num_meta_steps
-    assert len(last) == (6 if algorithm == "pretrained" and not is_last else 0)
+    assert [row["step"] for row in last] == ([4] * 6 if algorithm == "pretrained" else [])
     assert (tmp_path / "run" / "figures" / "bleu.png").exists()
     assert translation.run(config) == results  # found finished
     learner, params, loaded = runs.load(tmp_path / "run")
@@ -106,6 +108,11 @@ def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys):
         translation.translate(dataclasses.replace(command, pairs=None))
     with pytest.raises(ValueError, match="--text holds no words"):
         translation.translate(dataclasses.replace(command, text=("kidog", " ")))
+    with pytest.raises(ValueError, match=r"of --text has \d+ subwords and the network reads at most 31; divide it"):
+        translation.translate(dataclasses.replace(command, text=("kidog " * 40,)))
+    file.write_bytes(b"\xff\xfe\tdog\n")
+    with pytest.raises(ValueError, match=r"pairs.tsv is not UTF-8 text"):
+        translation.translate(command)
     for content, message in (
         ("kidog dog\n", "line 1 of .* each line holds a sentence, one tab and its English"),
         ("kidog\tdog\n\nkiman\t\n", "line 3 of"),
@@ -121,13 +128,52 @@ def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys):
         translation.translate(dataclasses.replace(command, run=tmp_path))
 
 
-def test_other_subwords_than_those_of_the_run_are_refused(corpus, tmp_path):
-    text = translation.text_of(config_of(corpus))
-    translation.keep_text(tmp_path, text)
-    translation.keep_text(tmp_path, text)
-    (tmp_path / "text" / "source.model").write_bytes(b"others")
-    with pytest.raises(runs.RunError, match="holds other subwords"):
-        translation.keep_text(tmp_path, text)
+def test_translate_is_a_subcommand(corpus, tmp_path, monkeypatch, capsys):
+    config = config_of(
+        corpus, "pretrained", num_meta_steps=2, sizes=(4,), num_subsets=1, beam=1, run_dir=tmp_path / "run"
+    )
+    translation.run(config)
+    seen = []
+    monkeypatch.setattr(translation, "translate", seen.append)
+    monkeypatch.setattr(cli, "set_up_jax", lambda precision: None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", translation.__spec__)
+    monkeypatch.setattr(sys, "argv", ["x", "translate", str(tmp_path / "run"), "--text", "kidog", "ki man"])
+    translation._main()
+    assert seen == [translation.Translate(run=tmp_path / "run", text=("kidog", "ki man"))]
+    monkeypatch.setattr(sys, "argv", ["x", "translate", "--help"])
+    with pytest.raises(SystemExit):
+        translation._main()
+    assert "python -m experiments.translation translate" in capsys.readouterr().out
+
+
+def test_another_text_than_that_of_the_run_is_refused(corpus, tmp_path):
+    text = translation.text_of(config_of(corpus, lexical=True))
+    for name, other in {
+        "source.model": text._replace(subwords=text.subwords._replace(source=b"others")),
+        "keys.npy": text._replace(keys=text.keys + 1),
+        "sha256": text._replace(digest="0"),
+    }.items():
+        directory = tmp_path / name
+        directory.mkdir()
+        translation.keep_text(directory, text)
+        translation.keep_text(directory, text)
+        with pytest.raises(runs.RunError, match=f"{name} is not what the text gives now"):
+            translation.keep_text(directory, other)
+
+
+def test_another_word_of_the_test_is_another_text(corpus, tmp_path):
+    for file in corpus.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    before = translation.text_of(config_of(corpus))
+    lines = list(parallel_text.Corpus(corpus).lines("test", "xd"))
+    write(tmp_path, "test", "xd", [*lines[:-1], lines[-1] + " bigun"])
+    assert translation.text_of(config_of(tmp_path)).digest != before.digest
+
+
+def test_a_run_of_another_experiment_does_not_translate(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": "sinusoid", "algorithm": "fomaml"}))
+    with pytest.raises(runs.RunError, match="is a run of sinusoid; name one of translation"):
+        translation.translate(translation.Translate(run=tmp_path, text=("kidog",)))
 
 
 def test_english_of_the_low_resource_languages_is_in_no_training(corpus):
@@ -170,6 +216,9 @@ def test_sides_are_filled_and_framed(corpus):
         ({"held_out": ("xa",)}, "--held-out xa is --sources too"),
         ({"validation": "en"}, "--validation en is the target language too"),
         ({"sources": ()}, "--sources  must be one or more, each once"),
+        ({"sizes": (8, 4)}, "--sizes 8 4 must be in increasing order"),
+        ({"width": 6}, "--width 6 must be a multiple of 4, the heads of the attention"),
+        ({"lexical": True, "vector_size": 34}, "--vector-size 34 must be smaller than --source-subwords 60 and"),
         ({"sizes": (4, 4)}, "--sizes 4 4 must be one or more, each once"),
         ({"sizes": (0,)}, "--sizes must be an integer of at least 1, got 0"),
         ({"finetune_steps": 30}, "--finetune-steps 30 must be a multiple of 20"),
@@ -213,7 +262,8 @@ def test_text_that_does_not_fit_is_refused_before_anything_else(corpus, tmp_path
     ("settings", "message"),
     [
         ({"pool_lines": 60}, "train.en has 60 lines and 60 are kept"),
-        ({"sizes": (40,)}, "40 pairs of xc are wanted and the last 30 lines have"),
+        ({"sizes": (40,)}, "40 pairs of xc are wanted and the last 30 lines have .* or choose fewer by --sizes"),
+        ({"validation_pairs": 40}, "40 pairs of xv are wanted .* or choose fewer by --validation-pairs"),
         ({"source_subwords": 5000}, "cannot be divided into 5000 subwords"),
         ({"max_subwords": 3}, "train.xa has no pair of at most 2 subwords a sentence"),
     ],
@@ -331,6 +381,71 @@ def test_a_fine_tuning_is_the_loop_that_stops_at_the_best_dev_loss(x64):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[0], y, atol=1e-6), tuned.params, kept[best])
 
 
+def test_every_job_has_its_own_language_vectors_and_pairs(x64):
+    """Two languages of different lengths and numbers of sentences, with a lexical representation."""
+    rng = np.random.default_rng(0)
+    keys, tables = rng.normal(size=(6, 3)), rng.normal(size=(2, 7, 3))
+
+    def pairs(count, length):
+        found = pools(rng)
+        rows = rng.integers(0, 9, count)
+        source, target = found.source[rows].copy(), found.target[rows].copy()
+        source[:, length:], target[:, length + 1 :] = PAD, PAD
+        return parallel_text.Pairs(source, target)
+
+    languages = [
+        parallel_text.Language(pairs(9, 3), pairs(count, length), pairs(count, length), (), table)
+        for count, length, table in ((4, 3, tables[0]), (7, 2, tables[1]))
+    ]
+    jobs = finetuning.jobs_of(languages, (4, 6), 2, keys)
+    translator = transformer_translator(
+        source_vocabulary=7, target_vocabulary=6, width=8, depth=1, heads=2, lexicon=Lexicon(keys)
+    )
+    inputs = Sentences(jnp.ones((1, 3), jnp.int32), jnp.ones((1, 3, 3))), jnp.ones((1, 4), jnp.int32)
+    params = translator.model.init(jax.random.key(0), inputs)
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    how = finetuning.FineTuning(rate=0.1, steps=20, batch_size=3)
+    tuned = finetuning.fine_tune_all(translator, how, params, languages, jobs)
+    for index in range(8):
+        language = languages[index // 4]
+        few = jax.tree.map(lambda x, i=index: x[jobs.order[i, : jobs.size[i]]], language.pool)
+        np.testing.assert_array_equal(jobs.vectors[index], lexical.aligned(language.vectors, keys, *few))
+        total = count = 0
+        for row in range(len(language.dev.source)):
+            source, target = language.dev.source[row], language.dev.target[row]
+            outputs = translator.model.apply(
+                params, (Sentences(source[None], jobs.vectors[index][source][None]), target[None, :-1])
+            )
+            log_p = jax.nn.log_softmax(outputs[0])
+            for place, token in enumerate(target[1:]):
+                if token != PAD:
+                    total, count = total - log_p[place, token], count + 1
+        np.testing.assert_allclose(tuned.losses[index, 0], total / count, rtol=1e-6)
+    np.testing.assert_array_equal(
+        tuned.params["source"][UNIVERSAL_VECTORS], np.stack([params["source"][UNIVERSAL_VECTORS]] * 8)
+    )
+    assert np.all(np.any(tuned.params["source"][TASK_VECTORS][tuned.step > 0] != 0, axis=(1, 2)))
+    found = finetuning.translate_all(translator, tuned.params, languages, jobs, max_length=4, beam=1)
+    assert found.shape == (8, 7, 4)
+    for index in range(8):
+        test = languages[index // 4].test.source
+        one = jax.tree.map(lambda x, i=index: x[i], tuned.params)
+        alone = finetuning.translated(translator, one, test, jobs.vectors[index], max_length=4, beam=1)
+        np.testing.assert_array_equal(found[index, : len(test)], alone)
+
+
+def test_a_dev_loss_that_is_not_finite_is_never_the_best():
+    translator, params, _ = small_translator()
+    rng = np.random.default_rng(0)
+    language = parallel_text.Language(pools(rng), pools(rng), pools(rng), (), None)
+    jobs = finetuning.jobs_of([language], (5,), 1, None)
+    how = finetuning.FineTuning(rate=1e38, steps=40, batch_size=4)
+    tuned = finetuning.fine_tune_all(translator, how, params, [language], jobs)
+    assert not np.isfinite(tuned.losses[0, 1:]).any()
+    assert tuned.step[0] == 0
+    assert tuned.loss[0] == tuned.losses[0, 0]
+
+
 def test_a_smaller_subset_is_a_part_of_the_larger():
     rng = np.random.default_rng(1)
     language = parallel_text.Language(pools(rng), pools(rng), pools(rng), (), None)
@@ -420,3 +535,129 @@ def test_pretraining_comes_first_in_one_run(corpus):
         assert info.support_loss.shape == (1,)
     pairs = [translation.pairs_of_a_meta_step(config, step) for step in (2, 3)]
     assert pairs == [2 * 3, 2 * (2 + 3)]
+
+
+def test_episodes_are_shifted_and_have_the_vectors_of_their_language(corpus):
+    setup = translation.setup_of(config_of(corpus, lexical=True))
+    languages = set()
+    for number in range(6):
+        episode = setup.training.sample_episode(jax.random.key(number))
+        for batch in (jax.tree.map(lambda x: x[0], episode.support), episode.query):
+            (sentences, given), targets = batch
+            np.testing.assert_array_equal(
+                given[:, 1:][targets[:, :-1] != decoding.END], targets[:, :-1][targets[:, :-1] != decoding.END]
+            )
+            assert np.all(given[:, 0] == decoding.BEGIN)
+            assert np.all(np.sum(targets == decoding.END, axis=1) == 1)
+            for row in range(len(targets)):
+                places = [
+                    place
+                    for place, pairs in enumerate(setup.text.sources.values())
+                    if (pairs.source == np.asarray(sentences.tokens[row])[None]).all(axis=1).any()
+                ]
+                assert len(places) == 1
+                languages.add(places[0])
+                np.testing.assert_allclose(
+                    sentences.vectors[row], setup.text.vectors[places[0]][sentences.tokens[row]], rtol=1e-6
+                )
+    assert languages == {0, 1}
+
+
+def test_fomaml_and_maml_have_their_own_derivatives(corpus):
+    plain = {"inner_optimizer": "sgd", "inner_lr": 1.0}
+    methods = {}
+    for name in ("fomaml", "maml"):
+        config = config_of(corpus, name)
+        config = dataclasses.replace(config, hyperparameters=dataclasses.replace(config.hyperparameters, **plain))
+        methods[name] = translation.setup_of(config).training
+    training = methods["maml"]
+    params = training.learner.init(jax.random.key(0), training.inputs)
+    episode = training.sample_episode(jax.random.key(1))
+
+    def loss_of(params, batch):
+        return losses.masked_cross_entropy(setup_model.apply(params, batch.inputs), batch.targets)
+
+    setup_model = translation.setup_of(config_of(corpus)).translator.model
+    support = jax.tree.map(lambda x: x[0], episode.support)
+
+    def adapted(params):
+        return jax.tree.map(lambda x, g: x - g, params, jax.grad(loss_of)(params, support))
+
+    expected = {
+        "fomaml": jax.grad(loss_of)(adapted(params), episode.query),
+        "maml": jax.grad(lambda p: loss_of(adapted(p), episode.query))(params),
+    }
+    for name, training in methods.items():
+        found = jax.grad(lambda p, t=training: t.learner.objective(p, episode)[0])(params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), found, expected[name])
+    assert any(np.max(np.abs(x - y)) > 1e-3 for x, y in zip(*map(jax.tree.leaves, expected.values()), strict=True))
+
+
+def test_a_lower_loss_is_a_better_validation(corpus, monkeypatch):
+    training = translation.setup_of(config_of(corpus)).training
+    tuned = finetuning.Tuned({}, np.zeros(2, int), np.array([2.0, 4.0]), np.zeros((2, 2)))
+    monkeypatch.setattr(finetuning, "fine_tune_all", lambda *args: tuned)
+    assert training.validate({}) == -3.0
+
+
+def made_up(algorithm, shift, *, pairs_trained=1000, meta_steps=10, states=("selected",), **settings):
+    rows = [
+        {
+            "state": state, "step": 5, "language": language, "pairs": pairs,
+            "nll": [3.0 + shift * (draw + 1) for draw in range(2)],
+            "bleu": [10.0 - 10 * shift * (draw + 1) for draw in range(2)],
+            "resampled_bleu": [10.0 - 10 * shift, 10.0 - 20 * shift],
+        }
+        for state in states for language in ("xc",) for pairs in (0, 4, 8)
+    ]  # fmt: skip
+    config = {
+        "lexical": False,
+        "sources": ["xa"],
+        "held_out": ["xc"],
+        "num_subsets": 2,
+        "sizes": [4, 8],
+        "validation": "xv",
+    } | settings
+    example = {"language": "xc", "source": "kidog | x", "before": "a", "after": "dog", "reference": "dog"}
+    protocol = {"selection": "least dev loss of xv", "bleu": "signature", "test_sentences": 6, "selected_step": 5}
+    return {
+        "algorithm": algorithm, "config": config, "seed": 0, "meta_steps": meta_steps, "evaluations": rows,
+        "protocol": protocol | {"pairs_trained": pairs_trained}, "examples": [example],
+    }  # fmt: skip
+
+
+def test_the_report_pairs_a_method_with_its_pretraining(tmp_path):
+    baseline = made_up("pretrained", 0.0, states=("selected", "last"))
+    for row in baseline["evaluations"]:
+        row["nll"] = [value + (row["state"] == "last") for value in row["nll"]]
+    results = [
+        made_up("fomaml", -0.1),
+        baseline,
+        made_up("pretrained", 0.3, lexical=True),
+        made_up("pretrained", 0.3, meta_steps=0, pairs_trained=0),
+        made_up("pretrained", 0.2, meta_steps=5, pairs_trained=500),
+    ]
+    text = translation_report.section(results, lambda result: ["--lexical"] * result["config"]["lexical"])
+    lines = [line for line in text.splitlines() if line.startswith("| FOMAML")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    differences = [row[1:] for row in cells if len(row) == 6]
+    # Against seed and meta-steps of the shorter pretraining too; never against the lexical one or no training.
+    assert [row[0] for row in differences] == [
+        "pretraining, last state",
+        "pretraining, stopped in time",
+        "pretraining, 10 meta-steps, seed 0, equal work",
+        "pretraining, 10 meta-steps, seed 0, stopped in time",
+    ]
+    loss, bleu_over_draws, over_test_sets = differences[3][2:]
+    half = 0.05 * 12.706  # Student's t with one degree of freedom: half of the distance of both draws, times t
+    assert loss == f"-0.150 ± {half:.3f}"
+    assert bleu_over_draws == f"1.50 ± {10 * half:.2f}"
+    assert over_test_sets == "1.02 to 1.98"
+    assert differences[2][2].startswith("-1.150")  # the last state of the pretraining
+    assert "from scratch" in text
+    assert "kidog / x" in text
+    assert translation_report.section([], lambda result: []) == ""
+    with pytest.raises(ValueError, match="there are two results of FOMAML"):
+        translation_report.section([results[0]] * 3, lambda result: [])
+    translation_report.draw(tmp_path / "bleu.png", results, lambda result: ["--lexical"] * result["config"]["lexical"])
+    assert (tmp_path / "bleu.png").exists()
