@@ -133,7 +133,7 @@ def by_command(results: list[dict]) -> dict[str, list[dict]]:
 
 def _order(result: dict) -> tuple:
     names, config = list(EXPERIMENTS[result["experiment"]].METHODS), result["config"]
-    where = config.get("way", 0), config.get("data", ""), config.get("held_out", ""), config.get("shot", 0)
+    where = config.get("way", 0), config.get("data", ""), str(config.get("held_out", "")), config.get("shot", 0)
     return names.index(result["algorithm"]), *where, str(config.get("inner_lr"))
 
 

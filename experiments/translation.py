@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import io
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -332,7 +333,7 @@ def _setup_of(config: Config) -> Setup:
     jobs = finetuning.jobs_of(validation, (config.validation_pairs,), VALIDATION_SUBSETS, text.keys)
 
     def validate(params: ArrayTree) -> float:
-        tuned = finetuning.fine_tune_all(translator, how(config, VALIDATION_STEPS), params, validation, jobs)
+        tuned = finetuning.fine_tune_all(translator, fine_tuning(config, VALIDATION_STEPS), params, validation, jobs)
         return -float(np.mean(tuned.loss))
 
     training = Training(
@@ -344,7 +345,7 @@ def _setup_of(config: Config) -> Setup:
     return Setup(text, translator, training)
 
 
-def how(config: Config, steps: int) -> finetuning.FineTuning:
+def fine_tuning(config: Config, steps: int) -> finetuning.FineTuning:
     """A fine-tuning of at most so many steps."""
     return finetuning.FineTuning(rate=config.finetune_lr, steps=steps, batch_size=config.finetune_batch)
 
@@ -416,7 +417,7 @@ def _tested(config: Config, setup: Setup, params: ArrayTree, beam: int) -> tuple
     text, translator = setup.text, setup.translator
     languages = [text.languages[name] for name in config.held_out]
     jobs = finetuning.jobs_of(languages, config.sizes, config.num_subsets, text.keys)
-    tuned = finetuning.fine_tune_all(translator, how(config, config.finetune_steps), params, languages, jobs)
+    tuned = finetuning.fine_tune_all(translator, fine_tuning(config, config.finetune_steps), params, languages, jobs)
 
     def translate_all(params: ArrayTree, jobs: finetuning.Job, beam: int) -> list[list[str]]:
         found = finetuning.translate_all(
@@ -470,9 +471,9 @@ def _scores(references: tuple[str, ...], greedy: list[list[str]], wide: list[str
 
 
 def states_of(config: Config, setup: Setup, trained: runs.Trained) -> dict[str, tuple[int, ArrayTree]]:
-    """The selected state, and of pretraining the last one too, which has had as much work as the other methods."""
+    """The selected state, and the last one if it is another."""
     states = {"selected": (trained.best_step, trained.params)}
-    if config.algorithm == "pretrained" and trained.best_step < config.num_meta_steps:
+    if trained.best_step < config.num_meta_steps:
         training = setup.training
         init_key = runs.streams(config.seed).init
         start = common.initial_state(
@@ -483,10 +484,12 @@ def states_of(config: Config, setup: Setup, trained: runs.Trained) -> dict[str, 
     return states
 
 
-def pairs_of_a_meta_step(config: Config, step: int) -> int:
-    """Sentence pairs whose gradient is taken in a meta-step."""
-    num_inner_steps = getattr(config.hyperparameters, "num_inner_steps", 0) if step >= config.pretrain_steps else 0
-    return config.meta_batch_size * (num_inner_steps * config.shot + config.query_shot)
+def pairs_seen(settings: Mapping[str, Any], step: int) -> int:
+    """Sentence pairs whose gradient has been taken by a meta-step, with settings by name."""
+    num_inner_steps, query_shot = settings.get("num_inner_steps", 0), settings["query_shot"]
+    pretrained = min(step, settings["pretrain_steps"])
+    per_episode = pretrained * query_shot + (step - pretrained) * (num_inner_steps * settings["shot"] + query_shot)
+    return settings["meta_batch_size"] * per_episode
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -507,7 +510,7 @@ def run(config: Config) -> dict[str, Any]:
             "selection": f"least dev loss of {config.validation}, fine-tuned on {config.validation_pairs} pairs for at "
             f"most {VALIDATION_STEPS} steps, mean of {VALIDATION_SUBSETS} draws",
             "selected_step": trained.best_step,
-            "pairs_trained": sum(pairs_of_a_meta_step(config, step) for step in range(config.num_meta_steps)),
+            "pairs_trained": pairs_seen(runs.as_json(config), config.num_meta_steps),
             "bleu": bleu.signature(),
             "test_sentences": len(setup.text.languages[config.held_out[0]].references),
             "interval": "95 % over draws of the pairs, Student's t; they share test sentences and dev pairs",
@@ -632,7 +635,7 @@ def translate(config: Translate) -> list[str]:
             own = lexical.word_vectors(encoded, settings.source_subwords, settings.vector_size)
         language = parallel_text.Language(few, dev, dev, (), own)
         jobs = finetuning.jobs_of([language], (len(few.source),), 1, keys)
-        tuning = how(settings, settings.finetune_steps)
+        tuning = fine_tuning(settings, settings.finetune_steps)
         tuned = finetuning.fine_tune_all(translator, tuning, params, [language], jobs)
         console.print(
             f"fine-tuned on {len(few.source)} pairs for {tuned.step[0]} steps: loss on {num_dev} others "

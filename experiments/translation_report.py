@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from experiments import figures, runs
-from experiments.translation import METHODS, AdamSteps, over_draws
+from experiments.translation import METHODS, AdamSteps, over_draws, pairs_seen
 
 FlagsFn = Callable[[dict[str, Any]], Sequence[str]]
 """`(result) -> flags`, those of its command but for the seed."""
@@ -31,9 +31,9 @@ def section(results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> str:
         f"{', '.join(config['sources'])} to English is fine-tuned on few sentence pairs of a language that it has not "
         "seen. BLEU of greedy translations in %, and in brackets the dev loss in nats per token: means over "
         f"{config['num_subsets']} draws of the pairs. The state is selected by the {protocol['selection']}; "
-        f"{config['validation']} is neither trained on nor tested. The last state of pretraining has had as much work "
-        "as the other methods. No training pair has the English of the pairs of a held-out language; subwords are "
-        f"learnt from the text of all languages. BLEU is `{protocol['bleu']}` on {protocol['test_sentences']:,} "
+        f"{config['validation']} is neither trained on nor tested. The last states of the methods have had equal work. "
+        "No training pair has the English of the pairs of a held-out language; subwords are learnt from the text of "
+        f"all languages. BLEU is `{protocol['bleu']}` on {protocol['test_sentences']:,} "
         "captions; the published numbers are those of news and parliament, and cannot be compared.\n\n"
         f"{_scores(by_label)}\n\n"
         "### Does the meta-learned start help?\n\nDifferences from pretraining, paired by language, number of pairs "
@@ -86,9 +86,9 @@ def _scores(by_label: Mapping[str, dict[str, Any]]) -> str:
             cells.setdefault((row["language"], row["state"], row["step"]), {})[row["pairs"]] = cell
         for (language, state, step), of_size in cells.items():
             which = f"{state}, step {step:,}" if result["meta_steps"] else ""
-            trained = f"{result['protocol']['pairs_trained'] / 1000:.0f}k"
+            trained = f"{pairs_seen(result['config'], step) / 1000:.0f}k"
             lines.append([label, which, trained, language, *(of_size.get(size, "") for size in sizes)])
-    header = ["", "state", "pairs trained", "language", *(f"{size:,} pairs" for size in sizes)]
+    header = ["", "state", "pairs seen", "language", *(f"{size:,} pairs" for size in sizes)]
     return runs.markdown_table(header, lines)
 
 
@@ -100,12 +100,12 @@ def _differences(by_label: Mapping[str, dict[str, Any]]) -> str:
                 continue
             work = [one["protocol"]["pairs_trained"] for one in (result, baseline)]
             is_equal = abs(work[0] / work[1] - 1) < 0.01
-            for state, what in (("last", "equal work" if is_equal else "last state"), ("selected", "stopped in time")):
+            for state, what in (("last", "last, equal work" if is_equal else "last"), ("selected", "selected")):
                 for language in result["config"]["held_out"]:
-                    pair = _of(result, language, "selected"), _of(baseline, language, state)
+                    pair = _of(result, language, state), _of(baseline, language, state)
                     if all(pair):
-                        lines.append([label, f"{name}, {what}", language, *_difference(*pair)])
-    header = ["", "against", "language", "dev loss", "BLEU", "BLEU, over test sets"]
+                        lines.append([label, name, what, language, *_difference(*pair)])
+    header = ["", "against", "states", "language", "dev loss", "BLEU", "BLEU, over test sets"]
     return runs.markdown_table(header, lines)
 
 

@@ -58,7 +58,6 @@ def config_of(corpus, algorithm="fomaml", **settings):
     ("algorithm", "settings"),
     [
         ("fomaml", {"pretrain_steps": 2}),
-        ("maml", {"lexical": True}),
         ("pretrained", {"network": "gru", "outer_lr": 1.0, "val_every": 1}),  # the last state is not the best
     ],
 )
@@ -67,25 +66,21 @@ def test_a_run_is_tested_and_can_be_used(corpus, algorithm, settings, tmp_path):
     results = translation.run(config)
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
     selected = [row for row in results["evaluations"] if row["state"] == "selected"]
-    # The alignment of a lexical representation needs pairs.
-    sizes = (4, 8) if settings.get("lexical") else (0, 4, 8)
-    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), sizes))
-    assert [len(row["bleu"]) for row in selected] == [1 if size == 0 else 2 for size in sizes] * 2
+    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), (0, 4, 8)))
+    assert [len(row["bleu"]) for row in selected] == [1, 2, 2] * 2
     assert len(results["examples"]) == 2 * 3
     assert results["examples"][0]["reference"] in parallel_text.Corpus(corpus).lines("test", "en")
     last = [row for row in results["evaluations"] if row["state"] == "last"]
-    assert [row["step"] for row in last] == ([4] * 6 if algorithm == "pretrained" else [])
+    assert [row["step"] for row in last] == ([4] * 6 if algorithm == "pretrained" else [])  # the last of FOMAML is best
     assert (tmp_path / "run" / "figures" / "bleu.png").exists()
     assert translation.run(config) == results  # found finished
     learner, params, loaded = runs.load(tmp_path / "run")
     assert loaded.sources == ("xa", "xb")
-    if not settings.get("lexical"):
-        setup = translation.setup_of(translation.with_paper_defaults(config))
-        episode = setup.training.sample_episode(jax.random.key(0))
-        assert np.isfinite(learner.objective(params, episode)[0])
-        # Without the text: the run directory is enough.
-        command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns", "kithe kiman"))
-        assert len(translation.translate(command)) == 2
+    episode = translation.setup_of(config).training.sample_episode(jax.random.key(0))
+    assert np.isfinite(jax.jit(learner.objective)(params, episode)[0])
+    # Without the text: the run directory is enough.
+    command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns", "kithe kiman"))
+    assert len(translation.translate(command)) == 2
 
 
 def test_a_network_from_scratch_is_tested_without_training(corpus, tmp_path):
@@ -97,7 +92,9 @@ def test_a_network_from_scratch_is_tested_without_training(corpus, tmp_path):
 
 def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys):
     config = config_of(corpus, lexical=True, num_meta_steps=2, num_subsets=1, sizes=(4,), run_dir=tmp_path / "run")
-    translation.run(config)
+    results = translation.run(config)
+    # The alignment of a lexical representation needs pairs.
+    assert [row["pairs"] for row in results["evaluations"]] == [4, 4]
     lines = [parallel_text.Corpus(corpus).lines("train", name)[:20] for name in ("xc", "en")]
     file = tmp_path / "pairs.tsv"
     file.write_text("\n".join("\t".join(pair) for pair in zip(*lines, strict=True)) + "\n\n")
@@ -533,8 +530,8 @@ def test_pretraining_comes_first_in_one_run(corpus):
         found, info = setup.training.learner(jnp.int32(step)).objective(params, episode)
         np.testing.assert_allclose(found, expected, rtol=1e-6)
         assert info.support_loss.shape == (1,)
-    pairs = [translation.pairs_of_a_meta_step(config, step) for step in (2, 3)]
-    assert pairs == [2 * 3, 2 * (2 + 3)]
+    seen = [translation.pairs_seen(runs.as_json(config), step) for step in (0, 2, 3, 5)]
+    assert seen == [0, 2 * 2 * 3, 3 * 2 * 3, 3 * 2 * 3 + 2 * 2 * (2 + 3)]
 
 
 def test_episodes_are_shifted_and_have_the_vectors_of_their_language(corpus):
@@ -616,8 +613,8 @@ def made_up(algorithm, shift, *, pairs_trained=1000, meta_steps=10, states=("sel
         "held_out": ["xc"],
         "num_subsets": 2,
         "sizes": [4, 8],
-        "validation": "xv",
-    } | settings
+        "validation": "xv", "query_shot": 3, "meta_batch_size": 2, "pretrain_steps": 0, "shot": 2,
+    } | settings  # fmt: skip
     example = {"language": "xc", "source": "kidog | x", "before": "a", "after": "dog", "reference": "dog"}
     protocol = {"selection": "least dev loss of xv", "bleu": "signature", "test_sentences": 6, "selected_step": 5}
     return {
@@ -640,20 +637,20 @@ def test_the_report_pairs_a_method_with_its_pretraining(tmp_path):
     text = translation_report.section(results, lambda result: ["--lexical"] * result["config"]["lexical"])
     lines = [line for line in text.splitlines() if line.startswith("| FOMAML")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    differences = [row[1:] for row in cells if len(row) == 6]
+    differences = [row[1:] for row in cells if row[3] == "xc" and row[1].startswith("pretraining")]
     # Against seed and meta-steps of the shorter pretraining too; never against the lexical one or no training.
-    assert [row[0] for row in differences] == [
-        "pretraining, last state",
-        "pretraining, stopped in time",
-        "pretraining, 10 meta-steps, seed 0, equal work",
-        "pretraining, 10 meta-steps, seed 0, stopped in time",
+    assert [row[:3] for row in differences] == [
+        ["pretraining", "last", "xc"],
+        ["pretraining", "selected", "xc"],
+        ["pretraining, 10 meta-steps, seed 0", "last, equal work", "xc"],
+        ["pretraining, 10 meta-steps, seed 0", "selected", "xc"],
     ]
-    loss, bleu_over_draws, over_test_sets = differences[3][2:]
+    loss, bleu_over_draws, over_test_sets = differences[3][3:]
     half = 0.05 * 12.706  # Student's t with one degree of freedom: half of the distance of both draws, times t
     assert loss == f"-0.150 ± {half:.3f}"
     assert bleu_over_draws == f"1.50 ± {10 * half:.2f}"
     assert over_test_sets == "1.02 to 1.98"
-    assert differences[2][2].startswith("-1.150")  # the last state of the pretraining
+    assert differences[2][3].startswith("-1.150")  # the last state of the pretraining; FOMAML has one state
     assert "from scratch" in text
     assert "kidog / x" in text
     assert translation_report.section([], lambda result: []) == ""
