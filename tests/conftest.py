@@ -23,7 +23,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SLOW_FILES = (
     "test_distributed", "test_omniglot", "test_report", "test_kill", "test_images", "test_tutorials",
     "test_accelerator", "test_benchmarks", "test_conformance", "test_compare", "test_show", "test_docs", "test_seeds",
-    "test_cross_domain", "test_streaming", "test_playground",
+    "test_cross_domain", "test_streaming", "test_playground", "test_translation",
 )  # fmt: skip
 """Files that take long. They come first, so that no worker starts one when the others have nothing left to do."""
 
