@@ -113,8 +113,9 @@ def _are_comparable(result: dict[str, Any], baseline: dict[str, Any]) -> bool:
     """Whether the second is a pretraining with the settings of the first, but for those of training."""
     if result["algorithm"] == "pretrained" or baseline["algorithm"] != "pretrained" or not baseline["meta_steps"]:
         return False
-    settings = result["config"].keys() - OF_TRAINING - set(runs.IRRELEVANT)
-    return all(result["config"][name] == baseline["config"].get(name) for name in settings)
+    # A setting that is newer than a result had its default there.
+    mine, its = (runs.as_json(METHODS[one["algorithm"]]) | one["config"] for one in (result, baseline))
+    return all(mine[name] == its.get(name) for name in mine.keys() - OF_TRAINING - set(runs.IRRELEVANT))
 
 
 def _of(result: dict[str, Any], language: str, state: str) -> list[dict[str, Any]]:
