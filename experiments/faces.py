@@ -115,6 +115,8 @@ class Config(RunConfig):
                     raise ValueError(f"--held-out {name} is no domain; choose among {', '.join(RENDERINGS)}")
 
 
+OF_METHOD = ("--across-weight", *(flag(field.name) for field in dataclasses.fields(DomainSplits)))
+"""The flags in which results that are compared may differ."""
 METHODS = {
     "erm": Config(algorithm="erm", hyperparameters=NoHyperparameters()),
     "mldg": Config(algorithm="mldg", hyperparameters=DomainSplits(inner_lr=0.1)),
@@ -470,7 +472,7 @@ def _table(groups: dict[str, list[dict[str, Any]]]) -> str:
     """Means over seeds, and beside MLDG the paired differences from ERM with the same losses."""
     rows = []
     for label, of_seeds in groups.items():
-        baseline = groups.get(f"{CATALOGUE['erm'].title}, {of_seeds[0]['config']['losses'].upper()}", [])
+        baseline = groups.get(_baseline(label), [])
         for index, row in enumerate(of_seeds[0]["evaluations"]):
             if row["by"] == "embedding":
                 rates = {r["seed"]: _rate(r, index) for r in of_seeds}
@@ -491,6 +493,13 @@ def _table(groups: dict[str, list[dict[str, Any]]]) -> str:
              for r in first["evaluations"] if r["by"] == "pixels"]  # fmt: skip
     header = ["", "unseen domain", "seeds", "TAR at FAR 1 %", "more than ERM with the same losses"]
     return runs.markdown_table(header, rows)
+
+
+def _baseline(label: str) -> str:
+    """The label of ERM with the losses and the data of another label."""
+    _, losses_of, *flags = label.split(", ")
+    kept = [one for one in flags if one.strip("`").split()[0] not in OF_METHOD]
+    return ", ".join([CATALOGUE["erm"].title, losses_of, *kept])
 
 
 def _rate(result: dict[str, Any], index: int) -> float:

@@ -187,4 +187,10 @@ def test_differences_are_paired_by_seed():
     assert rows[0][1:] == ["edges", "3", "40.00 ± 24.84", ""]
     assert rows[1][3:] == ["41.00 ± 24.84", "1.00 ± 0.00"]
     assert rows[2][0] == "pixels"
+
+    def flags_of(result):  # of other data, and of the method
+        return ["--identities 6", *["--first-order", "--num-held-out 2"] * (result["algorithm"] == "mldg")]
+
+    text = faces.section(results, flags_of)
+    assert "`--first-order`, `--num-held-out 2` | edges | 3 | 41.00 ± 24.84 | 1.00 ± 0.00 |" in text
     assert faces.section([], lambda r: []) == ""
