@@ -36,8 +36,8 @@ def section(results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> str:
         f"all languages. BLEU is `{protocol['bleu']}` on {protocol['test_sentences']:,} "
         "captions; the published numbers are those of news and parliament, and cannot be compared. With `--lexical` a "
         "language is known by vectors from its own text, turned to the English ones by the pairs alone, so there are "
-        "no zero shots. The texts of these languages are translations of each other, which makes their vectors more alike "
-        "than those of unrelated texts would be.\n\n"
+        "no zero shots. The texts of these languages are translations of each other, which makes their vectors more "
+        "alike than those of unrelated texts would be.\n\n"
         f"{_scores(by_label)}\n\n"
         "### Does the meta-learned start help?\n\nDifferences from pretraining, paired by language, number of pairs "
         "and draw; negative losses and positive BLEU are in favour of the method. The first intervals are over the "
@@ -70,10 +70,11 @@ def labelled(results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> dict[str, 
 
 
 def draw(file: Path, results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> None:
-    """BLEU against the number of sentence pairs."""
+    """BLEU against the number of sentence pairs, of the selected states, and of the last one of pretraining."""
     curves = {}
     for label, result in labelled(results, flags_of).items():
-        for state in dict.fromkeys(row["state"] for row in result["evaluations"]):
+        states = ("selected", "last") if result["algorithm"] == "pretrained" else ("selected",)
+        for state in [one for one in states if any(row["state"] == one for row in result["evaluations"])]:
             rows = [row for row in result["evaluations"] if row["state"] == state]
             curves[label if state == "selected" else f"{label}, {state} state"] = rows
     figures.low_resource(file, curves)
