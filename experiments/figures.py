@@ -417,20 +417,20 @@ def low_resource(file: Path, methods: Mapping[str, Sequence[Mapping[str, Any]]])
 
     Args:
       file: the figure to write.
-      methods: by label, the "evaluations" of a result of `experiments.translation`, of one state. The interval is over
-        the subsets.
+      methods: by label, "evaluations" of a result of `experiments.translation`. Those with the state of the first one
+        are drawn; the interval is over the draws.
     """
     languages = list(dict.fromkeys(row["language"] for rows in methods.values() for row in rows))
     figure, panels = _panels(len(languages))
     for axes, language in zip(panels, languages, strict=True):
         for index, (label, rows) in enumerate(methods.items()):
             shown = [row for row in rows if row["language"] == language and row["state"] == rows[0]["state"]]
-            each = [mean_and_interval(np.repeat(row["bleu"], 1 if len(row["bleu"]) > 1 else 2)) for row in shown]
+            each = [np.asarray(row["bleu"]) for row in shown]
             style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
             axes.errorbar(
                 [row["pairs"] for row in shown],
-                [one["mean"][0] for one in each],
-                [one["ci95"][0] for one in each],
+                [values.mean() for values in each],
+                [mean_and_interval(values)["ci95"][0] if len(values) > 1 else 0.0 for values in each],
                 linestyle=DASHES[index % 4],
                 label=label,
                 **style,

@@ -44,14 +44,12 @@ class FineTuning(NamedTuple):
 
     Attributes:
       rate: of Adam.
-      steps: at most.
-      every: steps between looks at the dev pairs, a divisor of `steps`.
+      steps: at most, a multiple of `EVERY`.
       batch_size: pairs of a step.
     """
 
     rate: float = 5e-4
     steps: int = 200
-    every: int = EVERY
     batch_size: int = 32
 
 
@@ -62,7 +60,7 @@ class Tuned(NamedTuple):
       params: with the least dev loss.
       step: their step, 0 for the start.
       loss: theirs on the dev pairs, in nats per token.
-      losses: [steps / every + 1], the dev loss at each look, in nats per token.
+      losses: [steps / EVERY + 1], the dev loss at each look, in nats per token.
     """
 
     params: ArrayTree
@@ -91,7 +89,7 @@ def vectors_of(tokens: jax.Array, vectors: jax.Array | None) -> jax.Array | None
     return None if vectors is None else vectors[tokens]
 
 
-def jobs_of(languages: list[Language], sizes: tuple[int, ...], num_subsets: int, keys: jnp.ndarray | None) -> Job:
+def jobs_of(languages: list[Language], sizes: tuple[int, ...], num_subsets: int, keys: np.ndarray | None) -> Job:
     """A job for each language, size and subset, leaves [L · sizes · subsets, ...] in this order.
 
     A smaller subset is a part of the larger one of the same number. The subsets depend on the place of a language and
@@ -152,14 +150,14 @@ def fine_tune(translator: Translator, how: FineTuning, params: ArrayTree, pool: 
 
     def round_of(carry, key):
         params, opt_state, best, least, best_step, step = carry
-        shape = how.every, how.batch_size
+        shape = EVERY, how.batch_size
         chosen = job.order[jax.random.randint(key, shape, 0, job.size)]
         drawn = jax.tree.map(lambda x: x[chosen], pool)
         batches = as_batch(drawn, vectors_of(drawn.source, job.vectors))
         params, info = inner.inner_loop(
-            loss_fn, rule, params, None, num_steps=how.every, per_step=batches, opt_state=opt_state, where=adapts
+            loss_fn, rule, params, None, num_steps=EVERY, per_step=batches, opt_state=opt_state, where=adapts
         )
-        loss, step = dev_loss(translator, params, dev, job.vectors), step + how.every
+        loss, step = dev_loss(translator, params, dev, job.vectors), step + EVERY
         better = loss < least
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), params, best)
         best_step = jnp.where(better, step, best_step)
@@ -168,7 +166,7 @@ def fine_tune(translator: Translator, how: FineTuning, params: ArrayTree, pool: 
     zero_shot = dev_loss(translator, params, dev, job.vectors)
     opt_state = rule.init(select(params, adapts)[0])
     first = (params, opt_state, params, zero_shot, jnp.int32(0), jnp.int32(0))
-    keys = jax.random.split(job.key, how.steps // how.every)
+    keys = jax.random.split(job.key, how.steps // EVERY)
     (_, _, best, least, best_step, _), found = jax.lax.scan(round_of, first, keys)
     return Tuned(best, best_step, least, jnp.concatenate([zero_shot[None], found]))
 

@@ -1,6 +1,6 @@
 """Vectors of subwords by the text of one language, and their alignment with those of English.
 
-They are the fixed vectors of a universal lexical representation (Gu et al., 2018, section 3.2). Its authors took
+They are the fixed vectors of a universal lexical representation (Gu, Hassan, Devlin and Li, 2018). Its authors took
 fastText vectors; here they are positive pointwise mutual information, factorised.
 """
 

@@ -1,4 +1,4 @@
-"""Translation into English from few sentences (MetaNMT, Gu et al., 2018).
+"""Translation into English from few sentences (MetaNMT, Gu et al., 2018, https://arxiv.org/abs/1808.08437).
 
 A small network learns from several languages at once, and is then fine-tuned on a few hundred sentence pairs of a
 language that it has never seen. `fomaml` is MetaNMT: one language an episode, an inner step of a fresh Adam, a
@@ -24,9 +24,11 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import bleu, common, figures, finetuning, lexical, parallel_text, runs, seeds
+from experiments import bleu, common, figures, finetuning, low_resource, own_language, parallel_text, runs, seeds
 from experiments.cli import Precision, RunConfig, flag, main, with_defaults
 from experiments.common import Training
+from experiments.low_resource import Protocol, over_draws
+from experiments.own_language import Network
 from experiments.parallel_text import Corpus, Subwords, Text, TextSettings
 from experiments.runs import RunError, console, stored_config
 from maml_jax import Batch, InnerDescent, MetaLearner, NoHyperparameters, inner, losses, models, processes
@@ -50,8 +52,6 @@ VALIDATION_STEPS, VALIDATION_SUBSETS = 100, 2
 """Most steps of a fine-tuning on the validation language, and its draws."""
 HEADS = 4
 """Heads of the attention of the transformer."""
-NUM_EXAMPLES = 3
-"""Sentences of each language whose translations are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,74 +400,21 @@ def test(config: Config, setup: Setup, states: dict[str, tuple[int, ArrayTree]])
       states: by name the step and the parameters. The first one gives the metrics, and is tested by beam search too.
     """
     rows, examples, first = [], [], next(iter(states))
+    protocol = Protocol(
+        languages=config.held_out,
+        sizes=config.sizes,
+        num_subsets=config.num_subsets,
+        how=fine_tuning(config, config.finetune_steps),
+        max_length=2 * config.max_subwords,
+    )
     for state, (step, params) in states.items():
-        found, translated = _tested(config, setup, params, config.beam if state == first else 1)
+        beam = config.beam if state == first else 1
+        found, translated = low_resource.evaluate(protocol, setup.text, setup.translator, params, beam=beam)
         rows += [{"state": state, "step": step} | row for row in found]
         examples = examples or translated
     chosen = [row for row in rows if row["state"] == first and row["pairs"]]
     metrics = {name: over_draws([row[name] for row in chosen]) for name in ("nll", "bleu")}
     return {"metrics": metrics, "evaluations": rows, "examples": examples}
-
-
-def _tested(config: Config, setup: Setup, params: ArrayTree, beam: int) -> tuple[list[dict], list[dict]]:
-    """A row for every held-out language and number of pairs, and some sentences before and after the fine-tuning.
-
-    All fine-tunings translate greedily; with a `beam` above 1 the first of each size does so by beam search too.
-    """
-    text, translator = setup.text, setup.translator
-    languages = [text.languages[name] for name in config.held_out]
-    jobs = finetuning.jobs_of(languages, config.sizes, config.num_subsets, text.keys)
-    tuned = finetuning.fine_tune_all(translator, fine_tuning(config, config.finetune_steps), params, languages, jobs)
-
-    def translate_all(params: ArrayTree, jobs: finetuning.Job, beam: int) -> list[list[str]]:
-        found = finetuning.translate_all(
-            translator, params, languages, jobs, max_length=2 * config.max_subwords, beam=beam
-        )
-        counts = [len(languages[place].references) for place in jobs.language]
-        return [
-            parallel_text.decode(text.subwords.target, tokens[:count])
-            for tokens, count in zip(found, counts, strict=True)
-        ]
-
-    def every(step: int, tree: ArrayTree) -> ArrayTree:
-        return jax.tree.map(lambda x: x[::step], tree)
-
-    num_sizes, per_size = len(config.sizes), config.num_subsets
-    untuned = (
-        jax.tree.map(lambda x: np.stack([np.asarray(x)] * len(languages)), params),
-        every(num_sizes * per_size, jobs),
-    )
-    firsts = every(per_size, tuned.params), every(per_size, jobs)
-    before, after = translate_all(*untuned, 1), translate_all(tuned.params, jobs, 1)
-    before_wide, after_wide = (translate_all(*of, beam) if beam > 1 else None for of in (untuned, firsts))
-    rows, examples = [], []
-    for place, (name, language) in enumerate(zip(config.held_out, languages, strict=True)):
-        score = functools.partial(_scores, language.references)
-        if text.keys is None:  # a lexical representation is aligned by pairs, so it has no zero shots
-            zero_shot = tuned.losses[place * num_sizes * per_size, :1].tolist()
-            wide = None if before_wide is None else before_wide[place]
-            rows.append({"language": name, "pairs": 0, "nll": zero_shot} | score([before[place]], wide))
-        for number, size in enumerate(config.sizes, place * num_sizes):
-            part = slice(number * per_size, (number + 1) * per_size)
-            found = {"nll": tuned.loss[part].tolist(), "stopped_at": tuned.step[part].tolist()}
-            wide = None if after_wide is None else after_wide[number]
-            rows.append({"language": name, "pairs": size} | found | score(after[part], wide))
-        sources = parallel_text.decode(text.subwords.source, language.test.source[:NUM_EXAMPLES])
-        largest = (place + 1) * num_sizes - 1
-        shown = zip(sources, language.references, before[place], after[largest * per_size], strict=False)
-        names = "source", "reference", "before", "after"
-        examples += [{"language": name} | dict(zip(names, lines, strict=True)) for lines in shown]
-    return rows, examples
-
-
-def _scores(references: tuple[str, ...], greedy: list[list[str]], wide: list[str] | None) -> dict[str, list[float]]:
-    """BLEU of the greedy translations of each fine-tuning, its mean on resamples, and BLEU of those by beam search."""
-    counts = [bleu.counts(lines, references) for lines in greedy]
-    found = {
-        "bleu": [bleu.score(one.sum(0)) for one in counts],
-        "resampled_bleu": np.mean([bleu.resampled(one) for one in counts], axis=0).round(3).tolist(),
-    }
-    return found | ({} if wide is None else {"bleu_beam": [bleu.score(bleu.counts(wide, references).sum(0))]})
 
 
 def states_of(config: Config, setup: Setup, trained: runs.Trained) -> dict[str, tuple[int, ArrayTree]]:
@@ -531,8 +478,8 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def _load(run_dir: Path) -> tuple[Config, Subwords, np.ndarray | None, Translator, ArrayTree]:
-    """The settings, subwords, keys, network and selected parameters of a run."""
+def _load(run_dir: Path) -> tuple[Config, Network]:
+    """The settings of a run, and its network with the selected parameters."""
     experiment = runs.experiment_of(run_dir).__name__.removeprefix("experiments.")
     if experiment != Config.experiment:
         raise RunError(f"{run_dir} is a run of {experiment}; name one of {Config.experiment}")
@@ -545,13 +492,13 @@ def _load(run_dir: Path) -> tuple[Config, Subwords, np.ndarray | None, Translato
         raise RunError(f"there is no {error.filename}; the run has not started its training") from error
     translator = make_translator(config, keys)
     params = common.load_params(config.run_dir, config, make_learner(config, translator), _model_inputs(config))
-    return config, subwords, keys, translator, params
+    return config, Network(subwords, translator, params, keys, 2 * config.max_subwords)
 
 
 def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner, as it is after the pretraining, and the selected parameters of a run."""
-    config, _, _, translator, params = _load(Path(run_dir))
-    return make_learner(dataclasses.replace(config, pretrain_steps=0), translator), params
+    config, network = _load(Path(run_dir))
+    return make_learner(dataclasses.replace(config, pretrain_steps=0), network.translator), network.params
 
 
 def show(results: dict[str, Any]) -> None:
@@ -568,12 +515,6 @@ def show(results: dict[str, Any]) -> None:
         cells += [runs.format_mean(value) for value in firsts]
         table.add_row(f"{row['state']} ({row['step']:,})", row["language"], str(row["pairs"]), *cells)
     console.print(table)
-
-
-def over_draws(values: list[list[float]]) -> dict[str, list[float | None]]:
-    """The mean over rows of the same draws, averaged over these, with its interval; without one for a single draw."""
-    each = np.mean(values, axis=0)
-    return runs.mean_and_interval(each) if len(each) > 1 else {"mean": each.tolist(), "ci95": [None]}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -601,51 +542,12 @@ def translate(config: Translate) -> list[str]:
       RunError: if there is no such run.
       ValueError: if there are too few pairs, or a sentence is empty or too long.
     """
-    settings, subwords, keys, translator, params = _load(config.run)
-    if not config.text or not all(line.strip() for line in config.text):
-        raise ValueError(
-            '--text holds no words; give one or more sentences, each in quotes: --text "um homem" "um cão"'
-        )
-    length = 2 * settings.max_subwords
-    for line, tokens in zip(config.text, parallel_text.encode(subwords.source, config.text), strict=True):
-        if len(tokens) >= length:
-            raise ValueError(
-                f"the sentence {line[:40]!r}... of --text has {len(tokens)} subwords and the network reads at most "
-                f"{length - 1}; divide it"
-            )
-    vectors = None
-    if config.pairs is None and keys is not None:
-        raise ValueError("a run with --lexical knows a language by its pairs; give some by --pairs")
+    settings, network = _load(config.run)
     if config.pairs is not None:
-        left, right = parallel_text.read_pairs(config.pairs)
-        pairs = parallel_text.pairs_of(subwords, left, right, length, cut=False)
-        order = np.random.default_rng(config.seed).permutation(len(pairs.source))
-        num_dev = max(1, len(order) // 10)
-        if num_long := len(left) - len(order):
-            console.print(f"{num_long} of {len(left)} pairs are longer than {length - 1} subwords and left out")
-        if len(order) < 10:
-            raise ValueError(
-                f"{config.pairs} holds {len(order)} pairs of at most {length - 1} subwords; a fine-tuning needs at "
-                "least 10"
-            )
-        dev, few = (jax.tree.map(lambda x, rows=rows: x[rows], pairs) for rows in (order[:num_dev], order[num_dev:]))
-        own = None
-        if keys is not None:
-            encoded = parallel_text.encode(subwords.source, left)
-            own = lexical.word_vectors(encoded, settings.source_subwords, settings.vector_size)
-        language = parallel_text.Language(few, dev, dev, (), own)
-        jobs = finetuning.jobs_of([language], (len(few.source),), 1, keys)
-        tuning = fine_tuning(settings, settings.finetune_steps)
-        tuned = finetuning.fine_tune_all(translator, tuning, params, [language], jobs)
-        console.print(
-            f"fine-tuned on {len(few.source)} pairs for {tuned.step[0]} steps: loss on {num_dev} others "
-            f"{tuned.losses[0, 0]:.3f} before, {tuned.loss[0]:.3f} after, nats a token"
-        )
-        params = jax.tree.map(lambda x: x[0], tuned.params)
-        vectors = None if jobs.vectors is None else jobs.vectors[0]
-    source = parallel_text.pairs_of(subwords, config.text, [""] * len(config.text), length, cut=True).source
-    found = finetuning.translated(translator, params, source, vectors, max_length=length, beam=settings.beam)
-    lines = parallel_text.decode(subwords.target, found)
+        pairs = parallel_text.read_pairs(config.pairs)
+        how = fine_tuning(settings, settings.finetune_steps)
+        network = own_language.adapted(network, *pairs, how, vocabulary=settings.source_subwords, seed=config.seed)
+    lines = own_language.translations(network, config.text, beam=settings.beam)
     for line in lines:
         console.print(line, markup=False, highlight=False)
     return lines

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from experiments import figures, runs
-from experiments.translation import METHODS, AdamSteps, over_draws, pairs_seen
+from experiments.low_resource import over_draws
+from experiments.translation import METHODS, AdamSteps, pairs_seen
 
 FlagsFn = Callable[[dict[str, Any]], Sequence[str]]
 """`(result) -> flags`, those of its command but for the seed."""

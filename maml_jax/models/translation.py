@@ -1,7 +1,8 @@
 """Networks that read one sequence of tokens and write another: a transformer, and gated recurrent units with attention.
 
-The vectors of the source tokens are looked up in a table, or they are the universal lexical representation of Gu,
-Wang, Chen, Li and Cho, 2018, which languages share.
+The vectors of the source tokens are looked up in a table, or they are the universal lexical representation, which
+languages share (Gu, Hassan, Devlin and Li, 2018, Universal neural machine translation for extremely low resource
+languages, https://arxiv.org/abs/1802.05368).
 """
 
 from collections.abc import Callable
@@ -71,8 +72,8 @@ UNIVERSAL_VECTORS = "universal_vectors"
 class _SourceVectors(nn.Module):
     """[B, S, D], the vectors of the source tokens.
 
-    With a lexicon, the vector of token w is Σ_m softmax_m(k_m·A q_w / τ) u_m + Δ_w (Gu et al., 2018, equations 7 to 9).
-    A token whose vector q_w is 0 has Δ_w alone.
+    With a lexicon, the vector of token w is Σ_m softmax_m(k_m·A q_w / τ) u_m + Δ_w, as in MetaNMT (Gu, Wang, Chen, Li
+    and Cho, 2018). The keys k are fixed, as in the authors' code. A token whose vector q_w is 0 has Δ_w alone.
     """
 
     vocabulary: int
