@@ -34,6 +34,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _no_programs_are_kept():
+    """Frees the compiled programs of a file after its last test. A worker would else grow to several gigabytes."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Float64 for the length of a test."""
