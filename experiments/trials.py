@@ -73,11 +73,16 @@ class RecurrentTraining(TrialTraining):
 
     hidden_size: int = 64
     """Units of the recurrent layer; 256 in the RL² paper."""
+    memory: int | None = None
+    """Time steps that units remember at the start, at most (Tallec & Ollivier, 2018); None for about two, as in the
+    RL² paper."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""
         super().__post_init__()
         check_integer("--hidden-size", self.hidden_size, at_least=1)
+        if self.memory is not None:
+            check_integer("--memory", self.memory, at_least=2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,7 +222,7 @@ def make_policy(problem: Problem, settings: TrialTraining) -> rl.RecurrentPolicy
             learn_rates=settings.learn_rates,
             learn_temperature=settings.learn_temperature,
         )
-    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=settings.hidden_size)
+    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=settings.hidden_size, memory=settings.memory)
 
 
 def training_of(config: TrialConfig, problem: Problem) -> Training:

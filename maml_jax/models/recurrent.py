@@ -36,22 +36,26 @@ class _GRU(nn.Module):
         return carry, {name: nn.Dense(width, kernel_init=small, name=name)(hidden) for name, width in self.heads}
 
 
-def gru(*, hidden_size: int, heads: Mapping[str, int]) -> RecurrentModel:
+def gru(*, hidden_size: int, heads: Mapping[str, int], memory: int | None = None) -> RecurrentModel:
     """A gated recurrent unit with linear layers on its state.
 
     Args:
       hidden_size: the number of units.
       heads: the width of each linear layer, by its name.
+      memory: T, how long the units remember at the start. The bias of an update gate is log u with u ~ U[1, T-1], so
+        without inputs the state of a unit decays over 1 + u steps, which are between 2 and T. None for biases of 0.
 
     Returns:
       A `RecurrentModel` whose outputs are a dictionary of arrays [width]. They start near 0.
 
     Raises:
-      ValueError: if a number is no positive integer.
+      ValueError: if a number is no positive integer, or `memory` below 2.
 
     References:
       Cho et al., 2014, section 2.3. https://arxiv.org/abs/1406.1078
+      Tallec and Ollivier, 2018, the biases of `memory` (chrono initialisation). https://arxiv.org/abs/1804.11188
     """
+    memory = None if memory is None else check_integer("memory", memory, at_least=2)
     hidden_size = check_integer("hidden_size", hidden_size, at_least=1)
     module = _GRU(hidden_size, tuple((name, check_integer(name, width, at_least=1)) for name, width in heads.items()))
 
@@ -59,7 +63,11 @@ def gru(*, hidden_size: int, heads: Mapping[str, int]) -> RecurrentModel:
         return jnp.zeros(hidden_size)
 
     def init(key: PRNGKey, inputs: jax.Array) -> ArrayTree:
-        return module.init(key, start(), inputs.reshape(-1, inputs.shape[-1])[0])["params"]
+        params = module.init(key, start(), inputs.reshape(-1, inputs.shape[-1])[0])["params"]
+        if memory is not None:
+            u = jax.random.uniform(jax.random.fold_in(key, 1), (hidden_size,), minval=1.0, maxval=memory - 1.0)
+            params["gru"]["iz"]["bias"] = jnp.log(u)
+        return params
 
     def step(params: ArrayTree, carry: jax.Array, inputs: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         return module.apply({"params": params}, carry, inputs)

@@ -102,18 +102,20 @@ class TrialInfo(NamedTuple):
     value_error: jax.Array
 
 
-def gru_policy(*, num_actions: int, hidden_size: int = 64) -> RecurrentPolicy:
+def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = None) -> RecurrentPolicy:
     """A gated recurrent unit with a linear layer for the logits and one for the value.
 
     Args:
       num_actions: A.
       hidden_size: the number of units.
+      memory: the time steps that units remember at the start, at most; None for what the zero biases of `models.gru`
+        give, about two.
 
     Raises:
-      ValueError: if a number is no positive integer.
+      ValueError: if a number is no positive integer, or `memory` below 2.
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
-    network = models.gru(hidden_size=hidden_size, heads={"logits": num_actions, "value": 1})
+    network = models.gru(hidden_size=hidden_size, heads={"logits": num_actions, "value": 1}, memory=memory)
 
     def step(params: ArrayTree, carry: ArrayTree, inputs: jax.Array) -> tuple:
         carry, outputs = network.step(params, carry, inputs)

@@ -34,9 +34,29 @@ def test_a_step_is_that_of_the_equations():
     assert not np.any(network.start())
 
 
+def test_units_remember_between_two_and_memory_steps_at_the_start():
+    plain = models.gru(hidden_size=500, heads={"value": 1})
+    network = models.gru(hidden_size=500, heads={"value": 1}, memory=40)
+    params = network.init(jax.random.key(0), jnp.zeros((1, 2)))
+    bias = params["gru"]["iz"].pop("bias")
+    expected = plain.init(jax.random.key(0), jnp.zeros((1, 2)))
+    expected["gru"]["iz"].pop("bias")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    # Without inputs and connections a step keeps u / (1 + u) of the state.
+    alone = jax.tree.map(jnp.zeros_like, params)
+    alone["gru"]["iz"]["bias"] = bias
+    kept, _ = network.step(alone, jnp.ones(500), jnp.zeros(2))
+    steps = 1.0 / (1.0 - kept)
+    assert np.all((steps >= 1.999) & (steps <= 40.001))
+    assert np.min(steps) < 4.0
+    assert np.max(steps) > 38.0
+    np.testing.assert_allclose(np.mean(steps), 21.0, atol=1.5)  # uniform
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"memory": 1}, "memory must be an integer of at least 2, got 1"),
         ({"hidden_size": 0}, "hidden_size must be an integer of at least 1, got 0"),
         ({"heads": {"value": 0}}, "value must be an integer of at least 1, got 0"),
     ],
