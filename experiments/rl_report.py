@@ -69,7 +69,7 @@ def strategies_table(
     """
     columns: dict[str, dict[str, str]] = defaultdict(dict)
     policies = {}
-    for result in sorted(results, key=lambda r: [*(r["config"][name] for name in reversed(sizes)), r["seed"]]):
+    for result in sorted(results, key=lambda r: [*(r["config"][name] for name in sizes), r["seed"]]):
         numbers = tuple(result["config"][name] for name in sizes)
         column = columns[cell_of(result, sizes)]
         of_paper = paper.get(numbers if len(numbers) > 1 else numbers[0], {})
