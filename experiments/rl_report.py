@@ -198,7 +198,8 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "### Random Markov decision processes\n\nMean total reward, with its 95 % interval over processes of 10 "
             "states and 5 actions. The policies take their most probable action where nothing else is said. MAML takes "
             "an inner step on a table of logits after every reward. RL² with these settings falls short of its "
-            "published number, for reasons that are not settled; one difference is its 50,000 time steps a "
+            "published number. Twice the meta-steps, advantages that decay more slowly and units that start with a "
+            "long memory do not change that. The reasons are not settled; one difference is its 50,000 time steps a "
             "meta-step, of which the authors' scripts have 250,000. The authors' strategies have another prior of the "
             "rewards, which makes greedy worse and PSRL better than here.\n\n"
             + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
