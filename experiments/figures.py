@@ -412,29 +412,42 @@ def mazes(file: Path, drawn: Sequence[Mapping[str, Any]]) -> None:
     save(figure, file)
 
 
-def low_resource(file: Path, methods: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """BLEU against the number of sentence pairs, a panel for every held-out language.
+def low_resource(file: Path, groups: Mapping[str, Mapping[str, Sequence[Mapping[str, Any]]]]) -> None:
+    """BLEU against the number of sentence pairs: a row of panels for every held-out language, a column for every group.
 
     Args:
       file: the figure to write.
-      methods: by label, "evaluations" of a result of `experiments.translation`. Those with the state of the first one
-        are drawn; the interval is over the draws.
+      groups: by title and label, "evaluations" of a result of `experiments.translation`. Those with the state of the
+        first one are drawn; the interval is over the draws.
     """
-    languages = list(dict.fromkeys(row["language"] for rows in methods.values() for row in rows))
-    figure, panels = _panels(len(languages))
-    for axes, language in zip(panels, languages, strict=True):
-        for index, (label, rows) in enumerate(methods.items()):
-            shown = [row for row in rows if row["language"] == language and row["state"] == rows[0]["state"]]
-            each = [np.asarray(row["bleu"]) for row in shown]
-            style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
-            axes.errorbar(
-                [row["pairs"] for row in shown],
-                [values.mean() for values in each],
-                [mean_and_interval(values)["ci95"][0] if len(values) > 1 else 0.0 for values in each],
-                linestyle=DASHES[index % 4],
-                label=label,
-                **style,
-            )
-        axes.set(title=f"held out: {language}", xlabel="sentence pairs", ylabel="BLEU, greedy")
-    _legend_below(figure, panels)
+    languages = list(
+        dict.fromkeys(row["language"] for group in groups.values() for rows in group.values() for row in rows)
+    )
+    labels = list(dict.fromkeys(label for group in groups.values() for label in group))
+    size = max(3.8 * len(groups), 5.5), 3.2 * len(languages) + 1.0
+    figure, grid = plt.subplots(
+        len(languages), len(groups), figsize=size, layout="constrained", squeeze=False, sharex=True, sharey="row"
+    )
+    for language, panels in zip(languages, grid, strict=True):
+        for axes, (title, group) in zip(panels, groups.items(), strict=True):
+            for label, rows in group.items():
+                shown = [row for row in rows if row["language"] == language and row["state"] == rows[0]["state"]]
+                each = [np.asarray(row["bleu"]) for row in shown]
+                index = labels.index(label)
+                axes.errorbar(
+                    [row["pairs"] for row in shown],
+                    [values.mean() for values in each],
+                    [mean_and_interval(values)["ci95"][0] if len(values) > 1 else 0.0 for values in each],
+                    linestyle=DASHES[index % 4],
+                    label=label,
+                    color=f"C{index % 10}",
+                    marker=MARKERS[index % len(MARKERS)],
+                    capsize=3,
+                )
+            axes.set_title(", ".join([f"held out: {language}", *filter(None, [title])]))
+            axes.grid(alpha=0.3)
+        panels[0].set_ylabel("BLEU, greedy")
+    for axes in grid[-1]:
+        axes.set_xlabel("sentence pairs")
+    _legend_below(figure, grid.ravel()[: len(groups)])
     save(figure, file)

@@ -473,7 +473,7 @@ def run(config: Config) -> dict[str, Any]:
         if jax.process_index() == 0:
             drawn = run_dir / "figures"
             figures.learning_curves(drawn / "learning_curve.png", {config.algorithm: [runs.curve(run_dir)]})
-            figures.low_resource(drawn / "bleu.png", {config.algorithm: results["evaluations"]})
+            figures.low_resource(drawn / "bleu.png", {"": {config.algorithm: results["evaluations"]}})
     show(results)
     return results
 

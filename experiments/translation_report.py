@@ -1,6 +1,7 @@
 """The part of the report on translation: tables, paired differences, examples and the figure."""
 
 import dataclasses
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,27 @@ def labelled(results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> dict[str, 
 
 
 def draw(file: Path, results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> None:
-    """BLEU against the number of sentence pairs, of the selected states, and of the last one of pretraining."""
-    curves = {}
+    """BLEU against the number of sentence pairs, of the selected states, and of the last one of pretraining.
+
+    Results with the same settings but for those of training share a panel.
+    """
+    groups: dict[str, dict[str, Any]] = defaultdict(dict)
     for label, result in labelled(results, flags_of).items():
+        of_network = [
+            part for part in label.split(", ") if part.startswith("`--") and _setting(part) not in OF_TRAINING
+        ]
+        name = ", ".join(part for part in label.split(", ") if part not in of_network)
+        group = groups[" ".join(of_network).replace("`", "")]
         states = ("selected", "last") if result["algorithm"] == "pretrained" else ("selected",)
         for state in [one for one in states if any(row["state"] == one for row in result["evaluations"])]:
             rows = [row for row in result["evaluations"] if row["state"] == state]
-            curves[label if state == "selected" else f"{label}, {state} state"] = rows
-    figures.low_resource(file, curves)
+            group[name if state == "selected" else f"{name}, {state} state"] = rows
+    figures.low_resource(file, groups)
+
+
+def _setting(flag: str) -> str:
+    """The name of the setting that a flag in backticks is of."""
+    return flag.strip("`").split()[0].removeprefix("--").replace("-", "_")
 
 
 def _scores(by_label: Mapping[str, dict[str, Any]]) -> str:

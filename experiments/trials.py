@@ -74,8 +74,7 @@ class RecurrentTraining(TrialTraining):
     hidden_size: int = 64
     """Units of the recurrent layer; 256 in the RL² paper."""
     memory: int | None = None
-    """Time steps that units remember at the start, at most (Tallec & Ollivier, 2018); None for about two, as in the
-    RL² paper."""
+    """Time steps that units remember at the start, at most (Tallec & Ollivier, 2018); None for about two."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""

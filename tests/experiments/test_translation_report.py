@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments import translation_report
+from experiments import figures, translation_report
 
 
 def made_up(algorithm, shift, *, pairs_trained=1000, meta_steps=10, states=("selected",), **settings):
@@ -66,3 +66,24 @@ def test_the_report_pairs_a_method_with_its_pretraining(tmp_path):
         translation_report.section([results[0]] * 3, lambda result: [])
     translation_report.draw(tmp_path / "bleu.png", results, lambda result: ["--lexical"] * result["config"]["lexical"])
     assert (tmp_path / "bleu.png").exists()
+
+
+def test_the_figure_has_a_column_for_every_network(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(figures, "low_resource", lambda file, groups: drawn.update(groups))
+    results = [
+        made_up("fomaml", -0.1, lexical=True, pretrain_steps=5),
+        made_up("pretrained", 0.0, states=("selected", "last")),
+        made_up("pretrained", 0.1, lexical=True),
+    ]
+
+    def flags_of(result):
+        return ["--pretrain-steps 5"] * (result["config"]["pretrain_steps"] > 0) + ["--lexical"] * result["config"][
+            "lexical"
+        ]
+
+    translation_report.draw(tmp_path / "bleu.png", results, flags_of)
+    assert {title: list(group) for title, group in drawn.items()} == {
+        "": ["pretraining", "pretraining, last state"],
+        "--lexical": ["pretraining", "FOMAML, `--pretrain-steps 5`"],
+    }

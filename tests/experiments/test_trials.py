@@ -169,6 +169,7 @@ def test_too_many_states_have_no_optimum(monkeypatch):
         (mazes, {"horizon": 0}, "--horizon must be an integer of at least 1, got 0"),
         (mazes, {"size": 1}, "--size must be an integer of at least 2, got 1"),
         (bandits, {"settings": {"discount": 1.5}}, r"--discount 1\.5 must be at most 1"),
+        (bandits, {"settings": {"memory": 1}}, "--memory must be an integer of at least 2, got 1"),
         (bandits, {"settings": {"hidden_size": 0}}, "--hidden-size must be an integer of at least 1, got 0"),
         (bandits, {"method": "maml", "settings": {"baseline": float("nan")}}, "--baseline nan must be a finite number"),
         (bandits, {"method": "maml", "settings": {"inner_lr": 0.0}}, r"--inner-lr=0\.0 must be a positive number"),
@@ -182,8 +183,12 @@ def test_settings_that_cannot_be_are_refused(module, changes, message):
 
 @pytest.mark.parametrize("module", SMALL)
 def test_the_command_line_has_the_defaults(module):
-    config = parse(module.METHODS, "", ["rl2", "--hidden-size", "32", "--outer-lr", "0.002"])
-    assert config.hyperparameters.hidden_size == 32
+    config = parse(module.METHODS, "", ["rl2", "--hidden-size", "32", "--memory", "9", "--outer-lr", "0.002"])
+    problem = module.problem_of(config)
+    policy = trials.make_policy(problem, config.hyperparameters)
+    bias = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))["gru"]["iz"]["bias"]
+    assert bias.shape == (32,)
+    assert np.all((bias > 0) & (bias <= np.log(8)))
     assert config.outer_lr == 0.002
     assert module.with_paper_defaults(config).chunk_size == config.meta_batch_size
     assert "RL² (Duan et al., 2016). Published" in module.about()["rl2"]

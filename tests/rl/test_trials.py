@@ -219,6 +219,13 @@ def test_an_end_that_is_no_bool_is_refused():
         rl.run_trial(environment, POLICY, PARAMS, jnp.int32(0), jax.random.key(0), num_episodes=1, horizon=2)
 
 
+def test_a_policy_may_start_with_a_long_memory():
+    policies = [rl.gru_policy(num_actions=A, hidden_size=8, memory=memory) for memory in (None, 40)]
+    biases = [policy.init(jax.random.key(0), jnp.zeros((1, 1 + A + 2)))["gru"]["iz"]["bias"] for policy in policies]
+    assert not np.any(biases[0])
+    assert np.all(biases[1] > 0)
+
+
 def test_a_policy_needs_actions():
     with pytest.raises(ValueError, match="num_actions must be an integer of at least 1, got 0"):
         rl.gru_policy(num_actions=0)
