@@ -217,8 +217,12 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             return over_seeds(loop, mesh)
         if streaming.is_streamed(sample_episode) and jax.process_count() == 1:
             return streaming.make_train_loop(make_meta_step(learner, optimizer, **placed), sample_episode, **sizes)
-        return compiled(make_train_loop(learner, optimizer, sample_episode, **sizes, **placed), state, train_key)
+        loop = make_train_loop(learner, optimizer, sample_episode, **sizes, **placed)
+        program = loop.lower(state, train_key).compile()
+        execution["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
+        return lambda state, key: program(state, key, *loop.data)
 
+    execution: dict[str, int | None] = {"devices": 1 if mesh is None else mesh.size}
     programs: dict[int, Callable] = {}
     saved_at = time.monotonic()
     tracking, num_calls = getattr(config, "tracking", OFF), 0
@@ -273,7 +277,6 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             if is_leaving:
                 console.print(f"stopped after step {step}; the same command resumes from there")
                 raise SystemExit(128 + requested[0])
-    execution = {"devices": 1 if mesh is None else mesh.size}
     first = of_member(state, 0)
     execution["chunk_size"] = config.chunk_size or chosen_chunk_size(
         learner, first, sample_episode, config, execution["devices"] if is_alone else 1
@@ -313,12 +316,6 @@ def over_seeds(loop: StateProgram, mesh: jax.sharding.Mesh | None) -> Callable[[
 
     program = jax.jit(run if mesh is None else parallel.each_task(run, mesh, gather=False))
     return lambda states, keys: program(loop.data, (states, keys))
-
-
-def compiled(loop: StateProgram, state: MetaState, key: jax.Array) -> Callable[[MetaState, jax.Array], Any]:
-    """The loop, compiled for these arguments before it is called."""
-    program = loop.lower(state, key).compile()
-    return lambda state, key: program(state, key, *loop.data)
 
 
 def initial_state(

@@ -181,7 +181,31 @@ def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
     return "" if None in values else format(statistics.fmean(values), style)
 
 
-def omniglot_table(results: list[dict]) -> str:
+def costs(result: dict) -> tuple[float | None, float | None]:
+    """Operations a task in GFLOP and temporaries of the training program in MB; None for what was not counted."""
+    execution = result.get("execution", {})
+    flops, memory = execution.get("flops"), execution.get("temporary_bytes")
+    return flops and flops / result["config"]["meta_batch_size"] / 1e9, memory and memory / 1e6
+
+
+def cost_cells(result: dict, results: list[dict]) -> list[str]:
+    """`costs` with three digits, and in brackets the ratio to those of FOMAML in the same task and network."""
+    same = ("way", "shot", "network", "chunk_size")
+    task = [result["config"].get(name) for name in same]
+    references = [
+        costs(other)
+        for other in results
+        if other["algorithm"] == "fomaml" and [other["config"].get(name) for name in same] == task
+    ]
+    cells = []
+    for index, cost in enumerate(costs(result)):
+        reference = next((found[index] for found in references if found[index]), None)
+        ratio = f" ({cost / reference:.1f} x)" if cost and reference else ""
+        cells.append(f"{cost:.3g}{ratio}" if cost else "")
+    return cells
+
+
+def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
     """Accuracy after the steps of the test protocol, one row a command; flags that are not the paper's are named."""
     rows = []
     for group in by_command(results).values():
@@ -205,7 +229,11 @@ def omniglot_table(results: list[dict]) -> str:
                 f"{minutes:.0f} min",
             ]
         )
+        if with_costs:
+            milliseconds = 1000 * group[0]["seconds"]["train"] / group[0]["meta_steps"]
+            rows[-1] += [f"{milliseconds:.0f}", *cost_cells(group[0], results)]
     header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
+    header += ["ms each", "GFLOP a task", "MB"] if with_costs else []
     return runs.markdown_table(header, rows)
 
 
@@ -439,7 +467,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
         "omniglot": omniglot_table([result for result in gradient_based if as_published(result)]),
-        "omniglot-budget": omniglot_table([result for result in gradient_based if has_smaller_budget(result)]),
+        "omniglot-budget": omniglot_table(
+            [result for result in gradient_based if has_smaller_budget(result)], with_costs=True
+        ),
         "omniglot-variations": omniglot_table([result for result in gradient_based if variation(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
         "omniglot-all": all_methods_table([result for result in of["omniglot"] if result["meta_steps"]]),
@@ -482,7 +512,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
         f"transductive: the queries of an episode are normalised together.\n\n{sections['omniglot']}\n\n"
         "### Fewer meta-steps\n\nThe same recipes with fewer meta-steps. Each method has the meta-batch of its paper, "
-        "so equal numbers of meta-steps are not equal numbers of tasks.\n\n"
+        "so equal numbers of meta-steps are not equal numbers of tasks. GFLOP a task are the counted operations of a "
+        "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device. "
+        "In brackets stands how many times FOMAML's they are.\n\n"
         f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"

@@ -61,6 +61,7 @@ def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     whole = train(tmp_path / "whole")
     assert (whole.execution["devices"], whole.execution["chunk_size"]) == (4, 1)
     assert whole.execution["flops"] > 0
+    assert whole.execution["temporary_bytes"] > 0
     calls = []
 
     def interrupt(params):
