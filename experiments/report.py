@@ -267,7 +267,7 @@ def all_methods(results: list[dict]) -> list[dict]:
             accuracy[setting].append((mean, ci95))
             of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
             number = published.OMNIGLOT.get((of_head, result["config"]["network"], *setting))
-            if number and not flags:
+            if number and not departures(result):
                 paper[setting] = number
         minutes = statistics.fmean(result["seconds"]["train"] for result, _ in group) / 60
         parts = [head, f"trained {trained}" if trained else "", *(f"`{flag}`" for flag in flags)]
@@ -417,14 +417,22 @@ def variation(results: dict) -> list[str]:
     return [flag for flag in changed_flags(results) if not flag.startswith(in_columns)]
 
 
+def departures(results: dict) -> list[str]:
+    """`variation` without the network of a published row, such as that of the "no conv" rows of MAML."""
+    config = results["config"]
+    row = results["algorithm"], config["network"], config["way"], config["shot"]
+    of_paper = [f"--network {config['network']}"] if row in published.OMNIGLOT else []
+    return [flag for flag in variation(results) if flag not in of_paper]
+
+
 def as_published(results: dict) -> bool:
     """Whether a run had the paper's settings and its number of meta-steps."""
-    return not variation(results) and results["meta_steps"] == omniglot.METHODS[results["algorithm"]].num_meta_steps
+    return not departures(results) and results["meta_steps"] == omniglot.METHODS[results["algorithm"]].num_meta_steps
 
 
 def has_smaller_budget(results: dict) -> bool:
     """Whether a run had the paper's settings and fewer meta-steps."""
-    return not variation(results) and not as_published(results)
+    return not departures(results) and not as_published(results)
 
 
 def details(results: list[dict]) -> str:
@@ -470,7 +478,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "omniglot-budget": omniglot_table(
             [result for result in gradient_based if has_smaller_budget(result)], with_costs=True
         ),
-        "omniglot-variations": omniglot_table([result for result in gradient_based if variation(result)]),
+        "omniglot-variations": omniglot_table([result for result in gradient_based if departures(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
         "omniglot-all": all_methods_table([result for result in of["omniglot"] if result["meta_steps"]]),
         "images": images_table(of["images"]),

@@ -14,7 +14,7 @@ import PIL.ImageDraw
 import pytest
 
 import maml_jax
-from experiments import cli, common, omniglot, report, runs, sinusoid
+from experiments import cli, common, omniglot, published, report, runs, sinusoid
 from maml_jax import models, tasks
 
 ROOT = Path(__file__).parents[2]
@@ -137,6 +137,37 @@ def test_a_short_curve_is_reported(tmp_path):
     (tmp_path / "results" / "short.json").write_text(json.dumps(results))
     report.write(tmp_path / "results", tmp_path / "RESULTS.md")
     assert "not finite in 1 of 1" in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_the_published_network_without_convolutions_stands_beside_its_published_number():
+    results = json.loads((RESULTS / "omniglot_maml_seed-0.json").read_text())
+    results["config"]["network"] = "mlp"
+    assert report.as_published(results)
+    row = report.omniglot_table([results]).splitlines()[2].split(" | ")
+    assert row[0] == "| MAML, `--network mlp`"
+    assert row[3] == published.OMNIGLOT["maml", "mlp", 5, 1]
+    assert report.has_smaller_budget(results | {"meta_steps": 1000})
+    for departure in ({"network": "multi-scale"}, {"inner_lr": 0.5}):
+        other = results | {"config": results["config"] | departure}
+        assert report.departures(other)
+        assert not report.as_published(other)
+        assert not report.has_smaller_budget(other)
+
+
+def test_costs_are_those_of_a_task_and_stand_beside_their_ratio_to_fomaml():
+    def result(algorithm, tasks, **execution):
+        config = omniglot.with_paper_defaults(omniglot.METHODS[algorithm])
+        return {
+            "algorithm": algorithm,
+            "config": runs.as_json(config) | {"meta_batch_size": tasks},
+            "execution": execution,
+        }
+
+    first_order = result("fomaml", 32, flops=64_000_000_000, temporary_bytes=2_000_000)
+    other = result("maml++", 8, flops=40_000_000_000, temporary_bytes=3_000_000)
+    assert report.cost_cells(other, [first_order, other]) == ["5 (2.5 x)", "3 (1.5 x)"]
+    assert report.cost_cells(other, [other]) == ["5", "3"]
+    assert report.cost_cells(result("reptile", 5), [first_order]) == ["", ""]
 
 
 def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
