@@ -232,7 +232,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
     config, found = content["config"], content["distances"]
     note = "The metric of the trust region sees every time step, but for the row that says otherwise."
     if found is not None:
-        note += "\nIn float64 on the same trajectories PyTorch differs from it by " + ", ".join(
+        note += "\nIn float64 on the same trajectories PyTorch differs from maml_jax by " + ", ".join(
             f"{value:.0e} ({name})" for name, value in found.items()
         )
         note += ", relative to its norm."

@@ -164,7 +164,8 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
     config, rows = content["config"], content["rows"]
     note = (
         "Bias and spread are relative to the norm of the exact vector: the mean over the processes, with the smallest "
-        "and the largest in parentheses. The noise is what the bias of an estimate without bias would be on average."
+        "and the largest in parentheses. 'Noise of the bias' is the mean of the measured bias of an estimator without "
+        "bias."
     )
     return [
         common.Table(

@@ -496,7 +496,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     if of["cross_domain"]:
         other_kinds = (
             "\n\n## Data sets of other kinds\n\nAccuracy in %, with its 95 % interval over the episodes, on data sets "
-            "that the learners were not trained on, but for Omniglot, which has new characters. Episodes are "
+            "that are new to the learners. They were trained on Omniglot, whose test has new characters. Episodes are "
             "unbalanced: Meta-Dataset's protocol in small. Learners that the paired interval cannot tell apart share a "
             "rank.\n\n"
             + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
@@ -522,7 +522,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "### Fewer meta-steps\n\nThe same recipes with fewer meta-steps. Each method has the meta-batch of its paper, "
         "so equal numbers of meta-steps are not equal numbers of tasks. GFLOP a task are the counted operations of a "
         "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device. "
-        "In brackets stands how many times FOMAML's they are.\n\n"
+        "The ratio to FOMAML is in parentheses.\n\n"
         f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"

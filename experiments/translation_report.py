@@ -33,20 +33,21 @@ def section(results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> str:
         f"{', '.join(config['sources'])} to English is fine-tuned on few sentence pairs of a language that it has not "
         "seen. BLEU of greedy translations in %, and in brackets the dev loss in nats per token: means over "
         f"{config['num_subsets']} draws of the pairs. The state is selected by the {protocol['selection']}; "
-        f"{config['validation']} is neither trained on nor tested. The last states of the methods have had equal work. "
+        f"{config['validation']} is neither trained on nor tested. The last states have seen equally many sentence "
+        "pairs, for which the exact meta-gradient takes more operations than first order. "
         "No training pair has the English of the pairs of a held-out language; subwords are learnt from the text of "
         f"all languages. BLEU is `{protocol['bleu']}` on {protocol['test_sentences']:,} "
-        "captions; the published numbers are those of news and parliament, and cannot be compared. With `--lexical` a "
-        "language is known by vectors from its own text, turned to the English ones by the pairs alone, so there are "
-        "no zero shots. The texts of these languages are translations of each other, which makes their vectors more "
-        "alike than those of unrelated texts would be.\n\n"
-        f"{_scores(by_label)}\n\n"
+        "captions; the published numbers are those of news and parliament, and cannot be compared. With `--lexical`, "
+        "subword vectors are learnt from the text of each language and rotated onto the English ones with the sentence "
+        "pairs. Without pairs there is no rotation, so its column of 0 pairs is empty. The texts of these languages "
+        "are translations of each other, which makes their vectors more alike than those of unrelated texts would "
+        f"be.\n\n{_scores(by_label)}\n\n"
         "### Does the meta-learned start help?\n\nDifferences from pretraining, paired by language, number of pairs "
-        "and draw; negative losses and positive BLEU are in favour of the method. The first intervals are over the "
-        "draws (Student's t), each the mean over the numbers of pairs; the pairs of a smaller number are among those "
-        f"of a larger one. The last interval is over {len(first['evaluations'][-1]['resampled_bleu'])} test sets that "
-        "are drawn with replacement. All are of 95 %, of one training, so they do not say what another seed would "
-        f"give.\n\n{_differences(by_label)}\n\n![BLEU against sentence pairs](figures/translation.png)\n\n"
+        "and draw; negative losses and positive BLEU are in favour of the method. The first two intervals are over the "
+        "draws (Student's t). Each draw counts with its mean over the numbers of pairs, which are nested. "
+        f"The last interval is over {len(first['evaluations'][-1]['resampled_bleu'])} test sets that "
+        "are drawn with replacement. All are 95 % intervals of one training, so they do not say what another seed "
+        f"would give.\n\n{_differences(by_label)}\n\n![BLEU against sentence pairs](figures/translation.png)\n\n"
         f"### Before and after the fine-tuning\n\n{_examples(by_label)}"
     )
 
@@ -119,7 +120,7 @@ def _differences(by_label: Mapping[str, dict[str, Any]]) -> str:
                 continue
             work = [one["protocol"]["pairs_trained"] for one in (result, baseline)]
             is_equal = abs(work[0] / work[1] - 1) < 0.01
-            for state, what in (("last", "last, equal work" if is_equal else "last"), ("selected", "selected")):
+            for state, what in (("last", "last, equal pairs" if is_equal else "last"), ("selected", "selected")):
                 for language in result["config"]["held_out"]:
                     pair = _of(result, language, state), _of(baseline, language, state)
                     if all(pair):

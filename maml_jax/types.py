@@ -8,6 +8,7 @@ the placement on devices are added from outside.
 import functools
 import inspect
 import math
+import numbers
 import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
@@ -290,14 +291,14 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError for a Python number that is not positive and finite; arrays may be traced and pass."""
-    if isinstance(value, int | float) and not (value > 0 and math.isfinite(value)):
+    """Raises ValueError for a number that is not positive and finite; arrays may be traced and pass."""
+    if isinstance(value, numbers.Real) and not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value} must be a positive number")
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raises ValueError for a Python number that is negative or not finite; arrays may be traced and pass."""
-    if isinstance(value, int | float) and not (value >= 0 and math.isfinite(value)):
+    """Raises ValueError for a number that is negative or not finite; arrays may be traced and pass."""
+    if isinstance(value, numbers.Real) and not (value >= 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value} must be a number of at least 0")
 
 

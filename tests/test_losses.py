@@ -65,6 +65,12 @@ def test_accuracy_is_the_share_of_right_answers():
     assert value.dtype == outputs.dtype
 
 
+def test_accuracy_of_half_precision_has_all_its_digits():
+    outputs = jnp.eye(3, dtype=jnp.bfloat16)
+    value = losses.accuracy(outputs, jnp.array([0, 1, 0]))
+    chex.assert_trees_all_equal(value, jnp.float32(2 / 3))
+
+
 @pytest.mark.parametrize("shape", [(3,), (1, 3), (3, 2)])
 def test_mean_squared_error_does_not_broadcast(shape):
     with pytest.raises(ValueError, match=r"outputs \(3, 1\) and targets \(.*reshape the targets"):

@@ -217,6 +217,10 @@ def mean_distance(x, *, same):
             lambda: losses.cross_domain_triplet()(EMBEDDINGS, IDENTITIES, EMBEDDINGS, IDENTITIES),
             r"embeddings \[D, B, C\].*got \(7, 4\)",
         ),
+        *(
+            (partial(losses.large_margin_cosine(), jnp.zeros(outputs), jnp.zeros(targets, int)), "large_margin_cosine")
+            for outputs, targets in (((1, 3), (5,)), ((3, 3), (3, 3)), ((5, 3), (4,)))
+        ),
         (partial(losses.triplet, -0.1), "margin=-0.1 must be a number of at least 0"),
         (partial(losses.soft_classification, 0.0), "scale=0.0 must be a positive number"),
         (partial(losses.large_margin_cosine, -1.0), "scale=-1.0 must be a positive number"),

@@ -12,7 +12,7 @@ import optax
 from maml_jax.algorithms.maml import InnerDescent
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_optimizer
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_model, check_optimizer
 
 
 def cavia(
@@ -48,6 +48,7 @@ def cavia(
     References:
       Zintgraf et al., 2019, equations 4 and 5.
     """
+    check_model(model)
     check_optimizer("inner_optimizer", inner_optimizer)
     num_context = check_integer("num_context", num_context, at_least=1)
 
@@ -78,6 +79,8 @@ def with_context(model: Model) -> Model:
 
     def joined(pair):
         inputs, context = pair
+        if not jnp.issubdtype(inputs.dtype, jnp.floating):
+            inputs = inputs.astype(context.dtype)  # a context of integers would have no gradient
         context = jnp.broadcast_to(context.astype(inputs.dtype), (*inputs.shape[:-1], context.size))
         return jnp.concatenate([inputs, context], axis=-1)
 

@@ -62,7 +62,12 @@ def maml_plus_plus(
     References:
       Antoniou et al., 2019, section 4: multi-step loss, per-step normalisation weights, per-layer per-step rates.
     """
-    check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    if step_weights is not None and (num_inner_steps == 0 or jnp.shape(step_weights) != (num_inner_steps,)):
+        raise ValueError(
+            f"step_weights must have one weight for each of num_inner_steps={num_inner_steps} steps, at least one, got "
+            f"shape {jnp.shape(step_weights)}"
+        )
     is_stepped = per_step or (lambda name: False)
 
     def adapts(name):
@@ -147,7 +152,12 @@ def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_step
 
     Returns:
       w [K], with sum 1.
+
+    Raises:
+      ValueError: if a count is no positive integer.
     """
+    check_integer("num_inner_steps", num_inner_steps, at_least=1)
+    check_integer("num_annealing_steps", num_annealing_steps, at_least=1)
     progress = jnp.clip(step / num_annealing_steps, 0.0, 1.0)
     early = jnp.maximum(1.0 - progress, 0.03) / num_inner_steps
     weights = jnp.full(num_inner_steps, early)

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1605.06065
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -347,7 +348,7 @@ def _check_memory(num_slots: int, slot_size: int, num_reads: int, usage_decay: f
         raise ValueError(
             f"num_slots={num_slots} is less than num_reads={num_reads}; every head writes to a slot of its own"
         )
-    if isinstance(usage_decay, int | float) and not (0 <= usage_decay <= 1 and math.isfinite(usage_decay)):
+    if isinstance(usage_decay, numbers.Real) and not (0 <= usage_decay <= 1 and math.isfinite(usage_decay)):
         raise ValueError(f"usage_decay={usage_decay} must be a number from 0 to 1")
     return num_slots, check_integer("slot_size", slot_size, at_least=1), num_reads
 

@@ -99,7 +99,9 @@ def reptile(
             first = jax.eval_shape(lambda params: inner_optimizer.init(select(params, where)[0]), meta_params["params"])
             state = jax.tree.map(lambda x, like: x.astype(like.dtype), meta_params["inner_state"], first)
             params = meta_params["params"]
-        batches = _draw_batches(support, batch_size, num_inner_steps, key)
+        # Batches and the model draw with different keys.
+        order_key, model_key = (key, None) if key is None or not model.stochastic else jax.random.split(key)
+        batches = _draw_batches(support, batch_size, num_inner_steps, order_key)
         task_params, info = inner_loop(
             loss,
             inner_optimizer,
@@ -107,7 +109,7 @@ def reptile(
             support,
             num_steps=num_inner_steps,
             where=where,
-            per_step=(batches, step_keys(key, num_inner_steps) if model.stochastic else None),
+            per_step=(batches, step_keys(model_key, num_inner_steps)),
             inner_grad=first_order,
             observe_fn=observe_fn,
             opt_state=state,
@@ -159,8 +161,10 @@ class ReptileDescent(InnerDescent):
     """Whether the state of the inner optimiser is carried from task to task."""
 
     def __post_init__(self):
-        """Raises ValueError for a wrong rate or count."""
+        """Raises ValueError for a wrong rate, count or name."""
         super().__post_init__()
+        if self.inner_optimizer not in ("sgd", "adam"):
+            raise ValueError(f'inner_optimizer must be "sgd" or "adam", got {self.inner_optimizer!r}')
         if self.batch_size is not None:
             check_integer("batch_size", self.batch_size, at_least=1)
 

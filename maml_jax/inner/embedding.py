@@ -7,7 +7,9 @@ from maml_jax.types import ArrayTree, Model, PRNGKey
 
 
 def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey | None = None) -> jax.Array:
-    """The embeddings [S, D] of a batch of inputs [S, ...].
+    """The embeddings [S, D] of a batch of inputs [S, ...], in float32 if the network's are of half precision.
+
+    Distances and cosines of half precision have too few digits to tell classes apart.
 
     Raises:
       ValueError: if the network returns anything but an array [S, D] with D ≥ 1.
@@ -18,7 +20,7 @@ def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey |
             f"the embedding must return [S, D] with D of at least 1, got shape {jnp.shape(outputs)}; flatten the other "
             "axes, and leave the classification layer out, as models.conv4(way=None) does"
         )
-    return outputs
+    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
 def embedding_size(embedding: Model, params: ArrayTree, inputs: ArrayTree) -> int:

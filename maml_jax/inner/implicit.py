@@ -1,6 +1,7 @@
 """A proximal inner problem and the implicit derivative of its solution."""
 
 import math
+import numbers
 from collections.abc import Callable
 
 import chex
@@ -90,7 +91,7 @@ def proximal_solution(
 
 def check_strength(strength: float | jax.Array) -> None:
     """Raises ValueError for a number that is no strength of a proximal term; arrays may be traced and pass."""
-    if isinstance(strength, int | float) and not (strength > 0 and math.isfinite(strength)):
+    if isinstance(strength, numbers.Real) and not (strength > 0 and math.isfinite(strength)):
         raise ValueError(
             f"strength={strength} must be positive and finite: without the proximal term λ/2 ‖φ − θ‖² the solution "
             "does not depend on θ, and the implicit gradient is zero"

@@ -22,7 +22,14 @@ def mini_batches(key: PRNGKey, num_examples: int, num_steps: int, batch_size: in
 
     Returns:
       int32 [K, B], the examples of each mini-batch.
+
+    Raises:
+      ValueError: if B > S.
     """
+    if batch_size > num_examples:
+        raise ValueError(
+            f"mini-batches of {batch_size} exceed the {num_examples} examples; choose a smaller batch_size"
+        )
     num_passes = -(-num_steps * batch_size // num_examples)
     orders = jax.vmap(lambda k: jax.random.permutation(k, num_examples))(jax.random.split(key, num_passes))
     return orders.reshape(-1)[: num_steps * batch_size].reshape(num_steps, batch_size)

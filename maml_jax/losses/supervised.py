@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 
-def _check_class_scores(outputs: jax.Array, targets: jax.Array, name: str) -> None:
+def check_class_scores(outputs: jax.Array, targets: jax.Array, name: str) -> None:
+    """Raises ValueError unless outputs are [..., N] and targets integers [...]; `name` is that of the function."""
     if not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
         raise ValueError(
             f"{name} takes integer class indices as targets, got dtype {jnp.result_type(targets)}; "
@@ -57,7 +58,7 @@ def cross_entropy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     Raises:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
-    _check_class_scores(outputs, targets, "cross_entropy")
+    check_class_scores(outputs, targets, "cross_entropy")
     return jnp.mean(_of_each(outputs, targets))
 
 
@@ -77,7 +78,7 @@ def masked_cross_entropy(outputs: jax.Array, targets: jax.Array, *, ignored: int
     Raises:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
-    _check_class_scores(outputs, targets, "masked_cross_entropy")
+    check_class_scores(outputs, targets, "masked_cross_entropy")
     counts = targets != ignored
     total = jnp.sum(jnp.where(counts, _of_each(outputs, targets), 0.0))
     return total / jnp.maximum(jnp.sum(counts), 1)
@@ -100,11 +101,12 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       targets: integer class indices [...].
 
     Returns:
-      A scalar; not a number if an output is not. It is a metric and has no useful gradient.
+      A scalar of at least float32; not a number if an output is not. It is a metric and has no useful gradient.
 
     Raises:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
-    _check_class_scores(outputs, targets, "accuracy")
-    is_right = (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.result_type(outputs))
+    check_class_scores(outputs, targets, "accuracy")
+    dtype = jnp.promote_types(jnp.result_type(outputs), jnp.float32)
+    is_right = (jnp.argmax(outputs, axis=-1) == targets).astype(dtype)
     return jnp.mean(jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, is_right))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from maml_jax.losses.supervised import cross_entropy
+from maml_jax.losses.supervised import check_class_scores, cross_entropy
 from maml_jax.types import check_not_negative, check_positive
 
 VerificationLoss = Callable[[jax.Array, jax.Array], jax.Array]
@@ -27,7 +27,7 @@ def hard_pair_attention(*, positive_threshold: float, negative_threshold: float)
     The paper pairs a gallery image with a probe image of the same person; here all pairs of the batch are used.
 
     Args:
-      positive_threshold: a cosine in [−1, 1]; with 1 every pair of one identity counts.
+      positive_threshold: a cosine in [−1, 1]; with 1 every pair of one identity counts whose embeddings differ.
       negative_threshold: a cosine in [−1, 1]; with −1 every pair of two identities counts.
 
     Returns:
@@ -154,7 +154,8 @@ def cross_domain_triplet(
 
     The reading taken: a covariance is about zero, because every difference also occurs with the other sign. With fewer
     pairs than dimensions it is singular, so it is scaled to the trace C of the identity and shrunk to it,
-    (1 − ε) S + ε I. With ε = 1 the loss is `triplet`. The gradient passes through the covariances.
+    (1 − ε) S + ε I. With ε = 1 the loss is `triplet`. The gradient passes through the covariances
+    and their scale, so it is large where the positive pairs of a domain nearly coincide; clip it in training.
 
     Args:
       margin: m ≥ 0.
@@ -219,6 +220,7 @@ def large_margin_cosine(scale: float = 30.0, margin: float = 0.35) -> Verificati
     check_not_negative("margin", margin)
 
     def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+        check_class_scores(outputs, targets, "large_margin_cosine")
         classes = jnp.arange(outputs.shape[-1]).reshape((1,) * jnp.ndim(targets) + (-1,))
         is_target = jnp.asarray(targets)[..., None] == classes
         return cross_entropy(scale * (outputs - margin * is_target), targets)

@@ -22,10 +22,12 @@ class Categorical(NamedTuple):
         return jax.random.categorical(key, self.logits).astype(jnp.int32)
 
     def log_prob(self, action: jax.Array) -> jax.Array:
-        """The log-probabilities [...] of actions [...]."""
+        """The log-probabilities [...] of actions [...]; not a number for an action out of range."""
         # Compares instead of gathering, whose derivative is a scatter, a loop over the entries on a CPU.
-        chosen = action[..., None] == jnp.arange(self.logits.shape[-1]).reshape((1,) * action.ndim + (-1,))
-        return jnp.sum(jnp.where(chosen, jax.nn.log_softmax(self.logits), 0.0), -1)
+        num_actions = self.logits.shape[-1]
+        chosen = action[..., None] == jnp.arange(num_actions).reshape((1,) * action.ndim + (-1,))
+        of_action = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(self.logits), 0.0), -1)
+        return jnp.where((action >= 0) & (action < num_actions), of_action, jnp.nan)
 
     def kl(self, other: "Categorical") -> jax.Array:
         """KL(self ‖ other) [...], in nats."""

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.rl.distributions import Categorical, Normal
-from maml_jax.types import ArrayTree, Model, check_integer, check_model, check_positive, combine, partition
+from maml_jax.types import ArrayTree, Model, check_integer, check_model, check_positive, combine, select
 
 
 def categorical_policy(model: Model, *, observation_ndim: int = 1) -> Model:
@@ -93,12 +93,12 @@ def scaled_start(model: Model, where: Callable[[str], bool], factor: float) -> M
       factor: by what.
 
     Raises:
-      ValueError: if `model` is no `Model`.
+      ValueError: if `model` is no `Model`; from `init`, if `where` is false for all parameters.
     """
     check_model(model)
 
     def init(key, inputs) -> ArrayTree:
-        chosen, others = partition(model.init(key, inputs), lambda name, _: where(name))
+        chosen, others = select(model.init(key, inputs), where)
         return combine(jax.tree.map(lambda x: factor * x, chosen), others)
 
     return model._replace(init=init)

@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, make_episode
 
-from maml_jax import Model, cavia, losses, mixed_mode, models, with_context
+from maml_jax import Batch, Model, cavia, losses, mixed_mode, models, with_context
 from maml_jax.tasks import sinusoid
 
 # A linear model whose context is added to the first weights: the inner problem is a regression on two inputs.
@@ -56,3 +56,24 @@ def test_a_context_becomes_further_inputs_and_channels():
 def test_a_wrong_number_of_context_parameters_is_refused(num_context):
     with pytest.raises(ValueError, match=f"num_context must be an integer of at least 1, got {num_context}"):
         cavia(SHIFTED, half_mse, num_context=num_context, inner_optimizer=optax.sgd(1.0), num_inner_steps=1)
+
+
+def test_integers_are_adapted_to_as_the_same_floating_numbers():
+    learner = cavia(
+        with_context(models.mlp(features=(1,))),
+        losses.mean_squared_error,
+        inner_optimizer=optax.sgd(0.1),
+        num_inner_steps=3,
+        num_context=2,
+    )
+    inputs, targets = jnp.arange(6).reshape(3, 2), jnp.ones((3, 1))
+    params = learner.init(jax.random.key(0), inputs)
+    adapted, _ = learner.adapt(params, Batch(inputs, targets))
+    expected, _ = learner.adapt(params, Batch(inputs.astype(jnp.float32), targets))
+    chex.assert_trees_all_equal(adapted, expected)
+    assert jnp.any(adapted["context"] != 0)
+
+
+def test_what_is_no_model_is_refused():
+    with pytest.raises(ValueError, match="Model"):
+        cavia(lambda x: x, losses.mean_squared_error, inner_optimizer=optax.sgd(0.1), num_inner_steps=1, num_context=1)

@@ -187,3 +187,15 @@ def test_an_ensemble_predicts_the_mean_of_its_members():
 
     same = jax.tree.map(lambda x: jnp.stack([x, x]), members[0])
     chex.assert_trees_all_close(error(ensemble(learner), same), error(learner, members[0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_steps", "shape"), [(5, (1,)), (5, ()), (5, (4,)), (0, (0,)), (0, (1,))])
+def test_there_is_a_weight_for_each_step(num_steps, shape):
+    with pytest.raises(ValueError, match="one weight for each of num_inner_steps"):
+        maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=num_steps, step_weights=jnp.ones(shape))
+
+
+@pytest.mark.parametrize("counts", [(0, 5), (5, 0)])
+def test_weights_are_annealed_over_a_positive_number_of_steps(counts):
+    with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
+        multi_step_weights(jnp.int32(0), *counts)

@@ -71,5 +71,6 @@ def test_finite_differences(x64, shot):
 @pytest.mark.parametrize("name", ["strength", "scale"])
 def test_numbers_that_are_not_positive_are_refused(name):
     for make in (RidgeHead, lambda **numbers: r2d2(embedding, losses.cross_entropy, way=WAY, **numbers)):
-        with pytest.raises(ValueError, match=f"{name}=0.0 must be a positive number"):
-            make(**{name: 0.0})
+        for number in (0.0, np.float32(0), np.int64(-1)):
+            with pytest.raises(ValueError, match=f"{name}={number} must be a positive number"):
+                make(**{name: number})

@@ -1,11 +1,12 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import MetaState, init_meta_state, make_meta_step, replace_inner_state, reptile
+from maml_jax import MetaState, ReptileDescent, init_meta_state, make_meta_step, replace_inner_state, reptile
 from maml_jax.inner.steps import mini_batches
 
 
@@ -105,3 +106,31 @@ def test_with_several_tasks_the_next_state_is_the_mean_of_theirs(x64):
     state, _ = make_meta_step(learner, optimizer)(state, episodes)
     grads = jax.vmap(lambda support: Quadratic.of(support).gradient(theta))(episodes.support)
     chex.assert_trees_all_close(state.params["inner_state"][0].nu, (1 - 0.999) * jnp.mean(grads**2, 0), rtol=1e-6)
+
+
+def test_batches_and_a_stochastic_model_draw_with_different_keys():
+    drawn = []
+
+    def apply(params, inputs, *, key=None):
+        jax.debug.callback(lambda data: drawn.append(tuple(np.asarray(data))), jax.random.key_data(key))
+        return inputs @ params
+
+    learner = reptile(
+        linear_model._replace(apply=apply, stochastic=True),
+        half_mse,
+        inner_optimizer=optax.sgd(ALPHA),
+        num_inner_steps=4,
+        batch_size=2,
+    )
+    episode, key = make_episode(jax.random.key(0)), jax.random.key(1)
+    params = learner.init(jax.random.key(2), episode.support.inputs)
+    jax.block_until_ready(learner.adapt(params, episode.support, key=key))
+    jax.effects_barrier()
+    used_for_batches = set(map(tuple, np.asarray(jax.random.key_data(jax.random.split(key, 8)))))
+    assert len(set(drawn)) == 4
+    assert not used_for_batches & set(drawn)
+
+
+def test_a_wrong_name_of_the_inner_optimiser_is_refused():
+    with pytest.raises(ValueError, match="got 'SGD'"):
+        ReptileDescent(inner_lr=0.1, num_inner_steps=1, inner_optimizer="SGD")

@@ -50,7 +50,7 @@ def test_the_report_pairs_a_method_with_its_pretraining(tmp_path):
     assert [row[:3] for row in differences] == [
         ["pretraining", "last", "xc"],
         ["pretraining", "selected", "xc"],
-        ["pretraining, 10 meta-steps, seed 0", "last, equal work", "xc"],
+        ["pretraining, 10 meta-steps, seed 0", "last, equal pairs", "xc"],
         ["pretraining, 10 meta-steps, seed 0", "selected", "xc"],
     ]
     loss, bleu_over_draws, over_test_sets = differences[3][3:]

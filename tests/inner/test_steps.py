@@ -22,3 +22,8 @@ def test_every_step_has_a_key_of_its_own(num_steps):
     assert keys.shape == (num_steps,)
     assert len({tuple(data) for data in np.asarray(jax.random.key_data(keys))}) == num_steps
     assert step_keys(None, num_steps) is None
+
+
+def test_a_mini_batch_has_no_example_twice():
+    with pytest.raises(ValueError, match="mini-batches of 7 exceed the 3 examples"):
+        mini_batches(jax.random.key(0), 3, num_steps=2, batch_size=7)

@@ -68,3 +68,9 @@ def test_draws_are_from_the_distribution():
     np.testing.assert_allclose(drawn.mean(0), normal.mean, atol=0.04)
     np.testing.assert_allclose(drawn.std(0), np.exp(normal.log_std), rtol=0.03)
     np.testing.assert_array_equal(normal.mode(), normal.mean)
+
+
+def test_an_action_out_of_range_has_no_probability():
+    of = Categorical(jnp.zeros(3))
+    values = jax.vmap(of.log_prob)(jnp.array([-1, 0, 2, 3]))
+    np.testing.assert_array_equal(np.isnan(values), [True, False, False, True])

@@ -205,3 +205,5 @@ def test_a_scaled_start_changes_what_is_named():
     params = rl.scaled_start(model, lambda name: name == "head", 0.1).init(jax.random.key(0), jnp.zeros(1))
     np.testing.assert_allclose(params["body"], 1.0)
     np.testing.assert_allclose(params["head"], 0.1)
+    with pytest.raises(ValueError, match="selects none of the parameters"):
+        rl.scaled_start(model, lambda name: name == "haed", 0.1).init(jax.random.key(0), jnp.zeros(1))

@@ -1,0 +1,49 @@
+"""Embeddings: their shape and dtype."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from maml_jax import Batch, Model, losses, pretrained_classifier, r2d2
+from maml_jax.inner.embedding import embed
+
+WAY = 20
+
+
+def model_of(dtype):
+    """Embeddings that are the inputs."""
+    return Model(lambda key, inputs: jnp.zeros(()), lambda params, inputs: inputs.astype(dtype))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(jnp.bfloat16, jnp.float32), (jnp.float16, jnp.float32), (jnp.float64, jnp.float64)]
+)
+def test_embeddings_have_at_least_single_precision(dtype, expected, x64):
+    assert embed(model_of(dtype), jnp.zeros(()), jnp.ones((2, 3))).dtype == expected
+
+
+def adapted(build, dtype, **settings):
+    """Outputs for 20 classes whose embeddings are alike, of one example each."""
+    inputs = jnp.asarray(1.0 + 0.05 * np.random.default_rng(0).normal(size=(WAY, 64)), jnp.bfloat16)
+    learner = build(model_of(dtype), losses.cross_entropy, way=WAY, **settings)
+    params = learner.init(jax.random.key(0), inputs)
+    task_params, _ = learner.adapt(params, Batch(inputs, jnp.arange(WAY)))
+    return learner.predict(task_params, inputs)
+
+
+@pytest.mark.parametrize(
+    ("build", "settings"),
+    [
+        (
+            pretrained_classifier,
+            {"num_classes": WAY, "head": "centroid", "inner_optimizer": optax.sgd(0.1), "num_inner_steps": 0},
+        ),
+        (r2d2, {}),
+    ],
+)
+def test_half_precision_of_the_network_leaves_the_classifier_its_digits(build, settings):
+    half, single = (adapted(build, dtype, **settings) for dtype in (jnp.bfloat16, jnp.float32))
+    chex.assert_trees_all_equal(half, single)
