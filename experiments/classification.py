@@ -6,7 +6,7 @@ then follow from the settings.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -66,8 +66,8 @@ class ClassificationConfig(RunConfig):
     flatten: bool = False
     """Whether the last layer of conv4 sees all positions, and not their mean. With --pooling it always does."""
     inductive: bool = False
-    """Whether the test classifies one query at a time, with only the support set beside it. By default the queries of
-    an episode are normalised together, which is transductive."""
+    """Whether validation and test classify one query at a time, with only the support set beside it. By default the
+    queries of an episode are normalised together, which is transductive."""
     population: bool = False
     """Whether validation and test normalise by the statistics of 1,000 training images. No prediction then depends on
     other queries, as with the running averages of other libraries."""
@@ -91,6 +91,8 @@ class ClassificationConfig(RunConfig):
                 check_integer(flag(name), getattr(self, name), at_least=least)
         if self.population and (self.inductive or self.ensemble > 1):
             raise ValueError("--population excludes --inductive and --ensemble; leave them out")
+        if self.ensemble > 1 and self.algorithm in ("mann", "lstm"):
+            raise ValueError(f"--ensemble {self.ensemble} does not fit {self.algorithm}; leave it out")
         classifies = CATALOGUE[self.algorithm].classifies
         if self.network in (("mlp",) if classifies else ("multi-scale", "pixels", "features")):
             raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
@@ -239,7 +241,8 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
       For each class, or each rotation of each class, [n, D].
 
     Raises:
-      RunError: if there is no such run, or it is none of a pretrained classifier on the same split.
+      RunError: if there is no such run, or it is none of a pretrained classifier that normalises by population
+        statistics, on the same split of the same data.
     """
     wanted = " ".join(f"{flag(name)} {getattr(config, name)}" for name in data.split_by)
     if not (Path(config.pretrained_run) / "config.json").exists():
@@ -255,6 +258,12 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
             f"{config.pretrained_run} is a run of {source.algorithm} with {found}; give a run of "
             f"pretrained-classifier with {wanted}"
         )
+    if not source.population:
+        raise RunError(
+            f"{config.pretrained_run} has --no-population, so an embedding would depend on the other images; give a "
+            "run with --population"
+        )
+    runs.check_data(source.run_dir, digest_of(data, config))
     _, params = load(data, source.run_dir)
     network = make_network(source, None, population=source.population)
     images = data.examples(config, split)
@@ -266,6 +275,11 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
         return unit_length(network.apply(params["embedding"], scale_pixels(of_class)))
 
     return [np.asarray(embed_class(params, of_class)) for of_class in images]
+
+
+def digest_of(data: DataSet, config: Any) -> str:
+    """A checksum of the images of the three splits; see `runs.digest`."""
+    return runs.digest(data.examples(config, split) for split in ("train", "val", "test"))
 
 
 def make_samplers(data: DataSet, config: Any) -> dict[str, SampleEpisodeFn]:
@@ -297,14 +311,25 @@ def with_statistics(data: DataSet, config: Any) -> Callable[[ArrayTree], ArrayTr
     return lambda params: fill(params, images)
 
 
+def tested_settings(config: Any, settings: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Way and shot of every test, first those of --way and --shot.
+
+    Args:
+      config: the settings.
+      settings: way and shot of the published tables.
+    """
+    entry = CATALOGUE[config.algorithm]
+    if not entry.classifies:
+        settings = []
+    elif not entry.any_way:
+        settings = [(config.way, 1), (config.way, 5)]
+    return list(dict.fromkeys([(config.way, config.shot), *settings]))
+
+
 def tests(data: DataSet, config: Any) -> Iterator[tuple[dict[str, Any], MetaLearner, SampleEpisodeFn]]:
     """What a training is tested on: a description, the learner, the tasks. The first is that of --way and --shot."""
-    entry = CATALOGUE[config.algorithm]
-    own, settings = (config.way, config.shot), []
-    if entry.classifies:
-        settings = data.settings if entry.any_way else [(config.way, 1), (config.way, 5)]
     heads = get_args(Head) if config.algorithm == "pretrained-classifier" else (None,)
-    for way, shot in dict.fromkeys([own, *settings]):
+    for way, shot in tested_settings(config, data.settings):
         sampler = make_sampler(data, config, "test", way, shot)
         for head in sorted(heads, key=lambda head: head != getattr(config.hyperparameters, "head", None)):
             described = {"way": way, "shot": shot} | ({} if head is None else {"head": head})
@@ -329,16 +354,47 @@ def score(
 
 
 def training_of(data: DataSet, config: Any) -> Training:
-    """What is trained, and how it is validated, at settings without gaps."""
+    """What is trained, and how it is validated, at settings without gaps.
+
+    Raises:
+      RunError: for what would only fail at the first validation or in a test.
+    """
     learner, tester = make_learner(config), make_tester(config)
     samplers = make_samplers(data, config)
+    for _ in tests(data, config):
+        pass
+    common.mesh_for(config.eval_episodes)
     complete = with_statistics(data, config)
+    if config.population:
+        check_population(config, learner, tester, complete, samplers["val"])
     key = runs.streams(config.seed).val
 
     def validate(params: ArrayTree) -> float:
         return float(score(config, tester, complete(params), samplers["val"], key).mean[-1])
 
-    return Training(learner, samplers["train"], validate, config.ensemble)
+    return Training(learner, samplers["train"], validate, config.ensemble, data_digest=digest_of(data, config))
+
+
+def check_population(
+    config: Any,
+    learner: LearnerOrSchedule,
+    tester: MetaLearner,
+    complete: Callable[[ArrayTree], ArrayTree],
+    sample_episode: SampleEpisodeFn,
+) -> None:
+    """Raises RunError if the statistics have no place among the parameters of the learner."""
+
+    def adapted(key: jax.Array) -> ArrayTree:
+        support = sample_episode(key).support
+        params = complete(learner_at(learner, 0).init(key, support.inputs))
+        return tester.adapt(params, support, key=key)[0]
+
+    try:
+        jax.eval_shape(adapted, jax.random.key(0))
+    except (TypeError, ValueError) as error:
+        raise RunError(
+            f"--population does not fit {config.algorithm} ({error}); leave it out, or use --inductive"
+        ) from error
 
 
 def run(data: DataSet, config: Any) -> dict:
@@ -350,8 +406,6 @@ def run(data: DataSet, config: Any) -> dict:
     if config.seeds > 1:
         return seeds.run_seeds(functools.partial(run, data), functools.partial(training_of, data), config)
     training, complete = training_of(data, config), with_statistics(data, config)
-    for _ in tests(data, config):  # what the data do not allow is said before the training
-        pass
     key = runs.streams(config.seed).test
 
     def test(params: ArrayTree) -> dict:
@@ -374,7 +428,7 @@ def run(data: DataSet, config: Any) -> dict:
         )
         return {name: np.asarray(getattr(found, name)[1].instance_accuracy).tolist() for name in ("mean", "ci95")}
 
-    with runs.open_run(config.run_dir, config) as run_dir:
+    with runs.open_run(config.run_dir, config, training.data_digest) as run_dir:
         trained = common.train(run_dir, config, training)
         protocol = {
             "way": config.way,

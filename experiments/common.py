@@ -68,7 +68,7 @@ def mesh_for(*counts: int) -> jax.sharding.Mesh | None:
     if shared % num_processes:
         raise RunError(
             f"{' and '.join(map(str, counts))} episodes do not divide over {num_processes} processes; change "
-            "--meta-batch-size and --eval-episodes, or the number of processes"
+            "--meta-batch-size or --eval-episodes, if the experiment has them, or the number of processes"
         )
     local = [jax.local_devices(process_index=process) for process in range(num_processes)]
     usable = max(n for n in range(1, min(map(len, local)) + 1) if shared % (n * len(local)) == 0)
@@ -133,6 +133,7 @@ class Training(NamedTuple):
         default the optimiser of the settings.
       inputs: inputs of one support set, of which only shapes and dtypes matter; by default those that `sample_episode`
         draws. A task distribution that depends on the parameters needs them.
+      data_digest: a checksum of the data, see `runs.digest`; None if the settings say everything.
     """
 
     learner: LearnerOrSchedule
@@ -141,6 +142,7 @@ class Training(NamedTuple):
     num_best: int = 1
     make_optimizer: Callable[[jax.sharding.Mesh | None], optax.GradientTransformation | OuterRule] | None = None
     inputs: ArrayTree = None
+    data_digest: str | None = None
 
     def optimizer(self, config: Any, mesh: jax.sharding.Mesh | None) -> optax.GradientTransformation | OuterRule:
         """The outer optimiser or rule at some settings."""
@@ -222,7 +224,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
         execution["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
         return lambda state, key: program(state, key, *loop.data)
 
-    execution: dict[str, int | None] = {"devices": 1 if mesh is None else mesh.size}
+    execution: dict[str, int | None] = {}
     programs: dict[int, Callable] = {}
     saved_at = time.monotonic()
     tracking, num_calls = getattr(config, "tracking", OFF), 0
@@ -278,9 +280,11 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 console.print(f"stopped after step {step}; the same command resumes from there")
                 raise SystemExit(128 + requested[0])
     first = of_member(state, 0)
-    execution["chunk_size"] = config.chunk_size or chosen_chunk_size(
-        learner, first, sample_episode, config, execution["devices"] if is_alone else 1
-    )
+    if programs:  # what was trained by another call had devices of its own
+        execution["devices"] = 1 if mesh is None else mesh.size
+        execution["chunk_size"] = config.chunk_size or chosen_chunk_size(
+            learner, first, sample_episode, config, execution["devices"] if is_alone else 1
+        )
     execution["flops"] = flops_of_a_meta_step(learner, optimizer, first, sample_episode, config)
     if not is_alone:
         execution["seeds"] = len(members)
@@ -288,7 +292,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     for index, member in enumerate(members):
         if is_skipped:
             num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
-            console.print(f"{num_skipped} of {step} meta-gradients were not finite and left out in {member.run_dir}")
+            console.print(f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}")
         trained.append(Trained(selected(best[index]), int(best[index]["step"][0]), dict(seconds), dict(execution)))
     return trained
 

@@ -199,8 +199,9 @@ def folder_domains(directory: Path) -> list[str]:
 def of_folder(directory: Path, held_out: Sequence[str]) -> Examples:
     """The images of a folder DOMAIN/PERSON/IMAGE, grey and resized.
 
-    A fifth of the people of each source domain are validated on. People of the held-out domains who are trained on, by
-    their names, are left out of the test.
+    A person is trained on, validated on or tested, whatever the domain. The test has all people of a held-out domain
+    who are in no source domain. If they are less than a fifth, others are taken out of the source domains. A fifth of
+    the people of each source domain are validated on.
 
     Raises:
       FileNotFoundError: if there is no such folder.
@@ -214,22 +215,31 @@ def of_folder(directory: Path, held_out: Sequence[str]) -> Examples:
     if not sources:
         raise ValueError(f"--held-out {' '.join(held_out)} leaves no source domain of {directory}; hold out fewer")
     people = {name: _people_of(directory / name) for name in names}
-    rng, train, val = np.random.default_rng(SPLIT_SEED), {}, {}
-    for name in sources:
-        chosen = rng.permutation(sorted(people[name]))
-        num_val = max(2, len(chosen) // 5)
-        if len(chosen) < num_val + 2:
-            raise ValueError(f"{directory / name} holds {len(chosen)} people; a source domain needs at least 4")
-        val[name] = [people[name][person] for person in chosen[:num_val]]
-        train[name] = {person: people[name][person] for person in chosen[num_val:]}
-    trained = {person for of_domain in train.values() for person in of_domain}
-    test = {name: [images for person, images in people[name].items() if person not in trained] for name in held_out}
-    for name, found in test.items():
-        if len(found) < 2:
-            raise ValueError(
-                f"{directory / name} holds {len(found)} people who are not trained on; a test needs at least 2"
-            )
-    return Examples({name: list(found.values()) for name, found in train.items()}, val, test)
+    rng, of_sources = np.random.default_rng(SPLIT_SEED), set().union(*(people[name] for name in sources))
+    test, val = {person for name in held_out for person in people[name]} - of_sources, set()
+    for chosen, of_part in ((test, held_out), (val, sources)):
+        for name in of_part:
+            missing = max(2, len(people[name]) // 5) - len(people[name].keys() & chosen)
+            left = sorted(people[name].keys() - test - val)
+            chosen.update(rng.permutation(left)[: max(0, missing)])
+    parts = {
+        "train": {name: people[name].keys() - test - val for name in sources},
+        "val": {name: people[name].keys() & val for name in sources},
+        "test": {name: people[name].keys() & test for name in held_out},
+    }
+    for part, of_domains in parts.items():
+        for name, found in of_domains.items():
+            if len(found) < 2:
+                raise ValueError(
+                    f"{directory / name} holds {len(people[name])} people, of whom {len(found)} are left for {part}; "
+                    "training, validation and test need at least 2 people each, and nobody is in two of them"
+                )
+    return Examples(
+        *(
+            {name: [people[name][person] for person in sorted(found)] for name, found in of_domains.items()}
+            for of_domains in parts.values()
+        )
+    )
 
 
 def _people_of(domain: Path) -> dict[str, np.ndarray]:
@@ -249,14 +259,9 @@ def _people_of(domain: Path) -> dict[str, np.ndarray]:
 def examples_of(config: Config) -> Examples:
     """Reads the data of some settings without gaps."""
     if config.data == "folder":
-        return of_folder(config.data_dir, config.held_out)
-    if config.data == "characters":
-        images = np.concatenate([omniglot.load(split, config.data_dir) for split in ("train", "val", "test")])
+        found = of_folder(config.data_dir, config.held_out)
     else:
-        data = packs.load("faces", config.data_dir)
-        fitted = packs.fitted(data.images, (SIZE, SIZE, 1))
-        images = np.stack([fitted[data.labels == label] for label in np.unique(data.labels)])
-    found = rendered(images, config.held_out)
+        found = rendered(_identities(config), config.held_out)
     smallest = min(map(len, found.train.values()))
     if config.identities > smallest:
         raise ValueError(
@@ -264,6 +269,15 @@ def examples_of(config: Config) -> Examples:
             f"{config.data}; choose a smaller number"
         )
     return found
+
+
+def _identities(config: Config) -> np.ndarray:
+    """The images [I, n, SIZE, SIZE, 1] of the characters or people that are rendered."""
+    if config.data == "characters":
+        return np.concatenate([omniglot.load(split, config.data_dir) for split in ("train", "val", "test")])
+    data = packs.load("faces", config.data_dir)
+    fitted = packs.fitted(data.images, (SIZE, SIZE, 1))
+    return np.stack([fitted[data.labels == label] for label in np.unique(data.labels)])
 
 
 def make_model(config: Config) -> Model:
@@ -350,7 +364,13 @@ def training_of(config: Config, examples: Examples | None = None) -> Training:
     sampler = domains.make_identity_sampler(
         list(examples.train.values()), num_identities=config.identities, num_images=config.shot
     )
-    return Training(learner, sampler, lambda params: validation_score(learner, params, examples))
+    images = [people for part in examples for people in part.values()]
+    return Training(
+        learner,
+        sampler,
+        lambda params: validation_score(learner, params, examples),
+        data_digest=runs.digest(images),
+    )
 
 
 def test(config: Config, learner: MetaLearner, params: ArrayTree, examples: Examples) -> dict[str, Any]:
@@ -376,7 +396,7 @@ def run(config: Config) -> dict[str, Any]:
         return seeds.run_seeds(run, training_of, config)
     examples = examples_of(config)
     training = training_of(config, examples)
-    with runs.open_run(config.run_dir, config) as run_dir:
+    with runs.open_run(config.run_dir, config, training.data_digest) as run_dir:
         trained = common.train(run_dir, config, training)
         protocol = {
             "data": config.data,

@@ -67,7 +67,8 @@ class Config(ClassificationConfig):
     """Leave out classes with fewer than shot + query images. By default they are an error."""
 
     stream: bool = False
-    """Leave the images on the host and gather those of every meta-step ahead, for data larger than the device."""
+    """Leave the images on the host, for data larger than the device. Those of a meta-step are gathered ahead, except
+    with --augment or --seeds."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
@@ -176,7 +177,14 @@ def read_classes(config: Config, split: str) -> ClassImages:
       ValueError: if they are damaged, or a class is too small.
     """
     if config.tfds:
-        found = tfds_classes.load(config.tfds, split, size=config.size, colour=config.colour, data_dir=config.data_dir)
+        found = tfds_classes.load(
+            config.tfds,
+            split,
+            size=config.size,
+            colour=config.colour,
+            data_dir=config.data_dir,
+            split_file=config.split_file,
+        )
     else:
         where = config.data_dir or os.environ.get("MAML_JAX_IMAGES")
         if where is None:
@@ -184,7 +192,12 @@ def read_classes(config: Config, split: str) -> ClassImages:
                 "no images are known; give the folder that holds train, val and test by --data-dir or $MAML_JAX_IMAGES"
             )
         found = image_folder.load(where, split, size=config.size, colour=config.colour, split_file=config.split_file)
-    needed = 1 if is_pretraining(config, split) else max(config.shot, config.train_shot or 1) + config.query_shot
+    shots = {
+        "train": config.train_shot or config.shot,
+        "val": config.shot,
+        "test": max(shot for _, shot in classification.tested_settings(config, DATA.settings)),
+    }
+    needed = 1 if is_pretraining(config, split) else shots[split] + config.query_shot
     if not config.leave_out_small:
         return image_folder.check_examples(found, needed)
     kept, num_small = image_folder.leave_out_small(found, needed)

@@ -77,7 +77,10 @@ def _read(path: Path, name: str) -> tuple[str, ...]:
             content = (path / name).read_bytes()
         else:
             with zipfile.ZipFile(path) as archive:
-                content = archive.read(name)
+                try:
+                    content = archive.read(name)
+                except zipfile.BadZipFile as error:
+                    raise ValueError(f"{name} in {path} is damaged ({error}); get the file again") from error
     except (FileNotFoundError, KeyError):
         raise FileNotFoundError(f"{path} holds no file {name}; add it, or leave the language out") from None
     except zipfile.BadZipFile:

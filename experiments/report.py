@@ -64,7 +64,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         ways = "-".join(map(str, results["config"]["ways"]))
         name = f"cross_domain_ways-{ways}_seed-{results['seed']}"
     else:
-        flags = [flag.lstrip("-").replace(" ", "-") for flag in flags_but_seed(results)]
+        flags = [flag.lstrip("-").replace(" ", "-").replace("/", "-") for flag in flags_but_seed(results)]
         name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
     file = results_dir / f"{name}.json"
     if file.exists() and runs.read_json(file) != results:
@@ -157,13 +157,18 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
     rows = []
     for group in by_command(results).values():
         config, algorithm = group[0]["config"], group[0]["algorithm"]
-        chosen = [next(e for e in result["evaluations"] if e["shot"] == shot) for result in group]
+        chosen = [e for result in group for e in result["evaluations"] if e["shot"] == shot]
+        if not chosen:
+            continue
+        flags = [
+            f"`{flag}`" for flag in flags_but_seed(group[0]) if not flag.startswith(("--inner-lr", "--eval-shots"))
+        ]
         mse = [evaluation["metrics"]["mse"] for evaluation in chosen]
         rates = sorted({evaluation["inner_lr"] for evaluation in chosen})
-        paper = published.SINUSOID.get((algorithm, config["inner_lr"])) if shot == 5 else None
+        paper = published.SINUSOID.get((algorithm, config["inner_lr"])) if shot == 5 and not flags else None
         rows.append(
             [
-                figures.title(algorithm),
+                ", ".join([figures.title(algorithm), *flags]),
                 " or ".join(f"{rate:g}" for rate in rates),
                 *(over_seeds([at(m["mean"], step) for m in mse]) for step in (1, 5, 10)),
                 " / ".join(f"{number:.2f}" for number in paper) if paper else "",
@@ -310,11 +315,12 @@ def images_table(results: list[dict]) -> str:
     """Accuracy on photographs with 1 and 5 examples of a class, one row a method, its head and its flags."""
     groups, rows = defaultdict(list), []
     for result in sorted(results, key=_order):
-        # How often a run is validated and logged is left to the list of commands.
+        # How often a run is validated and logged is left to the list of commands; the others have columns.
         hidden = ("--size", "--eval-episodes", "--val-every", "--log-every")
         flags = tuple(flag for flag in variation(result) if not flag.startswith(hidden))
-        groups[result["algorithm"], flags, result["meta_steps"]].append(result)
-    for (algorithm, flags, meta_steps), group in groups.items():
+        in_columns = result["config"]["size"], result["protocol"]["episodes"]
+        groups[result["algorithm"], flags, result["meta_steps"], *in_columns].append(result)
+    for (algorithm, flags, meta_steps, *_), group in groups.items():
         first = group[0]
         by_head = defaultdict(lambda: defaultdict(list))
         for result in group:
@@ -383,9 +389,12 @@ def domain_table(results: list[dict]) -> str:
         return f"{held_out} [{source}]"
 
     groups = defaultdict(lambda: defaultdict(list))
+    in_columns = ("--data", "--held-out", "--num-meta-steps", "--seed")
     for result in results:
         config = result["config"]
-        groups[config["data"], config["held_out"], result["meta_steps"]][result["algorithm"]].append(result)
+        flags = [f"`{flag}`" for flag in changed_flags(result) if not flag.startswith(in_columns)]
+        data = ", ".join([config["data"], *flags])
+        groups[data, config["held_out"], result["meta_steps"]][result["algorithm"]].append(result)
     names = sorted({result["algorithm"] for result in results}, key=list(domains.METHODS).index)
     rows = [
         [data, held_out, *(cell(by[name]) if name in by else "" for name in names), f"{steps:,}", _seeds(by)]
@@ -470,7 +479,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     for result in results:
         of[result["experiment"]].append(result)
     curves_of_seeds = seed_curves(results)
-    gradient_based = [result for result in of["omniglot"] if not CATALOGUE[result["algorithm"]].classifies]
+    trained = [result for result in of["omniglot"] if result["meta_steps"]]
+    gradient_based = [result for result in trained if not CATALOGUE[result["algorithm"]].classifies]
     sections = {
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
@@ -480,7 +490,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         ),
         "omniglot-variations": omniglot_table([result for result in gradient_based if departures(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
-        "omniglot-all": all_methods_table([result for result in of["omniglot"] if result["meta_steps"]]),
+        "omniglot-all": all_methods_table(trained),
         "images": images_table(of["images"]),
         "domains": domain_table(of["domains"]),
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
@@ -575,11 +585,12 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     for result in of["hyperparameters"]:
         figures.schedules(report.parent / "figures" / "hyperparameters.png", result["methods"])
         figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
-    if records := all_methods([result for result in of["omniglot"] if result["meta_steps"]]):
+    if records := all_methods(trained):
         figures.accuracy_against_time(report.parent / "figures" / "omniglot_all.png", records)
     if shown := [result for result in gradient_based if has_smaller_budget(result)]:
         steps = statistics.mode(result["meta_steps"] for result in shown)
-        equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and r["config"]["way"] == 5}
+        task = {"way": 5, "shot": 1, "network": "conv4", "seed": 0}
+        equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and task.items() <= r["config"].items()}
         figures.accuracy(report.parent / "figures" / "omniglot.png", equal)
     for page in pages:
         text = page.read_text()

@@ -17,12 +17,17 @@ FlagsOf = Callable[[Mapping[str, Any]], Sequence[str]]
 
 
 def labelled(results: Results, flags_of: FlagsOf) -> dict[str, Results]:
-    """Results of navigation by method and changed flags, the seeds together."""
-    groups = defaultdict(list)
+    """Results of navigation by method and changed flags, the seeds together; by meta-steps too, if they differ."""
+    groups = defaultdict(lambda: defaultdict(list))
     for result in sorted(results, key=lambda r: (list(navigation.METHODS).index(r["algorithm"]), r["seed"])):
         flags = [f"`{flag}`" for flag in flags_of(result) if not flag.startswith("--num-meta-steps")]
-        groups[", ".join([navigation.TITLES[result["algorithm"]], *flags])].append(result)
-    return groups
+        label = ", ".join([navigation.TITLES[result["algorithm"]], *flags])
+        groups[label][result["meta_steps"]].append(result)
+    return {
+        label if len(by_steps) == 1 else f"{label}, {steps:,} meta-steps": group
+        for label, by_steps in groups.items()
+        for steps, group in by_steps.items()
+    }
 
 
 def navigation_table(results: Results, flags_of: FlagsOf) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import importlib
 import json
 import math
@@ -12,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,6 +47,8 @@ EXPERIMENTS = (
     "translation",
 )
 """Experiments whose runs hold a learner that can be loaded."""
+DATA_FILE = "data.json"
+"""The file of a run directory with the checksum of its data."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed; --num-meta-steps only if the outer rate does not depend on it."""
 
@@ -233,30 +236,48 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def digest(examples: Iterable[Iterable[np.ndarray]]) -> str:
+    """A checksum of data that tells one data set from another without reading all of it.
+
+    It is of the size and the first example of every class.
+
+    Args:
+      examples: for every split or domain, for every class, its examples [n, ...].
+    """
+    checksum = hashlib.sha256()
+    for of_split in examples:
+        for of_class in of_split:
+            checksum.update(f"{of_class.dtype} {of_class.shape} ".encode())
+            checksum.update(np.ascontiguousarray(of_class[:1]).tobytes())
+        checksum.update(b"; ")
+    return checksum.hexdigest()
+
+
 @contextlib.contextmanager
-def open_run(run_dir: Path, config: Any) -> Iterator[Path]:
-    """Claims a run directory for this job and this configuration. Process 0 does it for all processes.
+def open_run(run_dir: Path, config: Any, data_digest: str | None = None) -> Iterator[Path]:
+    """Claims a run directory for this job, this configuration and these data. Process 0 does it for all processes.
 
     Args:
       run_dir: made if it does not exist.
       config: a dataclass, stored as `config.json`.
+      data_digest: a checksum of the data, stored in `data.json`; None if the configuration says everything.
 
     Raises:
-      RunError: if a running process uses the directory, if it belongs to another configuration, or if the processes
-        were started with different configurations.
+      RunError: if a running process uses the directory, if it belongs to another configuration or other data, or if the
+        processes were started with different ones.
       ProcessError: in the other processes, if process 0 raises.
     """
     with contextlib.ExitStack() as held:
         with processes.watchdog("opening the run directory", PROCESS_TIMEOUT_SECONDS):
-            processes.on_process_zero(lambda: held.enter_context(_claim(run_dir, config)))
-            others = processes.processes_that_differ(json.dumps(as_json(config)))
+            processes.on_process_zero(lambda: held.enter_context(_claim(run_dir, config, data_digest)))
+            others = processes.processes_that_differ(json.dumps([as_json(config), data_digest]))
         if others:
-            raise RunError(f"of the processes, {others} were started with other settings than process 0")
+            raise RunError(f"of the processes, {others} were started with other settings or data than process 0")
         yield run_dir
 
 
 @contextlib.contextmanager
-def _claim(run_dir: Path, config: Any) -> Iterator[None]:
+def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None]:
     run_dir.mkdir(parents=True, exist_ok=True)
     with open(run_dir / "lock", "w") as lock:
         try:
@@ -283,8 +304,21 @@ def _claim(run_dir: Path, config: Any) -> Iterator[None]:
                     f"the run directory {run_dir} belongs to another configuration: {'; '.join(differing)}. Choose "
                     "another --run-dir, or give the same flags to resume"
                 )
+        check_data(run_dir, data_digest)
         write_json(config_file, wanted)
+        if data_digest is not None:
+            write_json(run_dir / DATA_FILE, {"sha256": data_digest})
         yield
+
+
+def check_data(run_dir: Path, data_digest: str | None) -> None:
+    """Raises RunError if a run was made with other data; a run that kept no checksum passes."""
+    file = run_dir / DATA_FILE
+    if data_digest is not None and file.exists() and read_record(file).get("sha256") != data_digest:
+        raise RunError(
+            f"the run directory {run_dir} was made with other data; give the data that it was begun with (--data-dir "
+            "or an environment variable names them), or choose another --run-dir"
+        )
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from experiments import figures
 from experiments.common import Member, Training, train_together
-from experiments.runs import console, curve, finite, format_mean, mean_and_interval, open_run, write_json
+from experiments.runs import RunError, console, curve, finite, format_mean, mean_and_interval, open_run, write_json
 
 
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:
@@ -22,18 +22,25 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
       training_of: `(config) -> Training` of one seed.
       config: the settings. The seeds are `config.seed`, `config.seed + 1`, ...
 
+    Raises:
+      RunError: if there are several processes, or if --wandb is given.
+
     Returns:
       The content of seeds.json in the run directory: "seeds", their "results", "metrics" with the mean over seeds and
       its 95 % interval (Student's t), lists of K+1 numbers, and the "execution" of the common program.
     """
+    if jax.process_count() > 1:
+        raise RunError(f"--seeds {config.seeds} trains in one process; start a job with its own --seed for each seed")
+    if config.tracking.wandb:
+        raise RunError("--wandb follows one seed; start a run with its own --seed for each seed, or leave it out")
     seeds = range(config.seed, config.seed + config.seeds)
     configs = [
         dataclasses.replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}") for seed in seeds
     ]
     with contextlib.ExitStack() as stack:
-        for of_seed in configs:
-            stack.enter_context(open_run(of_seed.run_dir, of_seed))
         trainings = [training_of(of_seed) for of_seed in configs]
+        for of_seed, training in zip(configs, trainings, strict=True):
+            stack.enter_context(open_run(of_seed.run_dir, of_seed, training.data_digest))
         members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
         together = train_together(members, trainings[0])
     results = [run(of_seed) for of_seed in configs]
@@ -49,10 +56,13 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         figures.learning_curves(
             config.run_dir / "figures" / "learning_curve.png", {config.algorithm: [curve(c.run_dir) for c in configs]}
         )
-    table = Table("inner steps", *metrics, title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval")
-    last = len(next(iter(metrics.values()))["mean"]) - 1
+    table = Table("step", *metrics, title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval")
+    last = max(len(m["mean"]) for m in metrics.values()) - 1
     for at in sorted({at for at in (0, 1, 5) if at < last} | {last}):
-        cells = [format_mean(m["mean"][at], m["ci95"][at], digits=4) for m in finite(metrics).values()]
+        cells = [
+            format_mean(m["mean"][at], m["ci95"][at], digits=4) if at < len(m["mean"]) else ""
+            for m in finite(metrics).values()
+        ]
         table.add_row(str(at), *cells)
     console.print(table)
     return summary

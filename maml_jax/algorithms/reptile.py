@@ -68,7 +68,7 @@ def reptile(
 
     Raises:
       ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range; from `adapt`, if mini-batches need a key and there is none.
+        range.
 
     References:
       Nichol et al., 2018, Algorithms 1 and 2, sections 4 and 6. https://arxiv.org/abs/1803.02999
@@ -134,12 +134,8 @@ def _draw_batches(support: Batch, batch_size: int | None, num_steps: int, key: P
     size = len(jax.tree.leaves(support)[0])
     if batch_size is None or batch_size >= size:
         return None
-    if key is None:
-        raise ValueError(
-            f"mini-batches of {batch_size} from {size} support examples are drawn with a key, and adapt got none; pass "
-            "`key`, evaluate with stochastic=True, or build a learner without batch_size"
-        )
-    chosen = mini_batches(key, size, num_steps, batch_size)
+    # Without a key an adaptation is the same every time, as that of a stochastic model is.
+    chosen = mini_batches(jax.random.key(0) if key is None else key, size, num_steps, batch_size)
     return jax.tree.map(lambda x: x[chosen], support)
 
 

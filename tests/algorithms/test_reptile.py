@@ -72,8 +72,13 @@ def test_a_support_set_that_fits_into_a_mini_batch_needs_no_key():
     chex.assert_trees_all_equal(
         small.adapt(jnp.ones(4), episode.support)[0], whole.adapt(jnp.ones(4), episode.support)[0]
     )
-    with pytest.raises(ValueError, match="mini-batches of 5 from 6 support examples are drawn with a key"):
-        reptile(linear_model, half_mse, batch_size=5, **build).adapt(jnp.ones(4), episode.support)
+
+
+def test_without_a_key_the_mini_batches_are_the_same_every_time():
+    episode = make_episode(jax.random.key(6))
+    learner = reptile(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=3, batch_size=5)
+    found = learner.adapt(jnp.ones(4), episode.support)[0]
+    chex.assert_trees_all_equal(found, learner.adapt(jnp.ones(4), episode.support, key=jax.random.key(0))[0])
 
 
 def test_the_state_of_the_inner_optimiser_is_carried_from_task_to_task():

@@ -210,7 +210,7 @@ def test_meta_gradients_that_are_not_finite_are_left_out_if_asked_to(tmp_path, c
     ]
     learner = spoilt(lambda episode: jnp.any(episode.support.inputs[0, 0] == jnp.stack(first_inputs)))
     trained = train(tmp_path / "skipped", config, learner=learner)
-    assert "2 of 12 meta-gradients were not finite and left out" in capsys.readouterr().out
+    assert "2 meta-gradients were not finite and left out" in capsys.readouterr().out
     assert [record["skipped"] for record in logged(tmp_path / "skipped")] == [0, 1, 1, 0, 0, 0]
     assert all(np.isfinite(record["loss"]) for record in logged(tmp_path / "skipped"))
     params = jax.tree.map(np.asarray, LEARNER.init(runs.streams(0).init, np.zeros((3, 1), np.float32)))

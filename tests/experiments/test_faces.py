@@ -121,9 +121,27 @@ def test_people_who_are_trained_on_are_not_tested(tmp_path):
     for person in range(4):
         (directory / "sketch" / f"s{person}").rename(directory / "sketch" / f"d{person}")
     found = faces.of_folder(directory, ("sketch",))
-    assert {name: len(people) for name, people in found.train.items()} == {"day": 3, "night": 3}
-    names = {f"d{i}" for i in range(5)} - {f"d{i}" for i in np.random.default_rng(0).permutation(5)[:2]}
-    assert len(found.test["sketch"]) == 5 - len(names & {f"d{i}" for i in range(4)})
+    # s4 is in no source domain, and one other is taken out of them.
+    assert {name: len(people) for name, people in found.test.items()} == {"sketch": 2}
+    assert {name: len(people) for name, people in found.val.items()} == {"day": 2, "night": 2}
+    assert {name: len(people) for name, people in found.train.items()} == {"day": 2, "night": 3}
+
+
+def test_people_who_are_in_all_domains_are_in_one_part_only(tmp_path):
+    for domain in ("day", "night", "sketch"):
+        for person in range(10):
+            folder = tmp_path / domain / f"p{person}"
+            folder.mkdir(parents=True)
+            for image in range(2):  # whose grey names the person
+                Image.fromarray(np.full((9, 7), 20 * person, np.uint8)).save(folder / f"{image}.png")
+    found = faces.of_folder(tmp_path, ("sketch",))
+    parts = [
+        {int(images[0].mean()) // 20 for people in part.values() for images in people}
+        for part in (found.train, found.val, found.test)
+    ]
+    assert [len(part) for part in parts] == [6, 2, 2]
+    assert len(set.union(*parts)) == 10
+    assert all(len(people) == 6 for people in found.train.values())
 
 
 @pytest.mark.parametrize(
@@ -135,7 +153,7 @@ def test_people_who_are_trained_on_are_not_tested(tmp_path):
         ),
         (lambda d: (d / "day" / "d0" / "1.png").write_bytes(b"nothing"), "1.png"),
         (lambda d: (d / "extra").mkdir(), "extra holds no folder of a person"),
-        (lambda d: [(d / "day" / f"d{i}").rename(d / "night" / f"x{i}") for i in range(3)], "holds 2 people"),
+        (lambda d: [(d / "day" / f"d{i}").rename(d / "night" / f"x{i}") for i in range(3)], "2 people, of whom 0 are"),
     ],
 )
 def test_folders_that_do_not_suffice_are_refused(tmp_path, spoil, message):
@@ -165,6 +183,9 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 def test_too_few_identities_are_refused_before_training(characters, tmp_path):
     with pytest.raises(ValueError, match="--identities 7 exceeds the 6 training identities"):
         faces.run(config_of(identities=7, run_dir=tmp_path / "run"))
+    folder = {"data": "folder", "data_dir": write_folder(tmp_path / "data"), "held_out": ("sketch",)}
+    with pytest.raises(ValueError, match="--identities 7 exceeds the 3 training identities of a source domain of fold"):
+        faces.run(config_of(identities=7, run_dir=tmp_path / "run", **folder))
     with pytest.raises(ValueError, match="leaves no source domain"):
         faces.run(config_of(held_out=tuple(faces.RENDERINGS), run_dir=tmp_path / "run"))
 

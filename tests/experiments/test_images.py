@@ -106,6 +106,24 @@ def test_small_classes_are_refused_by_name_or_left_out(photographs, tmp_path, ca
     assert "split 'test': 1 classes" in said
 
 
+def test_classes_that_are_too_small_for_a_later_test_are_left_out(photographs, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "DATA", dataclasses.replace(images.DATA, settings=((3, 1), (3, 5))))
+    settings = {"data_dir": photographs, "run_dir": tmp_path / "run", "way": 2, "train_way": 2, "leave_out_small": True}
+    config = images.with_paper_defaults(config_of("protonets", **settings))
+    assert len(images.examples(config, "val")) == 3
+    assert [len(of_class) for of_class in images.examples(config, "test")] == [30]  # of 5 examples and 2 queries
+
+
+def test_the_split_file_is_that_of_the_set(monkeypatch, tmp_path):
+    given = {}
+    monkeypatch.setattr(
+        images.tfds_classes, "load", lambda *args, **keywords: given.update(keywords) or FileNotFoundError()
+    )
+    monkeypatch.setattr(images.image_folder, "check_examples", lambda found, needed: found)
+    images.read_classes(config_of(tfds="cifar100", split_file=tmp_path / "mine.json"), "train")
+    assert given["split_file"] == tmp_path / "mine.json"
+
+
 @pytest.mark.parametrize("algorithm", images.METHODS)
 def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
     config = images.with_paper_defaults(dataclasses.replace(images.METHODS[algorithm], size=32, filters=4))

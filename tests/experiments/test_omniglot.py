@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -148,6 +149,15 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monk
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=Path("nowhere")))
     with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=tmp_path / "leo"))
+    runs.write_json(tmp_path / "pretrained" / "data.json", {"sha256": "of other data"})
+    classification.features_of.cache_clear()
+    with pytest.raises(runs.RunError, match="pretrained was made with other data"):
+        omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other"))
+    stored = json.loads((tmp_path / "pretrained" / "config.json").read_text())
+    runs.write_json(tmp_path / "pretrained" / "config.json", stored | {"population": False})
+    with pytest.raises(runs.RunError, match="pretrained has --no-population"):
+        omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other"))
+    assert not (tmp_path / "other").exists()
 
 
 def test_sequences_are_scored_by_instance(drawings, tmp_path):
@@ -165,6 +175,7 @@ def test_sequences_are_scored_by_instance(drawings, tmp_path):
         ("protonets", {"network": "mlp"}, "--network mlp does not fit protonets; choose conv4"),
         ("maml", {"network": "multi-scale"}, "--network multi-scale does not fit maml"),
         ("leo", {"pretrained_run": None}, "--network features and --pretrained-run belong together"),
+        ("mann", {"ensemble": 3}, "--ensemble 3 does not fit mann"),
         ("maml", {"train_way": 20}, "--train-way 20 differs from --way 5, and the parameters of maml depend"),
     ],
 )
@@ -184,6 +195,41 @@ def test_population_statistics_make_any_learner_inductive(drawings, tmp_path):
     task_params, _ = learner.adapt(params, Batch(images[:5], np.arange(5)))
     together, alone = learner.predict(task_params, images[5:]), learner.predict(task_params, images[5:6])
     chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", ["meta-sgd", "meta-curvature", "cavia", "maml++", "meta-lstm"])
+def test_statistics_without_a_place_among_the_parameters_are_refused(algorithm, drawings, tmp_path):
+    settings = TINY | {"network": "conv4", "filters": 3, "population": True, "ensemble": 1}
+    config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=tmp_path / "run", **settings)
+    with pytest.raises(runs.RunError, match=f"--population does not fit {re.escape(algorithm)}"):
+        omniglot.run(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_data_are_not_a_reason_to_resume(finished, monkeypatch):
+    config, results = finished
+    others = np.random.default_rng(1).integers(0, 2, (10, 20, 28, 28, 1)).astype(np.uint8)
+    with monkeypatch.context() as patch:
+        patch.setattr(omniglot.omniglot, "load", lambda split, data_dir, split_by: others)
+        with pytest.raises(runs.RunError, match="was made with other data"):
+            omniglot.run(config)
+    assert omniglot.run(config) == results
+
+
+@pytest.mark.parametrize("settings", [{"way": 2, "shot": 6}, {"way": 2, "shot": 6, "seeds": 2}])
+def test_reptile_draws_mini_batches_from_a_larger_support_set(settings, drawings, tmp_path):
+    config = dataclasses.replace(omniglot.METHODS["reptile"], run_dir=tmp_path, **TINY | settings)
+    assert config.hyperparameters.batch_size < 12
+    results = omniglot.run(config)
+    assert np.isfinite(results["metrics"]["accuracy"]["mean"]).all()
+
+
+def test_with_seeds_too_a_test_that_cannot_be_is_refused_before_the_training(drawings, tmp_path):
+    settings = {"query_shot": 16, "filters": 3, "seeds": 2, "num_meta_steps": 1, "train_way": 5}
+    config = dataclasses.replace(omniglot.METHODS["protonets"], run_dir=tmp_path / "run", **settings)
+    with pytest.raises(runs.RunError, match="shot=5 plus query_shot=16 exceeds the 20 examples"):
+        omniglot.run(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_finished_run_is_shown_and_not_overwritten(finished):

@@ -170,6 +170,51 @@ def test_costs_are_those_of_a_task_and_stand_beside_their_ratio_to_fomaml():
     assert report.cost_cells(result("reptile", 5), [first_order]) == ["", ""]
 
 
+def test_runs_with_other_settings_have_rows_of_their_own():
+    def stored(name):
+        return json.loads((RESULTS / f"{name}.json").read_text())
+
+    def changed(result, **settings):
+        return result | {"config": result["config"] | settings}
+
+    def labels(table):
+        return [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines()[2:]]
+
+    domain = stored("domains_erm_num-meta-steps-1000_seed-0")
+    assert labels(report.domain_table([domain, changed(domain, features=16)])) == [
+        "rotated-omniglot",
+        "rotated-omniglot, `--features 16`",
+    ]
+    wave = stored("sinusoid_maml_seed-0")
+    short = changed(wave, num_meta_steps=100)
+    assert labels(report.sinusoid_table([wave, short], 5)) == ["MAML", "MAML, `--num-meta-steps 100`"]
+    assert report.sinusoid_table([short], 5).count("0.67 / 0.38 / 0.35") == 0
+    assert labels(report.sinusoid_table([wave], 7)) == []
+    photographs = next(json.loads(file.read_text()) for file in sorted(RESULTS.glob("images_fomaml_num*.json")))
+    assert len(labels(report.images_table([photographs, changed(photographs, size=84)]))) == 2
+
+
+def test_seeds_with_other_numbers_of_meta_steps_are_not_averaged():
+    results = [json.loads((RESULTS / f"navigation_maml_seed-{seed}.json").read_text()) for seed in (0, 1)]
+    assert list(report.rl_report.labelled(results, report.flags_but_seed)) == ["MAML"]
+    results[1] |= {"meta_steps": 100, "config": results[1]["config"] | {"num_meta_steps": 100}}
+    found = report.rl_report.labelled(results, report.flags_but_seed)
+    assert {label: len(group) for label, group in found.items()} == {
+        "MAML, 300 meta-steps": 1,
+        "MAML, 100 meta-steps": 1,
+    }
+
+
+def test_a_result_is_named_after_a_path_without_its_folders(tmp_path):
+    results = json.loads((RESULTS / "omniglot_leo_num-meta-steps-5000_seed-0.json").read_text())
+    results["config"]["pretrained_run"] = "runs/other"
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results))
+    assert report.add(tmp_path / "run", tmp_path).name == (
+        "omniglot_leo_num-meta-steps-5000_pretrained-run-runs-other_seed-0.json"
+    )
+
+
 def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
     def result(algorithm, heads=(None,), **settings):
         config = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS[algorithm], **settings))

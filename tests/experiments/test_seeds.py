@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import report, runs, sinusoid
+from experiments import report, runs, seeds, sinusoid
 from maml_jax import checkpoint
 
 TINY = {
@@ -98,6 +98,28 @@ def test_a_directory_of_a_seed_that_is_in_use_is_refused(tmp_path):
     of_seed = sinusoid.with_paper_defaults(dataclasses.replace(config, seed=4, seeds=1, run_dir=tmp_path / "seed-4"))
     with runs.open_run(of_seed.run_dir, of_seed), pytest.raises(runs.RunError, match="in use by a running process"):
         sinusoid.run(config)
+
+
+def test_metrics_of_different_length_share_a_table(tmp_path, monkeypatch, capsys):
+    config = config_of(tmp_path, seeds=2)
+
+    def run(of_seed):
+        return sinusoid.run(of_seed) | {"metrics": {"walks": {"mean": [1.0, 2.0]}, "share": {"mean": [0.5]}}}
+
+    monkeypatch.setattr(seeds.figures, "learning_curves", lambda *args: None)
+    summary = seeds.run_seeds(run, sinusoid.training_of, sinusoid.with_paper_defaults(config))
+    assert summary["metrics"]["share"]["mean"] == [0.5]
+    assert "2.0000" in capsys.readouterr().out
+
+
+def test_seeds_are_trained_in_one_process_and_followed_by_nobody(tmp_path, monkeypatch):
+    watched = dataclasses.replace(config_of(None).tracking, wandb=True)
+    with pytest.raises(runs.RunError, match="--wandb follows one seed"):
+        sinusoid.run(config_of(tmp_path / "run", seeds=2, tracking=watched))
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(runs.RunError, match="--seeds 2 trains in one process"):
+        sinusoid.run(config_of(tmp_path / "run", seeds=2))
+    assert not (tmp_path / "run").exists()
 
 
 def test_no_seed_is_no_number_of_seeds():
