@@ -223,7 +223,7 @@ def test_processes_with_different_flags_end(tmp_path, cache):
         for index in range(2):
             status, _, err = job.wait(index)
             assert status == 2
-            assert "of the processes, [1] were started with other settings than process 0" in err
+            assert "of the processes, [1] were started with other settings or data than process 0" in err
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -216,9 +216,8 @@ def test_other_data_are_not_a_reason_to_resume(finished, monkeypatch):
     assert omniglot.run(config) == results
 
 
-@pytest.mark.parametrize("settings", [{"way": 2, "shot": 6}, {"way": 2, "shot": 6, "seeds": 2}])
-def test_reptile_draws_mini_batches_from_a_larger_support_set(settings, drawings, tmp_path):
-    config = dataclasses.replace(omniglot.METHODS["reptile"], run_dir=tmp_path, **TINY | settings)
+def test_reptile_draws_mini_batches_from_a_larger_support_set(drawings, tmp_path):
+    config = dataclasses.replace(omniglot.METHODS["reptile"], run_dir=tmp_path, **TINY | {"way": 2, "shot": 6})
     assert config.hyperparameters.batch_size < 12
     results = omniglot.run(config)
     assert np.isfinite(results["metrics"]["accuracy"]["mean"]).all()
