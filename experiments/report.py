@@ -134,6 +134,7 @@ def by_command(results: list[dict]) -> dict[str, list[dict]]:
 def _order(result: dict) -> tuple:
     names, config = list(EXPERIMENTS[result["experiment"]].METHODS), result["config"]
     where = config.get("way", 0), config.get("data", ""), str(config.get("held_out", "")), config.get("shot", 0)
+    where += (config.get("network") == "mlp",)  # the networks without convolutions last
     return names.index(result["algorithm"]), *where, str(config.get("inner_lr"))
 
 
@@ -194,14 +195,14 @@ def costs(result: dict) -> tuple[float | None, float | None]:
 
 
 def cost_cells(result: dict, results: list[dict]) -> list[str]:
-    """`costs` with three digits, and in brackets the ratio to those of FOMAML in the same task and network."""
-    same = ("way", "shot", "network", "chunk_size")
-    task = [result["config"].get(name) for name in same]
-    references = [
-        costs(other)
-        for other in results
-        if other["algorithm"] == "fomaml" and [other["config"].get(name) for name in same] == task
-    ]
+    """`costs` with three digits, and in brackets the ratio to those of FOMAML in the same task, network and chunks."""
+
+    def circumstances(of: dict) -> list:
+        config, execution = of["config"], of.get("execution", {})
+        return [*(config[name] for name in ("way", "shot", "network")), execution.get("chunk_size"), of.get("device")]
+
+    here = circumstances(result)
+    references = [costs(other) for other in results if other["algorithm"] == "fomaml" and circumstances(other) == here]
     cells = []
     for index, cost in enumerate(costs(result)):
         reference = next((found[index] for found in references if found[index]), None)
@@ -481,10 +482,11 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     curves_of_seeds = seed_curves(results)
     trained = [result for result in of["omniglot"] if result["meta_steps"]]
     gradient_based = [result for result in trained if not CATALOGUE[result["algorithm"]].classifies]
+    full = [result for result in gradient_based if as_published(result)]
     sections = {
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
-        "omniglot": omniglot_table([result for result in gradient_based if as_published(result)]),
+        "omniglot": omniglot_table(full),
         "omniglot-budget": omniglot_table(
             [result for result in gradient_based if has_smaller_budget(result)], with_costs=True
         ),
@@ -528,11 +530,12 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "![error against inner steps](figures/sinusoid.png)\n\n"
         + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")
         + "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. Normalisation is "
-        f"transductive: the queries of an episode are normalised together.\n\n{sections['omniglot']}\n\n"
+        "transductive: the queries of an episode are normalised together. GFLOP a task are the counted operations of a "
+        "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
+        "which grows with the tasks that are computed together. The ratio to FOMAML is in parentheses. On the GPU four "
+        f"trainings ran at once, so its times are upper bounds.\n\n{omniglot_table(full, with_costs=True)}\n\n"
         "### Fewer meta-steps\n\nThe same recipes with fewer meta-steps. Each method has the meta-batch of its paper, "
-        "so equal numbers of meta-steps are not equal numbers of tasks. GFLOP a task are the counted operations of a "
-        "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device. "
-        "The ratio to FOMAML is in parentheses.\n\n"
+        "so equal numbers of meta-steps are not equal numbers of tasks.\n\n"
         f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"
