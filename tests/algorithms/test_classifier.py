@@ -114,3 +114,12 @@ def test_wrong_arguments_are_refused():
         pretrained_classifier(embedding, losses.cross_entropy, num_classes=3, way=3, head="linear")
     with pytest.raises(ValueError, match="num_classes must be an integer of at least 1, got 0"):
         PretrainedHead(num_classes=0)
+
+
+def test_the_rule_of_a_new_layer_has_momentum():
+    for head, rate in (("linear", 0.5), ("fine-tuned", 0.25)):
+        rule = PretrainedHead(head=head, inner_lr=0.5, finetuning_lr=0.25).rule()
+        state = rule.init(jnp.ones(1))
+        for expected in (rate, 1.9 * rate):
+            updates, state = rule.update(jnp.ones(1), state)
+            chex.assert_trees_all_close(updates, jnp.array([-expected]), rtol=1e-6)

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from maml_jax import Batch, hypergradient, losses, models
+from maml_jax import Batch, Episode, hypergradient, losses, models
 from maml_jax.algorithms.hypergradient import Hyperparameters, default_segments, training_run
 from maml_jax.inner.steps import mini_batches
 
@@ -129,3 +129,19 @@ def test_a_run_without_a_key_is_refused():
     )
     with pytest.raises(ValueError, match="a training run needs a key"):
         learner.adapt(None, Batch(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32)))
+
+
+def test_the_objective_trains_on_the_support_set_and_is_scored_on_the_query_set(x64):
+    rng = np.random.default_rng(0)
+    batches = [Batch(jnp.asarray(rng.normal(size=(n, 5))), jnp.asarray(rng.integers(0, 3, n))) for n in (6, 4)]
+    episode, model = Episode(*batches, jax.random.key(3)), models.mlp(features=(3,), param_dtype=jnp.float64)
+    start = Hyperparameters({"dense_0": jnp.zeros(3)}, jnp.zeros(3), {"dense_0": jnp.zeros(())})
+    settings = {"initial": lambda layers: start, "num_inner_steps": 3, "batch_size": 4, "truncation": 1}
+    settings["inner_grad"] = jax.value_and_grad
+    learner = hypergradient(model, losses.cross_entropy, metric_fn=losses.accuracy, **settings)
+    network, _ = learner.adapt(start, episode.support, key=episode.key)
+    (loss, info), grads = jax.jit(jax.value_and_grad(learner.objective, has_aux=True))(start, episode)
+    outputs = model.apply(network, episode.query.inputs)
+    np.testing.assert_allclose(loss, losses.cross_entropy(outputs, episode.query.targets), rtol=1e-12)
+    assert info.metric == losses.accuracy(outputs, episode.query.targets)
+    np.testing.assert_array_equal(grads.momentum_logits != 0, [False, False, True])

@@ -417,3 +417,20 @@ def test_it_learns_to_separate_classes():
     assert jnp.all(info.finite)
     assert after[-1] > before[-1] + 0.1
     assert after[-1] > 0.8
+
+
+def test_dropout_is_applied_in_every_step_on_the_codes(x64):
+    # As above, with steps on the codes whose rates are tiny.
+    learner, episode = build(dropout_rate=0.5, num_finetuning_steps=0, **NO_PENALTY), make_episode()
+    params = random_params(learner, episode)
+    params["relation"][2] *= -1
+    decoder = params["decoder"].at[:, FEATURES:].set(50.0)
+    params = {**params, "decoder": decoder, "latent_rates": jnp.full(LATENT, 1e-12)}
+    encoder_key, _, _, latents_key, _ = jax.random.split(jax.random.split(episode.key, 4)[2], 5)
+    features, targets = episode.support
+    weights = encode(params, dropout(encoder_key, features, 0.5), targets, WAY).mean @ decoder[:, :FEATURES]
+    _, info = jax.jit(learner.objective)(params, episode)
+    for step in range(2):
+        key = jax.random.split(jax.random.fold_in(latents_key, step))[1]
+        expected = losses.cross_entropy(dropout(key, features, 0.5) @ weights.T, targets)
+        chex.assert_trees_all_close(info.support_loss[step], expected, rtol=1e-8)

@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -129,3 +131,19 @@ def test_wrong_numbers_are_refused():
         Matching(scale=-1.0)
     with pytest.raises(ValueError, match="num_reads must be an integer of at least 0, got -1"):
         built(num_reads=-1)
+
+
+def test_with_a_key_the_examples_keep_their_labels(x64):
+    # Of all orders of the three support examples exactly one explains the outputs.
+    episode, learner = draw_episode(shot=1), built(num_reads=1)
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+
+    @jax.jit
+    def outputs(support, key=None):
+        return learner.predict(learner.adapt(params, support, key=key)[0], episode.query.inputs)
+
+    orders = [np.array(order) for order in itertools.permutations(range(WAY))]
+    possible = [outputs(jax.tree.map(lambda x, order=order: x[order], episode.support)) for order in orders]
+    for seed in range(4):
+        found = outputs(episode.support, jax.random.key(seed))
+        assert sum(np.allclose(found, each, rtol=1e-9) for each in possible) == 1

@@ -298,3 +298,12 @@ def test_the_command_line():
     config = parse(Config, "", ["a", "b.npz", "--data-sets", "digits", "faces", "--ways", "5", "--heads", "linear"])
     assert [path.name for path in config.learners] == ["a", "b.npz"]
     assert (config.data_sets, config.ways, config.heads) == (("digits", "faces"), (5,), ("linear",))
+
+
+def test_near_copies_count_once(tmp_path, directories, monkeypatch):
+    # Twelve images of a class in six pairs of near copies are six examples, fewer than MIN_EXAMPLES.
+    pairs = np.arange(72) // 2
+    monkeypatch.setattr(packs, "load", lambda name, *ignored: made_up(name)._replace(groups=pairs))
+    config = Config((directories["protonets"],), data_sets=("digits",), ways=(3,), episodes=2, run_dir=tmp_path / "out")
+    with pytest.raises(ValueError, match="min_examples=10 leaves out all classes; the largest has 6"):
+        cross_domain.run(config)

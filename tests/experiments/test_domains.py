@@ -234,3 +234,10 @@ def test_real_characters(tmp_path):
     assert results["protocol"]["examples"] == 20 * 7
     with pytest.raises(runs.RunError, match=r"is no run directory"):
         domains.load(tmp_path / "figures")
+
+
+def test_every_domain_is_turned_by_its_angle(drawings):
+    examples, angles = examples_of(config_of(held_out="30")), (0, 15, 45, 60, 75)
+    for angle, batch in [*zip(angles * 2, examples.train + examples.val, strict=True), (30, examples.test)]:
+        plain = np.broadcast_to(batch.inputs[:, 14:15, 14:15], batch.inputs.shape)  # a drawing has one grey value
+        np.testing.assert_array_equal(batch.inputs, domains.rotate(plain, angle))

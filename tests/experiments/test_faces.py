@@ -215,3 +215,38 @@ def test_differences_are_paired_by_seed():
     text = faces.section(results, flags_of)
     assert "`--first-order`, `--num-held-out 2` | edges | 3 | 41.00 ± 24.84 | 1.00 ± 0.00 |" in text
     assert faces.section([], lambda r: []) == ""
+
+
+def test_tested_identities_are_seen_in_the_held_out_renderings(characters):
+    found = faces.examples_of(faces.with_paper_defaults(config_of())).test
+    tested = [int(images[0, 0, 0, 0]) - 100 for images in found["coarse"]]
+    for name, people in found.items():
+        np.testing.assert_array_equal(people, faces.RENDERINGS[name](characters[tested]))
+
+
+def test_the_held_out_domains_have_no_part_in_the_selection(characters):
+    config = faces.with_paper_defaults(config_of())
+    examples, learner = faces.examples_of(config), faces.make_learner(config)
+    params = learner.init(jax.random.key(0), np.zeros((1, 1, 28, 28, 1), np.float32))
+    alone = examples._replace(train={}, test={})
+    assert faces.validation_score(learner, params, alone) == faces.validation_score(learner, params, examples)
+    assert len(faces.validation_pairs(None, {}, alone)) == 4
+
+
+@pytest.mark.parametrize("name", ["mfr", "cdt"])
+def test_mldg_has_the_loss_between_domains(name, monkeypatch):
+    given = {}
+    monkeypatch.setattr(faces, "mldg", lambda model, loss_fn, **settings: given.update(settings))
+    faces.make_learner(config_of(losses=name, across_weight=2.0))
+    outputs = jnp.asarray(np.random.default_rng(1).normal(size=(3, 6, 4)), jnp.float32)
+    targets = jnp.tile(jnp.repeat(jnp.arange(3), 2), (3, 1))
+    if name == "mfr":
+        found, expected = given["across_fn"](outputs[1:], targets[1:]), losses.domain_alignment(outputs[1:])
+        assert given["held_out_fn"] is None
+    else:
+        others = outputs[1:], targets[1:]
+        found = jax.jit(given["held_out_fn"])(outputs[:1], targets[:1], *others)
+        expected = jax.jit(losses.cross_domain_triplet(0.3))(outputs[0], targets[0], *others)
+        assert given["across_fn"] is None
+    np.testing.assert_allclose(found, 2.0 * expected, rtol=1e-5)
+    assert (given["beta"], given["num_held_out"]) == (1.0, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import hyperparameters as hyper
-from maml_jax import mixed_mode
+from maml_jax import MetaLearner, mixed_mode
 from maml_jax.cost import temporary_bytes
 
 STEPS, LAYERS = 6, ("dense_0", "dense_1")
@@ -133,3 +133,21 @@ def test_missing_and_wrong_data_are_named(tiny, tmp_path, monkeypatch):
     np.savez(tmp_path / hyper.FILE, images=np.zeros((3, 2)), labels=np.zeros(3))
     with pytest.raises(hyper.RunError, match=r"uint8 images \[n, height, width\]"):
         hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
+
+
+def test_each_part_of_the_digits_scores_itself(tiny):
+    digits, learner = hyper.load_digits(tiny), hyper.make_learner(tiny)
+    start = hyper.constant(LAYERS, 4, rate=0.1, momentum=0.5, l2=1e-5)
+    exchanged = digits | {"heldout": digits["test"], "test": digits["heldout"]}
+    found, other = (hyper.score(learner, start, parts, tiny) for parts in (digits, exchanged))
+    for metric in ("loss", "accuracy"):
+        assert found[f"test_{metric}"] == other[f"heldout_{metric}"]
+        assert found[f"heldout_{metric}"] == other[f"test_{metric}"]
+    assert found["test_loss"] != found["heldout_loss"]
+
+
+def test_the_search_takes_the_lowest_finite_loss():
+    # The loss of a candidate is what it holds.
+    learner = MetaLearner(None, None, None, lambda held, episode: (held, None))
+    tried = [hyper.Candidate(jnp.float32(x), {"loss": x}) for x in (3.0, np.nan, 1.0, 2.0)]
+    assert hyper.make_search(learner, None)(tried).description == {"loss": 1.0}

@@ -178,3 +178,12 @@ def test_the_command_line_has_the_defaults():
     assert config.max_kl == 0.02
     assert config.hyperparameters.inner_lr == 0.1
     assert navigation.with_paper_defaults(config).run_dir.name == "navigation-maml-0"
+
+
+def test_every_method_has_its_algorithm_and_surrogate(monkeypatch):
+    for name in ("maml", "fomaml", "anil"):
+        monkeypatch.setattr(navigation, name, lambda policy, loss_fn, name=name, **settings: (name, loss_fn))
+    for method in navigation.METHODS:
+        for surrogate, loss_fn in navigation.SURROGATES.items():
+            found = navigation.learner_of(config_of(method, surrogate=surrogate), [0.5], 1)
+            assert found == (method if method in ("fomaml", "anil") else "maml", loss_fn)

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from experiments import classification, omniglot, runs
-from maml_jax import CATALOGUE, Batch, evaluate, losses
+from maml_jax import CATALOGUE, Batch, Model, evaluate, losses
 from maml_jax.tasks import few_shot
-from maml_jax.types import learner_at
+from maml_jax.types import Evaluation, learner_at
 
 TINY = {
     "num_meta_steps": 4,
@@ -355,3 +355,27 @@ def test_the_sampler_rotates_if_asked_to(drawings, monkeypatch, rotations):
     monkeypatch.setattr(few_shot, "make_sampler", record)
     omniglot.make_samplers(omniglot.with_paper_defaults(config_of(rotations=rotations)))
     assert given == [rotations] * 3
+
+
+def test_a_validation_is_the_accuracy_after_the_last_step(drawings, monkeypatch):
+    found = Evaluation(np.array([0.25, 0.5, 0.75]), *[None] * 5)
+    monkeypatch.setattr(classification, "score", lambda *args: found)
+    training = classification.training_of(omniglot.DATA, omniglot.with_paper_defaults(config_of(**TINY)))
+    assert training.validate({}) == 0.75
+
+
+def test_features_are_those_of_the_rotated_drawings(drawings, tmp_path, monkeypatch):
+    source = dataclasses.replace(omniglot.METHODS["pretrained-classifier"], run_dir=tmp_path)
+    with runs.open_run(tmp_path, omniglot.with_paper_defaults(source)):
+        pass
+    flat = Model(lambda key, x: {}, lambda params, x: x.reshape(len(x), -1))
+    monkeypatch.setattr(classification, "load", lambda *args: (None, {"embedding": {}}))
+    monkeypatch.setattr(classification, "make_network", lambda *args, **settings: flat)
+    config = dataclasses.replace(omniglot.METHODS["leo"], pretrained_run=tmp_path)
+    found = classification.features_of(omniglot.DATA, config, "val", True)
+    images = omniglot.examples(config, "val").astype(np.float32)
+    assert len(found) == 4 * len(images)
+    for turns in range(4):
+        turned = np.rot90(images[2], turns, (1, 2)).reshape(20, -1)
+        unit = turned / np.linalg.norm(turned, axis=1, keepdims=True)
+        np.testing.assert_allclose(found[turns * len(images) + 2], unit, rtol=1e-5)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import cli, decoding, finetuning, parallel_text, runs, translation
+from experiments import cli, decoding, finetuning, low_resource, parallel_text, runs, translation
 from maml_jax import Episode, losses
 from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS
 
@@ -413,3 +413,23 @@ def test_a_lower_loss_is_a_better_validation(corpus, monkeypatch):
     tuned = finetuning.Tuned({}, np.zeros(2, int), np.array([2.0, 4.0]), np.zeros((2, 2)))
     monkeypatch.setattr(finetuning, "fine_tune_all", lambda *args: tuned)
     assert training.validate({}) == -3.0
+
+
+def test_a_row_is_of_its_language_and_size(corpus, monkeypatch):
+    text, count = translation.text_of(config_of(corpus)), 2 * 2 * 2
+    tuned = finetuning.Tuned({}, np.arange(count), np.arange(count), 100.0 + np.arange(count)[:, None])
+    shown = np.asarray(parallel_text.encode(text.subwords.target, ["a man"]))
+    monkeypatch.setattr(finetuning, "fine_tune_all", lambda *args: tuned)
+    monkeypatch.setattr(
+        finetuning, "translate_all", lambda *args, **kw: np.broadcast_to(shown, (len(args[3].size), 6, shown.size))
+    )
+    protocol = low_resource.Protocol(("xc", "xd"), (4, 8), 2, finetuning.FineTuning(), 16)
+    rows, _ = low_resource.evaluate(protocol, text, None, {}, beam=1)
+    assert [(row["language"], row["pairs"], row["nll"], row.get("stopped_at")) for row in rows] == [
+        ("xc", 0, [100.0], None),
+        ("xc", 4, [0, 1], [0, 1]),
+        ("xc", 8, [2, 3], [2, 3]),
+        ("xd", 0, [104.0], None),
+        ("xd", 4, [4, 5], [4, 5]),
+        ("xd", 8, [6, 7], [6, 7]),
+    ]

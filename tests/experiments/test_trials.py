@@ -236,3 +236,34 @@ def test_seeds_are_trained_in_one_program(tmp_path, monkeypatch):
     results = bandits.run(config_of(bandits, run_dir=tmp_path, seeds=2, on_nonfinite="skip"))
     assert results["seeds"] == [0, 1]
     assert len(results["metrics"]["reward"]["mean"]) == 1
+
+
+def test_the_outer_rate_falls_over_all_updates_of_the_training(monkeypatch):
+    given, make = [], rl.clipped_epochs
+    monkeypatch.setattr(
+        rl, "clipped_epochs", lambda *args, **settings: given.append((*args, settings)) or make(*args, **settings)
+    )
+    config = config_of(bandits, outer_optimizer="sgd", outer_lr=0.5, outer_lr_end=0.1, max_norm=10.0)
+    trials.training_of(config, bandits.problem_of(config))
+    ((optimizer, settings),) = given
+    assert settings == {"num_epochs": 4, "num_minibatches": 2, "prepare": rl.standardise_advantages}
+    state, rates = optimizer.init(jnp.ones(1)), []
+    for _ in range(2 * 4 * 2 + 1):
+        update, state = optimizer.update(jnp.ones(1), state)
+        rates.append(-float(update[0]))
+    np.testing.assert_allclose(rates, np.linspace(0.5, 0.1, 17), rtol=1e-5)
+
+
+def test_greedy_trials_take_the_most_probable_action():
+    def took_the_mode(problem, task, trial):
+        return jnp.all(trial.action == trial.policy.mode())
+
+    config = config_of(bandits)
+    problem = bandits.problem_of(config)
+    params = trials.make_policy(problem, config.hyperparameters).init(jax.random.key(0), jnp.zeros((1, 6)))
+    greedy, drawn = (
+        trials.through_trials(config, problem, params, jax.random.key(1), 100, took_the_mode, greedy=greedy)
+        for greedy in (True, False)
+    )
+    assert greedy.all()
+    assert drawn.mean() < 0.5

@@ -219,3 +219,14 @@ def test_exact_meta_gradients_agree_and_pass_finite_differences(name, lexical, x
 def test_sizes_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         transformer_translator(**SIZES | {"heads": 2} | settings)
+
+
+def test_every_place_of_the_memory_has_read_the_whole_sentence(x64):
+    translator = translators(False)["gru"]
+    params = noisy(translator, False)
+    read = jax.jit(lambda source: translator.start(params, Sentences(source), 7)[0][0])
+    before = read(SOURCE)
+    for place in range(6):
+        other = SOURCE.copy()
+        other[2, place] = 10
+        assert np.all(np.any(np.abs(read(other)[2] - before[2]) > 1e-6, axis=-1))

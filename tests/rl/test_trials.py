@@ -229,3 +229,32 @@ def test_a_policy_may_start_with_a_long_memory():
 def test_a_policy_needs_actions():
     with pytest.raises(ValueError, match="num_actions must be an integer of at least 1, got 0"):
         rl.gru_policy(num_actions=0)
+
+
+def test_what_the_environment_draws_does_not_depend_on_the_drawn_action():
+    # Every action pays with probability 1/2.
+    def coin(task, state, action, key):
+        return state, state[None].astype(jnp.float32), jax.random.bernoulli(key).astype(jnp.float32), jnp.bool_(False)
+
+    @jax.jit
+    @jax.vmap
+    def run(key):
+        environment, params = ENVIRONMENT._replace(step=coin), COUNTER.init(None, None)
+        return rl.run_trial(environment, COUNTER, params, jnp.int32(0), key, num_episodes=1, horizon=H)
+
+    found = run(jax.random.split(jax.random.key(0), 1500))
+    for action in range(A):
+        rewards = np.asarray(found.reward)[np.asarray(found.action) == action]
+        np.testing.assert_allclose(rewards.mean(), 0.5, atol=2.5 / np.sqrt(len(rewards)))  # 5 standard deviations
+
+
+def test_advantages_are_those_of_the_scaled_rewards():
+    sizes = {"num_episodes": E, "horizon": H}
+    sampler = rl.make_trial_sampler(ENVIRONMENT, POLICY, **sizes, discount=0.9, decay=0.6, reward_scale=0.5)
+    task_key, trial_key = jax.random.split(jax.random.key(3))
+    found = rl.run_trial(ENVIRONMENT, POLICY, PARAMS, ENVIRONMENT.sample_task(task_key), trial_key, **sizes)
+    targets = sampler(jax.random.key(3), PARAMS).support.targets
+    expected = rl.generalised_advantages(0.5 * found.reward, found.value, found.mask, discount=0.9, decay=0.6)
+    np.testing.assert_allclose(targets.transition.advantage, expected, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(targets.value, expected + found.value, rtol=1e-5, atol=1e-7)
+    np.testing.assert_array_equal(targets.transition.reward, found.reward)
