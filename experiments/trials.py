@@ -75,6 +75,9 @@ class RecurrentTraining(TrialTraining):
     """Units of the recurrent layer; 256 in the RL² paper."""
     memory: int | None = None
     """Time steps that units remember at the start, at most (Tallec & Ollivier, 2018); None for about two."""
+    associate: bool = False
+    """Bind rewards to the observation and action before them, by outer products as inputs, and read them at the present
+    observation, by products with it. This is not in the RL² paper."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""
@@ -221,7 +224,10 @@ def make_policy(problem: Problem, settings: TrialTraining) -> rl.RecurrentPolicy
             learn_rates=settings.learn_rates,
             learn_temperature=settings.learn_temperature,
         )
-    return rl.gru_policy(num_actions=problem.num_actions, hidden_size=settings.hidden_size, memory=settings.memory)
+    sizes = {"num_actions": problem.num_actions, "hidden_size": settings.hidden_size, "memory": settings.memory}
+    if settings.associate:
+        return rl.associative_policy(observation_size=problem.num_inputs - problem.num_actions - 2, **sizes)
+    return rl.gru_policy(**sizes)
 
 
 def training_of(config: TrialConfig, problem: Problem) -> Training:

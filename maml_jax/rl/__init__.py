@@ -31,6 +31,7 @@ from maml_jax.rl.trials import RecurrentPolicy as RecurrentPolicy
 from maml_jax.rl.trials import Trial as Trial
 from maml_jax.rl.trials import TrialInfo as TrialInfo
 from maml_jax.rl.trials import TrialTargets as TrialTargets
+from maml_jax.rl.trials import associative_policy as associative_policy
 from maml_jax.rl.trials import gru_policy as gru_policy
 from maml_jax.rl.trials import make_trial_sampler as make_trial_sampler
 from maml_jax.rl.trials import rl2 as rl2
@@ -48,6 +49,7 @@ __all__ = [
     "Trial",
     "TrialInfo",
     "TrialTargets",
+    "associative_policy",
     "categorical_policy",
     "clipped_epochs",
     "clipped_surrogate",

@@ -124,6 +124,46 @@ def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = 
     return RecurrentPolicy(network.init, network.start, step, num_actions)
 
 
+def associative_policy(
+    *, num_actions: int, observation_size: int, hidden_size: int = 64, memory: int | None = None
+) -> RecurrentPolicy:
+    """A gated recurrent unit that can bind a reward to the observation and the action that it followed.
+
+    The unit also reads the outer product of the last observation o' and the last action, and that times the last
+    reward. Its layers are read at the present observation o: the logits are b(h) + oᵀ W(h), with b [A] and W [O, A]
+    linear in the state h, and the value alike. A plain unit has to learn such products. This is not in the RL² paper.
+
+    Args:
+      num_actions: A.
+      observation_size: O, of an observation that is one flat array.
+      hidden_size: the number of units.
+      memory: as in `gru_policy`.
+
+    Raises:
+      ValueError: if a number is no positive integer, or `memory` below 2.
+    """
+    num_actions = check_integer("num_actions", num_actions, at_least=1)
+    size = check_integer("observation_size", observation_size, at_least=1)
+    heads = {"logits": num_actions, "value": 1, "logits_of": size * num_actions, "value_of": size}
+    network = models.gru(hidden_size=hidden_size, heads=heads, memory=memory)
+
+    def init(key: PRNGKey, inputs: jax.Array) -> ArrayTree:
+        return network.init(key, jnp.zeros((1, inputs.shape[-1] + 2 * size * num_actions)))
+
+    def start() -> ArrayTree:
+        return {"hidden": network.start(), "observation": jnp.zeros(size)}
+
+    def step(params: ArrayTree, carry: ArrayTree, inputs: jax.Array) -> tuple:
+        observation, action, (reward, _) = jnp.split(inputs, (size, size + num_actions))
+        pair = jnp.outer(carry["observation"], action).ravel()  # zero before the first action
+        hidden, outputs = network.step(params, carry["hidden"], jnp.concatenate([inputs, pair, reward * pair]))
+        logits = outputs["logits"] + observation @ outputs["logits_of"].reshape(size, num_actions)
+        value = outputs["value"][0] + observation @ outputs["value_of"]
+        return {"hidden": hidden, "observation": observation}, (Categorical(logits), value)
+
+    return RecurrentPolicy(init, start, step, num_actions)
+
+
 def run_trial(
     environment: Environment,
     policy: RecurrentPolicy,

@@ -194,6 +194,15 @@ def test_the_command_line_has_the_defaults(module):
     assert "RL² (Duan et al., 2016). Published" in module.about()["rl2"]
 
 
+def test_a_policy_may_associate_observations_with_rewards():
+    config = parse(mdps.METHODS, "", ["rl2", "--associate", "--hidden-size", "4"])
+    problem = mdps.problem_of(config)
+    policy = trials.make_policy(problem, config.hyperparameters)
+    params = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    assert policy.start()["observation"].shape == (10,)
+    assert params["logits_of"]["kernel"].shape == (4, 10 * problem.num_actions)
+
+
 def test_regret_is_what_the_best_arm_would_pay_more():
     config = config_of(bandits, num_arms=2, num_pulls=6)
     trial = rl.Trial(*([None] * 8))._replace(action=jnp.array([0, 1, 1]), reward=jnp.array([1.0, 0.0, 1.0]))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from maml_jax import Batch, Episode, init_meta_state, make_train_loop, parallel, rl
+from maml_jax import Batch, Episode, init_meta_state, make_train_loop, models, parallel, rl
 from maml_jax.rl import Categorical, RecurrentPolicy
 from maml_jax.types import Environment
 
@@ -226,9 +226,32 @@ def test_a_policy_may_start_with_a_long_memory():
     assert np.all(biases[1] > 0)
 
 
-def test_a_policy_needs_actions():
+def test_an_associative_policy_is_that_of_two_products_by_hand():
+    size, policy = 4, rl.associative_policy(num_actions=A, observation_size=4, hidden_size=8, memory=5)
+    rng = np.random.default_rng(0)
+    params = policy.init(jax.random.key(0), jnp.zeros((1, size + A + 2)))
+    params = jax.tree.map(lambda x: x + rng.normal(size=x.shape), params)
+    plain = models.gru(hidden_size=8, heads={"logits": A, "value": 1, "logits_of": size * A, "value_of": size})
+    carry, hidden, before = policy.start(), plain.start(), np.zeros(size)
+    for _ in range(3):
+        inputs = rng.normal(size=size + A + 2)
+        observation, action, reward = inputs[:size], inputs[size : size + A], inputs[size + A]
+        pairs = [before[i] * action[j] for i in range(size) for j in range(A)]
+        hidden, outputs = plain.step(params, hidden, jnp.array([*inputs, *pairs, *(reward * x for x in pairs)]))
+        carry, (distribution, value) = policy.step(params, carry, jnp.asarray(inputs))
+        weights = np.asarray(outputs["logits_of"]).reshape(size, A)
+        logits = [outputs["logits"][j] + sum(observation[i] * weights[i, j] for i in range(size)) for j in range(A)]
+        np.testing.assert_allclose(distribution.logits, logits, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(value, outputs["value"][0] + observation @ outputs["value_of"], rtol=1e-4, atol=1e-5)
+        before = observation
+    np.testing.assert_array_equal(carry["observation"], jnp.asarray(before))
+
+
+def test_a_policy_needs_actions_and_observations():
     with pytest.raises(ValueError, match="num_actions must be an integer of at least 1, got 0"):
         rl.gru_policy(num_actions=0)
+    with pytest.raises(ValueError, match="observation_size must be an integer of at least 1, got 0"):
+        rl.associative_policy(num_actions=2, observation_size=0)
 
 
 def test_what_the_environment_draws_does_not_depend_on_the_drawn_action():
