@@ -487,9 +487,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
         "omniglot": omniglot_table(full),
-        "omniglot-budget": omniglot_table(
-            [result for result in gradient_based if has_smaller_budget(result)], with_costs=True
-        ),
+        "omniglot-budget": omniglot_table([result for result in gradient_based if has_smaller_budget(result)]),
         "omniglot-variations": omniglot_table([result for result in gradient_based if departures(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
         "omniglot-all": all_methods_table(trained),
