@@ -149,7 +149,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
                 drawn[label] = axes.errorbar(record["minutes"], mean, ci95, capsize=3, **style)
-            axes.set(xlabel="minutes of training", ylabel="test accuracy, %", xscale="log")
+            axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log")
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
             axes.grid(alpha=0.3)
     if drawn:

@@ -187,6 +187,16 @@ def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
     return "" if None in values else format(statistics.fmean(values), style)
 
 
+def training_time(result: dict, minutes: float) -> str:
+    """Minutes as a cell, with the device if it is no CPU."""
+    return f"{minutes:.0f} min" + ("" if on_cpu(result) else f", {result['device']}")
+
+
+def on_cpu(result: dict) -> bool:
+    """Whether a run was made on a CPU, by what `runs.device_name` says."""
+    return result.get("device", "").endswith("cores")
+
+
 def costs(result: dict) -> tuple[float | None, float | None]:
     """Operations a task in GFLOP and temporaries of the training program in MB; None for what was not counted."""
     execution = result.get("execution", {})
@@ -232,7 +242,7 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
                 str(steps),
                 f"{group[0]['protocol']['episodes']} x {group[0]['protocol']['query_shot']}",
                 f"{group[0]['meta_steps']:,}",
-                f"{minutes:.0f} min",
+                training_time(group[0], minutes),
             ]
         )
         if with_costs:
@@ -304,7 +314,7 @@ def all_methods_table(results: list[dict]) -> str:
                 f"{first['meta_steps']:,} of {omniglot.METHODS[first['algorithm']].num_meta_steps:,}",
                 f"{1000 * first['seconds']['train'] / first['meta_steps']:.0f}",
                 f"{flops / 1e9:.1f}" if (flops := first.get("execution", {}).get("flops")) else "",
-                f"{record['minutes']:.0f} min",
+                training_time(first, record["minutes"]),
             ]
         )
     settings = [f"{way}-way {shot}-shot" for way, shot in omniglot.SETTINGS]
@@ -342,7 +352,7 @@ def images_table(results: list[dict]) -> str:
                     f"{first['protocol']['episodes']}",
                     first["protocol"]["normalisation"].partition(" of ")[0],
                     f"{meta_steps:,} of {images.METHODS[algorithm].num_meta_steps:,}",
-                    f"{statistics.fmean(result['seconds']['train'] for result in group) / 60:.0f} min",
+                    training_time(first, statistics.fmean(result["seconds"]["train"] for result in group) / 60),
                 ]
             )
     header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "episodes", "test", "meta-steps", "training"]
@@ -541,8 +551,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "not depend on the number of classes are tested in all settings after one training. Numbers of different "
         "splits are not comparable: by alphabet, the test has new alphabets. An inductive test classifies every query "
         "on its own; in a transductive one the queries are normalised together. The published numbers are those of "
-        "full trainings. Times are of two cores that often did other work too, so compare operations where they were "
-        "counted. LEO learns on the features of a pretrained classifier, whose training comes before its own.\n\n"
+        "full trainings. Times are of two cores that often did other work too, unless a GPU is named, so compare "
+        "operations where they were counted; the figure has the runs on a CPU. LEO learns on the features of a "
+        "pretrained classifier, whose training comes before its own.\n\n"
         f"{sections['omniglot-all']}\n\n![accuracy against minutes of training](figures/omniglot_all.png)\n\n"
         "### Sequences\n\nAccuracy in % on the 1st, 2nd, ... image of a class in a sequence of 50 images of 5 classes. "
         "The label of an image is shown with the next one, so the first image of a class can only be guessed. The "
@@ -587,7 +598,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     for result in of["hyperparameters"]:
         figures.schedules(report.parent / "figures" / "hyperparameters.png", result["methods"])
         figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
-    if records := all_methods(trained):
+    if records := all_methods(list(filter(on_cpu, trained))):
         figures.accuracy_against_time(report.parent / "figures" / "omniglot_all.png", records)
     if shown := [result for result in gradient_based if has_smaller_budget(result)]:
         steps = statistics.mode(result["meta_steps"] for result in shown)

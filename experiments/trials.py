@@ -76,8 +76,7 @@ class RecurrentTraining(TrialTraining):
     memory: int | None = None
     """Time steps that units remember at the start, at most (Tallec & Ollivier, 2018); None for about two."""
     associate: bool = False
-    """Bind rewards to the observation and action before them, by outer products as inputs, and read them at the present
-    observation, by products with it. This is not in the RL² paper."""
+    """Bind rewards to observations and actions by products of the inputs, unlike the RL² paper."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""

@@ -154,6 +154,11 @@ def test_the_published_network_without_convolutions_stands_beside_its_published_
         assert not report.has_smaller_budget(other)
 
 
+def test_a_time_names_the_device_unless_it_is_a_cpu():
+    assert report.training_time({"device": "AMD EPYC, 2 cores"}, 4.6) == "5 min"
+    assert report.training_time({"device": "1 x NVIDIA H200"}, 4.6) == "5 min, 1 x NVIDIA H200"
+
+
 def test_costs_are_those_of_a_task_and_stand_beside_their_ratio_to_fomaml():
     def result(algorithm, tasks, **execution):
         config = omniglot.with_paper_defaults(omniglot.METHODS[algorithm])
@@ -232,6 +237,7 @@ def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
             "metrics": evaluations[0]["metrics"],
             "evaluations": evaluations,
             "seconds": {"train": 60.0},
+            "device": "AMD EPYC, 2 cores",
             "meta_steps": 1000,
             "execution": {"flops": 2_500_000_000},
         }
