@@ -94,7 +94,9 @@ class ClassificationConfig(RunConfig):
         if self.ensemble > 1 and self.algorithm in ("mann", "lstm"):
             raise ValueError(f"--ensemble {self.ensemble} does not fit {self.algorithm}; leave it out")
         classifies = CATALOGUE[self.algorithm].classifies
-        if self.network in (("mlp",) if classifies else ("multi-scale", "pixels", "features")):
+        unfit = ("mlp",) if classifies else ("multi-scale", "pixels", "features")
+        # The network of CAVIA takes a context.
+        if self.network in unfit or (self.algorithm == "cavia" and self.network != "conv4"):
             raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
         if (self.network == "features") != (self.pretrained_run is not None):
             raise ValueError("--network features and --pretrained-run belong together; give both or neither")
@@ -154,7 +156,14 @@ def make_network(config: Any, way: int | None, *, population: bool = False) -> M
     if config.network in ("pixels", "features"):
         return Model(lambda key, inputs: {}, small_pixels if config.network == "pixels" else lambda params, x: x)
     flatten = True if config.pooling or config.flatten or way is None else None
-    return models.conv4(way=way, features=config.filters, pooling=config.pooling, flatten=flatten, norm=norm)
+    return models.conv4(
+        way=way,
+        features=config.filters,
+        pooling=config.pooling,
+        flatten=flatten,
+        norm=norm,
+        context_block=2 if config.algorithm == "cavia" else None,
+    )
 
 
 def small_pixels(params: ArrayTree, images: jax.Array) -> jax.Array:
@@ -183,6 +192,7 @@ def make_learner(
         norm=lambda name: "norm" in name,
         embedding=make_network(config, None, population=population) if embeds else None,
         way=way,
+        takes_context=config.algorithm == "cavia",
     )
     return CATALOGUE[config.algorithm].build(problem, replace_known(config.hyperparameters, **hyperparameters))
 

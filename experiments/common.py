@@ -100,10 +100,12 @@ def outer_optimizer(config: Any, updates_per_step: int = 1) -> optax.GradientTra
     optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.outer_optimizer](rates[config.outer_schedule]())
     if (bound := getattr(config, "outer_clip", None)) is not None:
         optimizer = optax.chain(optax.clip(bound), optimizer)
+    if getattr(getattr(config, "hyperparameters", None), "carry_state", False):
+        optimizer = replace_inner_state(optimizer)
+    # Outermost, so that a step that is left out also leaves the state of the inner optimiser as it is.
     if getattr(config, "on_nonfinite", "stop") == "skip":
         optimizer = optax.apply_if_finite(optimizer, max_consecutive_errors=np.iinfo(np.int32).max)
-    carries_state = getattr(getattr(config, "hyperparameters", None), "carry_state", False)
-    return replace_inner_state(optimizer) if carries_state else optimizer
+    return optimizer
 
 
 class Member(NamedTuple):

@@ -114,7 +114,8 @@ class Config(RunConfig):
         for name, smallest in least.items():
             check_integer(flag(name), getattr(self, name), at_least=smallest)
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
-            check_positive(flag(name), getattr(self, name))
+            if getattr(self, name) is not None:
+                check_positive(flag(name), getattr(self, name))
         if self.on_nonfinite == "skip" and self.outer_rule == "trust-region":
             raise ValueError(
                 "--on-nonfinite skip needs --outer-rule clipped; the trust region refuses such steps itself"

@@ -7,7 +7,6 @@ the placement on devices are added from outside.
 
 import functools
 import inspect
-import math
 import numbers
 import operator
 from collections.abc import Callable
@@ -290,16 +289,34 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
     return number
 
 
+def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
+    """Whether a real number, or every entry of an array, is finite and fulfils `condition`.
+
+    An array that is traced has no value yet; it counts as one that does. What is no number does not.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return True
+    if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+        return False
+    return bool(np.all(np.isfinite(value) & condition(np.asarray(value))))
+
+
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError for a number that is not positive and finite; arrays may be traced and pass."""
-    if isinstance(value, numbers.Real) and not (value > 0 and math.isfinite(value)):
+    """Raises ValueError for what is no positive, finite number or array of such; traced arrays pass."""
+    if not holds_for(value, lambda x: x > 0):
         raise ValueError(f"{name}={value} must be a positive number")
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raises ValueError for a number that is negative or not finite; arrays may be traced and pass."""
-    if isinstance(value, numbers.Real) and not (value >= 0 and math.isfinite(value)):
+    """Raises ValueError for what is no finite number of at least 0 or array of such; traced arrays pass."""
+    if not holds_for(value, lambda x: x >= 0):
         raise ValueError(f"{name}={value} must be a number of at least 0")
+
+
+def check_function(name: str, value: Any, example: str) -> None:
+    """Raises ValueError unless `value` can be called."""
+    if not callable(value):
+        raise ValueError(f"{name} must be a function such as {example}, got {value!r}")
 
 
 def check_classes(way: int, targets: jax.Array, name: str = "the support set") -> None:
@@ -437,6 +454,7 @@ def select(params: ArrayTree, where: Callable[[str], bool] | None) -> tuple[Arra
     """
     if where is None:
         return params, jax.tree.map(lambda _: None, params)
+    check_function("`where`", where, 'lambda name: name.startswith("head")')
     chosen, others = partition(params, lambda name, _: where(name))
     if jax.tree.leaves(others) and not jax.tree.leaves(chosen):
         names = [

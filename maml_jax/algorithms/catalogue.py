@@ -48,6 +48,7 @@ class Problem(NamedTuple):
       norm: `(name) -> bool`, scales and offsets of normalisations; None if there are none.
       embedding: the network without its last layer, [S, ...] to [S, D], for the classifiers that compare embeddings.
       way: N, the number of classes of an episode, for the same.
+      takes_context: whether `model` takes a context beside its inputs, for CAVIA; otherwise the two are concatenated.
     """
 
     model: Model
@@ -57,6 +58,7 @@ class Problem(NamedTuple):
     norm: Callable[[str], bool] | None = None
     embedding: Model | None = None
     way: int | None = None
+    takes_context: bool = False
 
 
 class Entry(NamedTuple):
@@ -123,7 +125,7 @@ def _build_classifier(
 
 def _cavia(problem: Problem, settings: ContextDescent) -> MetaLearner:
     build = _build(cavia, of_problem=(), of_settings=("num_inner_steps", "num_context"))
-    return build(problem._replace(model=with_context(problem.model)), settings)
+    return build(problem if problem.takes_context else problem._replace(model=with_context(problem.model)), settings)
 
 
 def _maml_plus_plus(problem: Problem, settings: MAMLPlusPlus) -> MetaLearner | Callable[[jax.Array], MetaLearner]:

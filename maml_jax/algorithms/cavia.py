@@ -29,7 +29,7 @@ def cavia(
 
     Args:
       model: a network whose inputs are a pair: inputs [S, ...] and the context [C], one for all examples.
-        `with_context` makes one of any network.
+        `with_context` makes one of a network on vectors, and `models.conv4(context_block=2)` is the paper's on images.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
       query_loss_fn: the same for the query set; by default `loss_fn`.
       num_context: C, the number of context parameters.
@@ -43,7 +43,7 @@ def cavia(
 
     Raises:
       ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range.
+        range. `init` raises it if the network does not take a pair.
 
     References:
       Zintgraf et al., 2019, equations 4 and 5.
@@ -53,7 +53,13 @@ def cavia(
     num_context = check_integer("num_context", num_context, at_least=1)
 
     def init(key, inputs):
-        return model.init(key, (inputs, jnp.zeros(num_context)))
+        try:
+            return model.init(key, (inputs, jnp.zeros(num_context)))
+        except (AttributeError, TypeError) as error:
+            raise ValueError(
+                f"the network fails on a pair of inputs and a context: {error}. Make one that takes a pair, with "
+                "with_context(model) for vectors or models.conv4(context_block=2) for images"
+            ) from error
 
     def apply(params, inputs, **keywords):
         return model.apply(params["params"], (inputs, params["context"]), **keywords)
@@ -73,8 +79,9 @@ def cavia(
 def with_context(model: Model) -> Model:
     """A network with inputs `(x [S, ..., D], context [C])`, which it concatenates to [S, ..., D + C].
 
-    For images the context becomes C constant channels. (The paper modulates the features of a convolutional network
-    by linear functions of the context instead.)
+    It is for vectors in front of a layer without normalisation. A context that is the same for all examples adds a
+    constant to each unit or filter, and a normalisation by the statistics of a batch takes that out again. For images
+    the paper modulates features after a normalisation: see `context_block` of `models.conv4`.
     """
 
     def joined(pair):

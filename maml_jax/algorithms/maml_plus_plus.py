@@ -17,7 +17,17 @@ import optax
 from maml_jax.algorithms.maml import LearnedRates
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_integer, partition, select
+from maml_jax.types import (
+    ArrayTree,
+    InnerGradFn,
+    LossFn,
+    MetaLearner,
+    Model,
+    check_integer,
+    check_positive,
+    partition,
+    select,
+)
 
 
 def maml_plus_plus(
@@ -57,11 +67,13 @@ def maml_plus_plus(
       that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
 
     Raises:
-      ValueError: if `model` is no `Model`, or a count no integer in its range.
+      ValueError: if `model` is no `Model`, `inner_lr` not positive, or a count no integer in its range; when it is
+        used, if `per_step` or `where` selects no parameter.
 
     References:
       Antoniou et al., 2019, section 4: multi-step loss, per-step normalisation weights, per-layer per-step rates.
     """
+    check_positive("inner_lr", inner_lr)
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     if step_weights is not None and (num_inner_steps == 0 or jnp.shape(step_weights) != (num_inner_steps,)):
         raise ValueError(
@@ -75,6 +87,7 @@ def maml_plus_plus(
 
     def init(key, inputs):
         params = model.init(key, inputs)
+        select(params, per_step)  # refuses names that no parameter has
         rates = jax.tree.map(lambda x: jnp.full(max(1, num_inner_steps), inner_lr, x.dtype), select(params, adapts)[0])
         return {"params": _map_named(partial(_repeat, num_inner_steps + 1), params, is_stepped), "rates": rates}
 

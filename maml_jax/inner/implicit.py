@@ -1,7 +1,5 @@
 """A proximal inner problem and the implicit derivative of its solution."""
 
-import math
-import numbers
 from collections.abc import Callable
 
 import chex
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.loop import inner_loop
-from maml_jax.types import InnerInfo, ObserveFn, check_integer
+from maml_jax.types import InnerInfo, ObserveFn, check_integer, holds_for
 
 
 def proximal_solution(
@@ -90,8 +88,8 @@ def proximal_solution(
 
 
 def check_strength(strength: float | jax.Array) -> None:
-    """Raises ValueError for a number that is no strength of a proximal term; arrays may be traced and pass."""
-    if isinstance(strength, numbers.Real) and not (strength > 0 and math.isfinite(strength)):
+    """Raises ValueError for what is no strength of a proximal term; traced arrays pass."""
+    if not holds_for(strength, lambda x: x > 0):
         raise ValueError(
             f"strength={strength} must be positive and finite: without the proximal term λ/2 ‖φ − θ‖² the solution "
             "does not depend on θ, and the implicit gradient is zero"

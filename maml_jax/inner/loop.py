@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
-from maml_jax.types import InnerGradFn, InnerInfo, ObserveFn, check_floating, check_integer, combine, select
+from maml_jax.types import (
+    InnerGradFn,
+    InnerInfo,
+    ObserveFn,
+    check_floating,
+    check_function,
+    check_integer,
+    combine,
+    select,
+)
 
 
 def inner_loop(
@@ -71,6 +80,7 @@ def inner_loop(
     num_steps = check_integer("num_inner_steps", num_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
     check_floating(params)
+    check_function("inner_grad", inner_grad, "maml_jax.mixed_mode or maml_jax.first_order")
     _check_leading_axis(
         per_step, "per_step", lambda size: size == num_steps, f"one entry for each of the {num_steps} steps"
     )

@@ -27,18 +27,26 @@ class Conv4(nn.Module):
     conv_fn: ConvFn = conv_matmul
     norm: Callable[..., nn.Module] = BatchStatNorm
     head_init: nn.initializers.Initializer | None = None
+    context_block: int | None = None
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """[S, H, W, C] -> [S, N], or [S, D] without a head."""
+    def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array]) -> jax.Array:
+        """[S, H, W, C] -> [S, N], or [S, D] without a head; with a context, ([S, H, W, C], [C']) -> the same."""
+        inputs, context = (inputs, None) if self.context_block is None else inputs
         strides = (1, 1) if self.pooling else (2, 2)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = inputs
         for index in range(4):
             conv = Conv(self.features, strides=strides, conv_fn=self.conv_fn, name=f"conv_{index}", **dtypes)
-            hidden = nn.relu(self.norm(name=f"norm_{index}", **dtypes)(conv(hidden)))
+            hidden = self.norm(name=f"norm_{index}", **dtypes)(conv(hidden))
+            if index == self.context_block:
+                kernel_init = nn.initializers.he_uniform()
+                film = nn.Dense(2 * self.features, kernel_init=kernel_init, name="film", **dtypes)(context)
+                scale, shift = jnp.split(film.astype(hidden.dtype).reshape(1, 1, 1, -1), 2, axis=-1)
+                hidden = hidden * (1.0 + scale) + shift
+            hidden = nn.relu(hidden)
             if self.pooling:
                 hidden = max_pool(hidden)
         flatten = self.pooling if self.flatten is None else self.flatten
@@ -59,6 +67,7 @@ def conv4(
     conv_fn: ConvFn = conv_matmul,
     norm: Callable[..., nn.Module] = BatchStatNorm,
     head_init: nn.initializers.Initializer | None = None,
+    context_block: int | None = None,
     dtype: Dtype | None = None,
     param_dtype: Dtype = jnp.float32,
 ) -> Model:
@@ -79,6 +88,9 @@ def conv4(
         `BatchStatNorm` with an offset and no scale.
       head_init: initialiser of the linear layer [D, N]; by default Xavier uniform with `flatten` and N(0, 1)
         without, as in the authors' code.
+      context_block: 0 to 3, the block whose features a context modulates, for `cavia`: after the normalisation,
+        h ← (1 + γ) h + β for each filter, with γ and β linear in the context (FiLM). Inputs are then pairs (images,
+        context [C']). With None there is no context. CAVIA has it in the third block.
       dtype: dtype of the four blocks, such as `jnp.bfloat16`. With None, inputs and parameters are promoted. The
         linear layer promotes the embedding and its own parameters in either case.
       param_dtype: dtype of the initial parameters.
@@ -87,11 +99,17 @@ def conv4(
       A `Model` from inputs [S, H, W, C] to outputs [S, N].
 
     Raises:
-      ValueError: if `way` or `features` is not a positive integer.
+      ValueError: if `way` or `features` is not a positive integer, or `context_block` no block.
+
+    References:
+      Perez et al., 2018, FiLM: visual reasoning with a general conditioning layer; Zintgraf et al., 2019, section 3.3,
+      for `context_block`.
     """
     check_integer("features", features, 1)
     if way is not None:
         check_integer("way", way, 1)
+    if context_block is not None and check_integer("context_block", context_block, 0) > 3:
+        raise ValueError(f"context_block={context_block} must be 0, 1, 2 or 3: there are four blocks")
     module = Conv4(
         way=way,
         features=features,
@@ -100,6 +118,7 @@ def conv4(
         conv_fn=conv_fn,
         norm=norm,
         head_init=head_init,
+        context_block=context_block,
         dtype=dtype,
         param_dtype=param_dtype,
     )

@@ -107,7 +107,8 @@ def clipped_epochs(
     check_optimizer("optimizer", optimizer)
     num_epochs = check_integer("num_epochs", num_epochs, at_least=1)
     num_minibatches = check_integer("num_minibatches", num_minibatches, at_least=1)
-    check_positive("max_kl", max_kl)
+    if max_kl is not None:
+        check_positive("max_kl", max_kl)
 
     def init(params: ArrayTree) -> ArrayTree:
         # Only the order of the minibatches is drawn from it. No seed of a user's gives this key.

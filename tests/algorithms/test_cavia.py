@@ -7,7 +7,7 @@ import pytest
 from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, make_episode
 
-from maml_jax import Batch, Model, cavia, losses, mixed_mode, models, with_context
+from maml_jax import Batch, Episode, Model, cavia, losses, mixed_mode, models, with_context
 from maml_jax.tasks import sinusoid
 
 # A linear model whose context is added to the first weights: the inner problem is a regression on two inputs.
@@ -42,6 +42,28 @@ def test_finite_differences_of_a_network(x64):
     params = learner.init(jax.random.key(1), episode.support.inputs)
     assert params["dense_0"]["kernel"].shape == (1 + 3, 6)
     check_grads(jax.jit(lambda params: learner.objective(params, episode)[0]), (params,), order=1, modes=["rev"])
+
+
+def test_finite_differences_of_a_modulated_network_on_images(x64):
+    model = models.conv4(way=2, features=3, context_block=2, param_dtype=jnp.float64)
+    support, query = jax.random.normal(jax.random.key(0), (2, 4, 16, 16, 1))
+    targets = jnp.array([0, 0, 1, 1])
+    learner = cavia(model, losses.cross_entropy, num_context=3, inner_optimizer=optax.sgd(1.0), num_inner_steps=2)
+    params = learner.init(jax.random.key(1), support)
+    episode = Episode(Batch(support, targets), Batch(query, targets))
+    adapted, info = learner.adapt(params, episode.support)
+    assert jnp.any(adapted["context"] != 0)
+    assert info.support_loss[1] < info.support_loss[0]
+    # Steps this small hardly cross a kink of the ReLU.
+    objective = jax.jit(lambda params: learner.objective(params, episode)[0])
+    check_grads(objective, (params,), order=1, modes=["rev"], eps=1e-7)
+
+
+def test_a_network_without_a_context_is_refused():
+    for model in (models.mlp(features=(2,)), models.conv4(way=2)):
+        learner = cavia(model, half_mse, num_context=2, inner_optimizer=optax.sgd(1.0), num_inner_steps=1)
+        with pytest.raises(ValueError, match=r"fails on a pair of inputs and a context.*with_context\(model\)"):
+            learner.init(jax.random.key(0), jnp.ones((3, 16, 16, 1)))
 
 
 def test_a_context_becomes_further_inputs_and_channels():

@@ -175,6 +175,60 @@ def test_any_pytree_of_parameters_keeps_its_structure_and_types(name, structure)
     chex.assert_shape(outputs, (*targets.shape, WAY) if classifies(name) else targets.shape)
 
 
+def another(value):
+    """A value of a hyperparameter that differs from the given one."""
+    if isinstance(value, str):
+        return {"sgd": "adam", "adam": "sgd", "linear": "centroid", "fine-tuned": "centroid"}[value]
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, int) else value / 2
+
+
+@EVERY_ALGORITHM
+def test_every_hyperparameter_has_an_effect(name):
+    entry, example = CATALOGUE[name], episode(name)
+    few = {
+        "reptile": {"batch_size": 4, "inner_optimizer": "adam"},
+        "memory-module": {"num_slots": 4, "num_neighbours": 2},
+    }
+    base = SMALL.get(name, {}) | few.get(name, {}) | {"num_inner_steps": NUM_STEPS}
+    if name == "pretrained-classifier":
+        base |= {"num_classes": WAY, "head": "linear"}
+    fields = {field.name for field in dataclasses.fields(entry.hyperparameters)}
+    model = affine_model(STRUCTURES["nested dictionary"])
+    problem = Problem(
+        model,
+        loss_of(name),
+        head=is_head,
+        norm=lambda name: name.endswith("bias"),
+        embedding=of_unit_length(model) if name == "leo" else model,
+        way=WAY,
+    )
+
+    def program(settings):
+        """Everything that a learner computes, as text."""
+
+        def everything(step, key):
+            learner = learner_at(entry.build(problem, settings), step)
+            meta_params = learner.init(key, example.support.inputs)
+            gradient = jax.grad(learner.objective, has_aux=True)(meta_params, example)
+            task_params, info = learner.adapt(meta_params, example.support, key=key)
+            return meta_params, gradient, learner.predict(task_params, example.query.inputs), info
+
+        return str(jax.make_jaxpr(everything)(jnp.int32(5), jax.random.key(0)))
+
+    settings = entry.hyperparameters(**{field: value for field, value in base.items() if field in fields})
+    unchanged = program(settings)
+    for field in fields:
+        if field in ("finetuning_lr", "num_finetuning_steps") and name == "pretrained-classifier":
+            finetuned = dataclasses.replace(settings, head="fine-tuned")
+            changed = dataclasses.replace(finetuned, **{field: another(getattr(settings, field))})
+            assert program(changed) != program(finetuned), field
+        elif (name, field) != ("pretrained-classifier", "batch_size"):  # its experiment draws the batches
+            changed = dataclasses.replace(settings, **{field: another(getattr(settings, field))})
+            assert program(changed) != unchanged, field
+
+
 @EVERY_ALGORITHM
 def test_float64_parameters_stay_float64(name, x64):
     learner = build(name, affine_model(Affine))

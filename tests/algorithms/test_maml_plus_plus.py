@@ -8,7 +8,10 @@ from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode
 
 from maml_jax import (
+    CATALOGUE,
+    MAMLPlusPlus,
     Model,
+    Problem,
     ensemble,
     evaluate,
     first_order,
@@ -18,6 +21,7 @@ from maml_jax import (
     make_train_loop,
     maml,
     maml_plus_plus,
+    meta_sgd,
     mixed_mode,
     models,
     multi_step_weights,
@@ -199,3 +203,50 @@ def test_there_is_a_weight_for_each_step(num_steps, shape):
 def test_weights_are_annealed_over_a_positive_number_of_steps(counts):
     with pytest.raises(ValueError, match="must be an integer of at least 1, got 0"):
         multi_step_weights(jnp.int32(0), *counts)
+
+
+def test_names_that_no_parameter_has_are_refused():
+    learner = maml_plus_plus(
+        models.mlp(features=(2,)), half_mse, inner_lr=ALPHA, num_inner_steps=1, per_step=lambda name: "nrom" in name
+    )
+    with pytest.raises(ValueError, match=r"`where` selects none of the parameters \['dense_0/bias', "):
+        learner.init(jax.random.key(0), jnp.ones((3, 2)))
+
+
+@pytest.mark.parametrize("inner_lr", [0.0, float("nan"), optax.sgd(0.1), None])
+@pytest.mark.parametrize("builder", [maml_plus_plus, meta_sgd])
+def test_a_rate_is_a_positive_number(builder, inner_lr):
+    with pytest.raises(ValueError, match=r"inner_lr=.* must be a positive number"):
+        builder(linear_model, half_mse, inner_lr=inner_lr, num_inner_steps=1)
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_the_entry_of_the_catalogue_has_every_part(x64, step):
+    model, sample = models.mlp(features=(4, 1), param_dtype=jnp.float64), sinusoid.make_sampler(shot=5, query_shot=5)
+    problem = Problem(model, losses.mean_squared_error, norm=lambda name: name.endswith("bias"))
+    settings = MAMLPlusPlus(inner_lr=0.1, num_inner_steps=3, num_multi_step=4, num_first_order=2)
+    of_catalogue = CATALOGUE["maml++"].build(problem, settings)(jnp.int32(step))
+    episode = sample(jax.random.key(0))
+    params = of_catalogue.init(jax.random.key(1), episode.support.inputs)
+
+    def gradient(learner):
+        return jax.grad(learner.objective, has_aux=True)(params, episode)[0]
+
+    first, exact = (
+        gradient(
+            maml_plus_plus(
+                model,
+                losses.mean_squared_error,
+                inner_lr=0.1,
+                num_inner_steps=3,
+                step_weights=multi_step_weights(jnp.int32(step), 3, 4),
+                per_step=problem.norm,
+                inner_grad=inner_grad,
+            )
+        )
+        for inner_grad in (first_order, mixed_mode)
+    )
+    expected, other = (first, exact) if step < 2 else (exact, first)
+    found = gradient(of_catalogue)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert optax.tree.norm(optax.tree.sub(found, other)) > 1e-3 * optax.tree.norm(found)

@@ -16,7 +16,20 @@ import pytest
 
 from experiments import common, runs
 from experiments.tracking import Tracking
-from maml_jax import InnerDescent, InnerInfo, MetaInfo, checkpoint, losses, maml, models, types
+from maml_jax import (
+    InnerDescent,
+    InnerInfo,
+    MetaInfo,
+    ReptileDescent,
+    checkpoint,
+    init_meta_state,
+    losses,
+    make_meta_step,
+    maml,
+    models,
+    reptile,
+    types,
+)
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import sinusoid
 
@@ -43,9 +56,8 @@ class Config:
 
 
 SAMPLE = sinusoid.make_sampler(shot=3, query_shot=3)
-LEARNER = maml(
-    models.mlp(features=(8, 1)), losses.mean_squared_error, inner_optimizer=optax.sgd(0.01), num_inner_steps=1
-)
+MODEL = models.mlp(features=(8, 1))
+LEARNER = maml(MODEL, losses.mean_squared_error, inner_optimizer=optax.sgd(0.01), num_inner_steps=1)
 
 
 def train(run_dir, config=Config(), validate=None, learner=LEARNER):
@@ -191,14 +203,14 @@ def test_the_inner_step_that_is_not_finite_is_named(tmp_path):
         common.check_finite(info, 0, tmp_path)
 
 
-def spoilt(is_bad):
+def spoilt(is_bad, learner=LEARNER):
     """The learner with a loss and a meta-gradient of NaN on tasks for which `is_bad(episode)`."""
 
     def objective(params, episode):
-        loss, info = LEARNER.objective(params, episode)
+        loss, info = learner.objective(params, episode)
         return loss * jnp.where(is_bad(episode), jnp.nan, 1.0), info
 
-    return LEARNER._replace(objective=objective)
+    return learner._replace(objective=objective)
 
 
 def test_meta_gradients_that_are_not_finite_are_left_out_if_asked_to(tmp_path, capsys):
@@ -223,6 +235,27 @@ def test_meta_gradients_that_are_not_finite_are_left_out_if_asked_to(tmp_path, c
     with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 0"):
         train(tmp_path / "stopped", config, learner=spoilt(lambda episode: True))
     assert checkpoint.latest(tmp_path / "stopped" / "checkpoints") is None
+
+
+def test_a_step_that_is_left_out_leaves_the_carried_state_of_the_inner_optimiser():
+    config = Config(
+        on_nonfinite="skip",
+        outer_optimizer="sgd",
+        outer_lr=1.0,
+        hyperparameters=ReptileDescent(inner_optimizer="adam", carry_state=True),
+    )
+    settings = {"inner_optimizer": optax.adam(0.1, b1=0.0), "num_inner_steps": 1, "carry_state": True}
+    learner = reptile(MODEL, losses.mean_squared_error, **settings)
+    learner = spoilt(lambda episode: episode.support.inputs[0, 0] == 0, learner)
+    optimizer = common.outer_optimizer(config)
+    good = jax.tree.map(lambda x: x[None], SAMPLE(jax.random.key(0)))
+    bad = good._replace(support=jax.tree.map(jnp.zeros_like, good.support))
+    state = init_meta_state(learner, optimizer, jax.random.key(1), good.support.inputs[0])
+    step = make_meta_step(learner, optimizer)
+    for episodes, count in ((good, 1), (bad, 1), (good, 2)):
+        state, _ = step(state, episodes)
+        assert state.params["inner_state"][0].count == count
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
 
 
 def test_a_loss_that_is_not_finite_stops_a_run_that_leaves_out_gradients(tmp_path):

@@ -174,6 +174,7 @@ def test_sequences_are_scored_by_instance(drawings, tmp_path):
         ("maml", {"population": True, "inductive": True}, "--population excludes --inductive"),
         ("protonets", {"network": "mlp"}, "--network mlp does not fit protonets; choose conv4"),
         ("maml", {"network": "multi-scale"}, "--network multi-scale does not fit maml"),
+        ("cavia", {"network": "mlp"}, "--network mlp does not fit cavia; choose conv4"),
         ("leo", {"pretrained_run": None}, "--network features and --pretrained-run belong together"),
         ("mann", {"ensemble": 3}, "--ensemble 3 does not fit mann"),
         ("maml", {"train_way": 20}, "--train-way 20 differs from --way 5, and the parameters of maml depend"),

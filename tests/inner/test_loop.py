@@ -185,6 +185,18 @@ def test_adapting_nothing_is_refused(episode):
         inner_loop(loss, optax.sgd(0.1), THETA, episode.support, num_steps=1, where=lambda name: "haed" in name)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"where": "head"}, r"`where` must be a function such as .*, got 'head'"),
+        ({"inner_grad": "first_order"}, r"inner_grad must be a function such as .*, got 'first_order'"),
+    ],
+)
+def test_a_name_in_place_of_a_function_is_refused(episode, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        inner_loop(loss, optax.sgd(0.1), THETA, episode.support, num_steps=1, **wrong)
+
+
 @pytest.fixture
 def minibatches(x64):
     """Three mini-batches of their own, [3, 2, ...], and float64 parameters."""

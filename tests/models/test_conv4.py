@@ -1,7 +1,10 @@
+import functools
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from networks import batch_normalisation, convolution, dense, num_parameters, random_params
 
@@ -119,10 +122,35 @@ def test_the_head_sees_the_mean_or_all_positions():
     assert shapes(models.conv4(way=2, features=8, pooling=True), 1, 64, 64, 1)["head/kernel"] == (4 * 4 * 8, 2)
 
 
+@pytest.mark.parametrize("block", [0, 2, 3])
+def test_a_context_scales_and_shifts_the_normalised_features(x64, block):
+    # After a normalisation with scale s and offset b: a scale of (1 + γ) s and an offset of (1 + γ) b + β.
+    settings = {"way": 3, "features": 4, "norm": functools.partial(models.BatchStatNorm, scale=True)}
+    images, context = jax.random.normal(jax.random.key(0), (6, 16, 16, 1)), jnp.array([0.3, -2.0])
+    modulated = models.conv4(context_block=block, param_dtype=jnp.float64, **settings)
+    params = modulated.init(jax.random.key(1), (images, context))
+    plain, film = {name: leaf for name, leaf in params.items() if name != "film"}, params["film"]
+    network = models.conv4(param_dtype=jnp.float64, **settings)
+    at_zero = modulated.apply(params, (images, jnp.zeros(2)))
+    np.testing.assert_allclose(at_zero, network.apply(plain, images), rtol=1e-12)
+    film["bias"] = jnp.arange(8.0) / 10
+    scale, shift = jnp.split(context @ film["kernel"] + film["bias"], 2)
+    norm = plain[f"norm_{block}"]
+    changed = {"scale": (1 + scale) * norm["scale"], "offset": (1 + scale) * norm["offset"] + shift}
+    found = modulated.apply(params, (images, context))
+    np.testing.assert_allclose(found, network.apply(plain | {f"norm_{block}": changed}, images), rtol=1e-9)
+    assert not np.allclose(found, at_zero)
+
+
 @pytest.mark.parametrize("arguments", [{"way": 0}, {"way": 5.0}, {"way": 5, "features": 0}])
 def test_an_empty_network_is_refused(arguments):
     with pytest.raises(ValueError, match=r"(way|features) must be an integer of at least 1, got (0|5\.0)"):
         models.conv4(**arguments)
+
+
+def test_a_block_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="context_block=4 must be 0, 1, 2 or 3"):
+        models.conv4(way=5, context_block=4)
 
 
 def test_the_module_is_a_part_of_other_modules():
