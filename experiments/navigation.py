@@ -75,7 +75,8 @@ class Config(RunConfig):
     """Outer updates; the authors' script has 100 with 40 goals each. A run may be continued with a larger number."""
     surrogate: Literal["policy-gradient", "ratio", "loaded-dice"] = "policy-gradient"
     """The inner loss. The authors' code has policy-gradient, the log-likelihood times the advantage, whose second
-    derivative is biased. That of ratio is less so, and that of loaded-dice is exact."""
+    derivative is biased. That of ratio is less so. That of loaded-dice is exact
+    for unbiased advantages; those of here are standardised."""
     outer_rule: Literal["trust-region", "clipped"] = "trust-region"
     """The outer update: a step within a bound on the KL (the authors'), or several steps of the outer optimiser, with
     its --outer-lr, on a clipped ratio."""
@@ -113,6 +114,8 @@ class Config(RunConfig):
         least = {"horizon": 1, "metric_stride": 1, "epochs": 1, "eval_shot": 1, "eval_inner_steps": 1}
         for name, smallest in least.items():
             check_integer(flag(name), getattr(self, name), at_least=smallest)
+        if getattr(self.hyperparameters, "num_inner_steps", 1) is None:
+            raise ValueError("--num-inner-steps None has no meaning here; give the number of updates in training")
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             if getattr(self, name) is not None:
                 check_positive(flag(name), getattr(self, name))

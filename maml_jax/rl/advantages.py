@@ -85,14 +85,14 @@ def generalised_advantages(
     return jax.lax.scan(add, jnp.zeros_like(error[0]), (error, goes_on), reverse=True)[1] * mask
 
 
-def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array, *, ridge: float = 1e-5) -> jax.Array:
+def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array, *, ridge: float = 1e-5) -> jax.Array:
     """The values of a ridge regression of the returns on features of observation and time.
 
     The features are the numbers of the observation, their squares, t/100, its square and its cube, and 1. The
     regression is fitted to the trajectories whose values it returns.
 
     Args:
-      observation: [H, N, ...].
+      observation: a pytree of arrays [H, N, ...].
       returns: the returns to go [H, N].
       mask: [H, N]; other time steps are left out of the fit.
       ridge: the strength of the penalty on the squared coefficients.
@@ -104,7 +104,8 @@ def linear_baseline(observation: jax.Array, returns: jax.Array, mask: jax.Array,
       Duan et al., 2016, supplementary material, section 2. https://arxiv.org/abs/1604.06778
     """
     horizon, num_trajectories = mask.shape
-    seen = observation.reshape(horizon, num_trajectories, -1).astype(returns.dtype)
+    parts = [leaf.reshape(horizon, num_trajectories, -1) for leaf in jax.tree.leaves(observation)]
+    seen = jnp.concatenate(parts, -1).astype(returns.dtype)
     time = jnp.arange(horizon, dtype=returns.dtype)[:, None, None] / 100.0
     time = jnp.broadcast_to(time, (horizon, num_trajectories, 1))
     features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)

@@ -18,7 +18,7 @@ from maml_jax.inner import mixed_mode
 from maml_jax.rl.distributions import Categorical
 from maml_jax.rl.policies import categorical_policy
 from maml_jax.rl.surrogates import Transition, policy_gradient
-from maml_jax.rl.trials import RecurrentPolicy
+from maml_jax.rl.trials import RecurrentPolicy, check_input_size
 from maml_jax.types import ArrayTree, InnerGradFn, LossFn, Model, check_integer, check_positive
 
 
@@ -76,16 +76,8 @@ def maml_policy(
     critic = models.mlp(features=(check_integer("critic_size", critic_size, at_least=1), 1))
     observations = jax.ShapeDtypeStruct((1, observation_size), jnp.float32)
 
-    def check_inputs(inputs: jax.Array) -> None:
-        expected = observation_size + num_actions + 2
-        if inputs.shape[-1] != expected:
-            raise ValueError(
-                f"the inputs have {inputs.shape[-1]} numbers; observation_size={observation_size} and "
-                f"num_actions={num_actions} need {expected}: the observation, the last action, its reward, and the end"
-            )
-
     def init(key: jax.Array, inputs: jax.Array) -> ArrayTree:
-        check_inputs(inputs)
+        check_input_size(inputs, observation_size, num_actions)
         start_key, critic_key = jax.random.split(key)
         start = policy.init(start_key, jnp.zeros(observations.shape))
         logits = jax.eval_shape(policy.apply, start, observations).logits
@@ -105,7 +97,7 @@ def maml_policy(
         return {"change": change, "observation": jnp.zeros(observation_size), "time": jnp.zeros(())}
 
     def step(params: ArrayTree, carry: ArrayTree, inputs: jax.Array) -> tuple:
-        check_inputs(inputs)
+        check_input_size(inputs, observation_size, num_actions)
         observation, action, reward, _ = jnp.split(
             inputs, [observation_size, observation_size + num_actions, observation_size + num_actions + 1]
         )

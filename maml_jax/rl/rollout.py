@@ -1,6 +1,6 @@
 """Trajectories of a policy, and episodes for meta-learning that the policies of the moment collect.
 
-Data are constants to every gradient: the parameters that collect them are stopped.
+Data are constants to every gradient.
 """
 
 import functools
@@ -36,7 +36,7 @@ def rollout(
       horizon: H.
 
     Returns:
-      `Trajectories` [H, N, ...].
+      `Trajectories` [H, N, ...], constants to every gradient.
 
     Raises:
       ValueError: if a count is wrong, or the environment or the policy breaks its contract.
@@ -65,7 +65,8 @@ def rollout(
         )
         return (state, observation, going), step
 
-    return jax.lax.scan(act, (state, observation, jnp.ones(num_trajectories)), jax.random.split(act_key, horizon))[1]
+    start = (state, observation, jnp.ones(num_trajectories))
+    return jax.lax.stop_gradient(jax.lax.scan(act, start, jax.random.split(act_key, horizon))[1])
 
 
 def as_batch(trajectories: Trajectories, advantage_fn: AdvantageFn) -> Batch:
@@ -100,7 +101,8 @@ def collect(
       num_trajectories: N, before every update and after the last.
       horizon: H.
       advantage_fn: the advantages of N trajectories.
-      start: `(meta_params) -> φ_0`, that of the learner.
+      start: `(meta_params) -> φ_0`, that of the learner; for `meta_sgd` and `maml_plus_plus`
+        `lambda meta_params: meta_params["params"]`.
 
     Returns:
       The batches before each update [K, H, N, ...], and the batch [H, N, ...] after the last.

@@ -151,6 +151,11 @@ def _ratio(outputs: Distribution, targets: Transition) -> jax.Array:
 
 def _log_prob(outputs: Distribution, targets: Transition) -> jax.Array:
     log_prob = outputs.log_prob(targets.action)
+    if log_prob.ndim > 2:
+        raise ValueError(
+            f"the policy has log-probabilities {log_prob.shape}, more than time steps by trajectories [H, N]; build "
+            "the learner with data_per_step=True, so that each inner step gets the trajectories collected for it"
+        )
     if log_prob.shape != targets.mask.shape or log_prob.shape != targets.advantage.shape:
         raise ValueError(
             f"the policy has log-probabilities {log_prob.shape}, the targets an advantage {targets.advantage.shape} "

@@ -124,6 +124,16 @@ def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = 
     return RecurrentPolicy(network.init, network.start, step, num_actions)
 
 
+def check_input_size(inputs: jax.Array, observation_size: int, num_actions: int) -> None:
+    """Raises ValueError for inputs [..., I] of a recurrent policy that do not fit its flat observation and actions."""
+    expected = observation_size + num_actions + 2
+    if inputs.shape[-1] != expected:
+        raise ValueError(
+            f"the inputs have {inputs.shape[-1]} numbers; observation_size={observation_size} and "
+            f"num_actions={num_actions} need {expected}: the observation, the last action, its reward, and the end"
+        )
+
+
 def associative_policy(
     *, num_actions: int, observation_size: int, hidden_size: int = 64, memory: int | None = None
 ) -> RecurrentPolicy:
@@ -140,7 +150,7 @@ def associative_policy(
       memory: as in `gru_policy`.
 
     Raises:
-      ValueError: if a number is no positive integer, or `memory` below 2.
+      ValueError: if a number is no positive integer, or `memory` below 2. `init` raises it if inputs have another size.
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     size = check_integer("observation_size", observation_size, at_least=1)
@@ -148,6 +158,7 @@ def associative_policy(
     network = models.gru(hidden_size=hidden_size, heads=heads, memory=memory)
 
     def init(key: PRNGKey, inputs: jax.Array) -> ArrayTree:
+        check_input_size(inputs, size, num_actions)
         return network.init(key, jnp.zeros((1, inputs.shape[-1] + 2 * size * num_actions)))
 
     def start() -> ArrayTree:

@@ -1,5 +1,6 @@
 """Returns, advantages and the linear baseline, against sums and numpy's least squares."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -47,6 +48,14 @@ def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
     penalised = np.concatenate([rows[valid], np.sqrt(0.1) * np.eye(8)])
     coefficients = np.linalg.lstsq(penalised, np.concatenate([targets[valid], np.zeros(8)]), rcond=None)[0]
     np.testing.assert_allclose(found, (rows @ coefficients).reshape(H, N), rtol=1e-9)
+
+
+def test_an_observation_may_be_a_pytree():
+    observation = jax.random.normal(jax.random.key(0), (5, 3, 4))
+    parts = {"position": observation[..., :1], "rest": observation[..., 1:].reshape(5, 3, 3, 1)}
+    returns, mask = jax.random.normal(jax.random.key(1), (5, 3)), jnp.ones((5, 3))
+    expected = rl.linear_baseline(observation, returns, mask)
+    np.testing.assert_allclose(rl.linear_baseline(parts, returns, mask), expected, rtol=1e-6)
 
 
 def test_a_number_of_the_observation_may_never_change():

@@ -169,10 +169,20 @@ def test_data_are_constants_of_the_gradient():
     sample = rl.make_sampler(learner_of, counter(), num_updates=1, **SETTINGS)
 
     def through_sampling(params):
-        episode = sample(jax.random.key(0), jax.lax.stop_gradient(params))
-        return jnp.sum(episode.query.targets.policy.logits)
+        episode = sample(jax.random.key(0), params)
+        return jnp.sum(episode.query.targets.policy.logits) + jnp.sum(episode.query.targets.advantage)
 
     assert not np.any(jax.grad(through_sampling)(PARAMS)["bias"])
+
+
+@pytest.mark.parametrize("loss_fn", [rl.policy_gradient, rl.ratio_surrogate, rl.clipped_surrogate(0.2), rl.loaded_dice])
+def test_trajectories_of_all_updates_at_once_are_refused(loss_fn):
+    def undivided(num_steps):
+        return maml(POLICY, loss_fn, inner_optimizer=optax.sgd(0.1), num_inner_steps=num_steps)
+
+    sample = rl.make_sampler(undivided, counter(), num_updates=1, **SETTINGS)
+    with pytest.raises(ValueError, match=r"\(1, 6, 4\), more than time steps by trajectories.*data_per_step=True"):
+        sample(jax.random.key(0), PARAMS)
 
 
 def test_adaptation_raises_the_return():

@@ -252,6 +252,8 @@ def test_a_policy_needs_actions_and_observations():
         rl.gru_policy(num_actions=0)
     with pytest.raises(ValueError, match="observation_size must be an integer of at least 1, got 0"):
         rl.associative_policy(num_actions=2, observation_size=0)
+    with pytest.raises(ValueError, match="the inputs have 5 numbers; observation_size=4 and num_actions=2 need 8"):
+        rl.associative_policy(num_actions=2, observation_size=4).init(jax.random.key(0), jnp.zeros(5))
 
 
 def test_what_the_environment_draws_does_not_depend_on_the_drawn_action():
