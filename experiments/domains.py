@@ -180,10 +180,12 @@ def pacs(config: Config) -> Examples:
             "that holds pacs_32.npz by --data-dir or $MAML_JAX_PACKS. Its arrays are images uint8 [n, 32, 32, 3], "
             "domains [n] and labels [n], which index domain_names and class_names"
         )
-    with np.load(file) as archive:
-        images, of_domain, labels, names, classes = (
-            archive[name] for name in ("images", "domains", "labels", "domain_names", "class_names")
-        )
+    arrays = ("images", "domains", "labels", "domain_names", "class_names")
+    try:
+        with np.load(file) as archive:
+            images, of_domain, labels, names, classes = (archive[name] for name in arrays)
+    except KeyError as error:
+        raise ValueError(f"{file} must hold the arrays {', '.join(arrays)} ({error.args[0]})") from error
     if tuple(names) != DOMAINS["pacs"] or len(classes) != PACS_CLASSES or images.shape[1:] != INPUT_SHAPES["pacs"]:
         raise ValueError(
             f"{file} holds domains {', '.join(names)}, {len(classes)} classes and images {images.shape}; it must hold "

@@ -1,5 +1,6 @@
 """Figures of the experiments."""
 
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -11,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter, MaxNLocator
+from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
 
 from experiments.runs import mean_and_interval
 from experiments.verification import ROC_POINTS
@@ -85,17 +86,17 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
 
     Args:
       file: the PNG to write.
-      evaluations: by label, the "evaluations" of a sinusoid result.
+      evaluations: by label, the "evaluations" of a sinusoid result, or those of several seeds, which are averaged.
     """
-    shots = [evaluation["shot"] for evaluation in next(iter(evaluations.values()))]
+    shots = sorted({evaluation["shot"] for evaluation in next(iter(evaluations.values()))})
     figure, row = plt.subplots(
         1, len(shots), figsize=(2.5 + 4.5 * len(shots), 4.2), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, shot in zip(row[0], shots, strict=True):
         for index, (label, of_label) in enumerate(evaluations.items()):
-            mse = next(e for e in of_label if e["shot"] == shot)["metrics"]["mse"]
+            medians = [e["metrics"]["mse"]["median"] for e in of_label if e["shot"] == shot]
             axes.plot(
-                np.asarray(mse["median"], float),
+                np.asarray(medians, float).mean(0),
                 marker=MARKERS[index % len(MARKERS)],
                 color=plt.get_cmap("tab20")(index % 20),
                 markersize=4,
@@ -108,12 +109,13 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     save(figure, file)
 
 
-def accuracy(file: Path, results: dict[str, dict]) -> None:
-    """Test accuracy against inner steps, and against the seconds of training.
+def accuracy(file: Path, results: dict[str, dict], work: Mapping[str, float]) -> None:
+    """Test accuracy against inner steps, and against the time of training.
 
     Args:
       file: the PNG to write.
       results: by algorithm, the content of its results.json.
+      work: the time of training by algorithm, in tasks of FOMAML; those of others are not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     for index, (algorithm, result) in enumerate(results.items()):
@@ -121,12 +123,17 @@ def accuracy(file: Path, results: dict[str, dict]) -> None:
         marker = MARKERS[index % len(MARKERS)]
         shown = np.arange(min(len(mean), 17))
         line = left.plot(shown, mean[shown], marker=marker, markersize=4, label=title(algorithm))[0]
-        minutes = result["seconds"]["train"] / 60
-        right.errorbar(minutes, mean[-1], ci[-1], fmt=marker, color=line.get_color(), capsize=3)
-        right.annotate(title(algorithm), (minutes, mean[-1]), xytext=(7, 3), textcoords="offset points", fontsize=8)
+        if algorithm in work:
+            place = work[algorithm] / 1000, mean[-1]
+            right.errorbar(*place, ci[-1], fmt=marker, color=line.get_color(), capsize=3)
+            right.annotate(title(algorithm), place, xytext=(7, 3), textcoords="offset points", fontsize=8)
     left.set(xlabel="inner steps at test", ylabel="test accuracy, %")
-    right.set(xlabel="minutes of training", ylabel="test accuracy after the last inner step, %")
-    right.margins(x=0.2)
+    right.set(xlabel="time of training, in thousands of FOMAML's tasks", ylabel="test accuracy after the last step, %")
+    right.set_xscale("log")
+    right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    right.xaxis.set_major_formatter("{x:g}")
+    right.xaxis.set_minor_locator(NullLocator())
+    right.margins(x=0.25)
     for axes in (left, right):
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
@@ -268,8 +275,8 @@ def returns(
         goals with one seed, and over seeds with several.
       paper: by label, the published returns.
     """
-    figure, axes = plt.subplots(figsize=(6.5, 4.6), layout="constrained")
-    for index, (label, of_seeds) in enumerate(results.items()):
+    figure, row = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained")
+    for axes, (index, (label, of_seeds)) in itertools.product(row, enumerate(results.items())):
         metrics = [result["evaluations"][0]["metrics"]["return"] for result in of_seeds]
         means = np.array([metric["mean"] for metric in metrics], float)
         half = np.array(metrics[0]["ci95"] if len(metrics) == 1 else mean_and_interval(means)["ci95"], float)
@@ -279,11 +286,13 @@ def returns(
         if numbers := paper.get(label):
             shown = numbers[: means.shape[1]]
             axes.plot(range(len(shown)), shown, marker="x", color=f"C{index % 10}", linestyle="none", markersize=9)
-    axes.plot([], [], marker="x", color="0.3", linestyle="none", label="published")
-    axes.set(xlabel="updates", ylabel="mean return")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.3)
-    _legend_below(figure, [axes])
+    for axes in row:
+        axes.plot([], [], marker="x", color="0.3", linestyle="none", label="published")
+        axes.set(xlabel="updates", ylabel="mean return")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+    row[1].set(title="after the first update", xlim=(0.8, None), ylim=(-14, 0))
+    _legend_below(figure, row)
     save(figure, file)
 
 

@@ -253,6 +253,46 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
     return runs.markdown_table(header, rows)
 
 
+def equal_budget(results: list[dict]) -> list[dict]:
+    """The results of the papers' recipes in 5-way 1-shot with the most frequent smaller number of meta-steps."""
+    task = {"way": 5, "shot": 1, "network": "conv4"}
+    shown = [result for result in results if has_smaller_budget(result) and task.items() <= result["config"].items()]
+    steps = statistics.mode(result["meta_steps"] for result in shown) if shown else 0
+    return [result for result in shown if result["meta_steps"] == steps]
+
+
+def relative_costs() -> dict[str, dict]:
+    """The cost of a task relative to FOMAML by method, as `benchmarks.methods` measured it last."""
+    file = HERE.parent / "benchmarks" / "results" / "methods.json"
+    return {row["method"]: row for row in runs.read_json(file)["rows"]} if file.exists() else {}
+
+
+def budget_table(results: list[dict]) -> str:
+    """Accuracy after an equal number of meta-steps, with what a task costs relative to FOMAML."""
+    rows, of_method = [], relative_costs()
+    for group in by_command(results).values():
+        config, algorithm = group[0]["config"], group[0]["algorithm"]
+        accuracy = [result["metrics"]["accuracy"] for result in group]
+        cost = of_method.get(algorithm)
+        ratios = cost and (
+            cost["times_fomaml"]["median"], cost["flops_times_fomaml"], cost["temporary_bytes_times_fomaml"]
+        )  # fmt: skip
+        rows.append(
+            [
+                figures.title(algorithm),
+                ", ".join(runs.format_mean(a["mean"][-1], a["ci95"][-1], scale=100) for a in accuracy),
+                f"{rate:g}" if (rate := config.get("inner_lr")) else "",
+                str(len(accuracy[0]["mean"]) - 1),
+                f"{group[0]['meta_steps']:,}",
+                str(config["meta_batch_size"]),
+                *(f"{ratio:.1f}" for ratio in ratios or ()),
+                *[""] * (0 if ratios else 3),
+            ]
+        )
+    header = ["", "accuracy, %", "inner rate", "test steps", "meta-steps", "tasks each"]
+    return runs.markdown_table([*header, "time of a task, x FOMAML", "operations, x", "memory, x"], rows)
+
+
 def evaluations(result: dict) -> list[dict]:
     """The settings in which a training on Omniglot was tested: way, shot, metrics, and a head if there are several."""
     own = {name: result["protocol"][name] for name in ("way", "shot")} | {"metrics": result["metrics"]}
@@ -407,11 +447,25 @@ def domain_table(results: list[dict]) -> str:
         data = ", ".join([config["data"], *flags])
         groups[data, config["held_out"], result["meta_steps"]][result["algorithm"]].append(result)
     names = sorted({result["algorithm"] for result in results}, key=list(domains.METHODS).index)
-    rows = [
-        [data, held_out, *(cell(by[name]) if name in by else "" for name in names), f"{steps:,}", _seeds(by)]
-        for (data, held_out, steps), by in sorted(groups.items())
-    ]
-    return runs.markdown_table(["data", "held out", *map(figures.title, names), "meta-steps", "seeds"], rows)
+    rows = []
+    for (data, held_out, steps), by in sorted(groups.items()):
+        cells = (cell(by[name]) if name in by else "" for name in names)
+        rows.append([data, held_out, *cells, _paired(by), f"{steps:,}", _seeds(by)])
+    header = ["data", "held out", *map(figures.title, names), "MLDG more than ERM", "meta-steps", "seeds"]
+    return runs.markdown_table(header, rows)
+
+
+def _paired(by_algorithm: dict[str, list[dict]]) -> str:
+    """The difference of MLDG and ERM on the held-out domain with its 95 % interval, paired by seed."""
+    mldg, erm = (
+        {result["seed"]: 100 * result["metrics"]["accuracy"]["mean"][-1] for result in by_algorithm.get(name, [])}
+        for name in ("mldg", "erm")
+    )
+    differences = [[mldg[seed] - erm[seed]] for seed in mldg if seed in erm]
+    if len(differences) < 2:
+        return ""
+    found = runs.mean_and_interval(differences)
+    return runs.format_mean(found["mean"][0], found["ci95"][0])
 
 
 def hyperparameter_table(results: list[dict]) -> str:
@@ -422,8 +476,11 @@ def hyperparameter_table(results: list[dict]) -> str:
         for name in sorted(methods, key=lambda name: methods[name]["test_loss"]["mean"] or float("inf")):
             method = methods[name]
             losses = (runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss"))
-            rows.append([name, *losses, runs.format_mean(**method["test_accuracy"], scale=100), str(method["runs"])])
-    return runs.markdown_table(["", "held-out loss", "test loss", "test accuracy, %", "training runs"], rows)
+            accuracy = runs.format_mean(**method["test_accuracy"], scale=100)
+            rows.append([name, *losses, accuracy, str(method["runs"]), f"{method['seconds']:.0f}"])
+    return runs.markdown_table(
+        ["", "held-out loss", "test loss", "test accuracy, %", "training runs", "seconds to choose"], rows
+    )
 
 
 def _seeds(by_algorithm: dict[str, list[dict]]) -> str:
@@ -497,7 +554,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
         "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
         "omniglot": omniglot_table(full),
-        "omniglot-budget": omniglot_table([result for result in gradient_based if has_smaller_budget(result)]),
+        "omniglot-budget": budget_table(equal_budget(gradient_based)),
         "omniglot-variations": omniglot_table([result for result in gradient_based if departures(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
         "omniglot-all": all_methods_table(trained),
@@ -533,7 +590,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
-        f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more.\n\n"
+        f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
+        "of the median over tasks. A method with one seed has no range, so small differences to it mean nothing. iMAML "
+        "is not here, because conjugate gradients need a curvature that is not far below zero; MAML++ neither, because "
+        "an outer rate of 0.001 is as large as the inner rates that it would learn.\n\n"
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
         "![error against inner steps](figures/sinusoid.png)\n\n"
         + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")
@@ -542,8 +602,12 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
         "which grows with the tasks that are computed together. The ratio to FOMAML is in parentheses. On the GPU four "
         f"trainings ran at once, so its times are upper bounds.\n\n{omniglot_table(full, with_costs=True)}\n\n"
-        "### Fewer meta-steps\n\nThe same recipes with fewer meta-steps. Each method has the meta-batch of its paper, "
-        "so equal numbers of meta-steps are not equal numbers of tasks.\n\n"
+        "Reptile, MAML++, iMAML and Meta-Curvature were not trained with the meta-steps of their papers, nor was any "
+        "method in 20-way.\n\n"
+        "### Equal meta-steps\n\n5-way 1-shot, the same recipes with fewer meta-steps. Each method has the rates, the "
+        "schedule and the meta-batch of its paper, so equal numbers of meta-steps are not equal numbers of tasks, and "
+        "part of a difference may be the rate. Costs are those of one task, measured in turns by "
+        "`python -m benchmarks.methods`.\n\n"
         f"{sections['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{sections['omniglot-variations']}\n\n"
@@ -551,7 +615,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "not depend on the number of classes are tested in all settings after one training. Numbers of different "
         "splits are not comparable: by alphabet, the test has new alphabets. An inductive test classifies every query "
         "on its own; in a transductive one the queries are normalised together. The published numbers are those of "
-        "full trainings. Times are of two cores that often did other work too, unless a GPU is named, so compare "
+        "full trainings; that of MAML++ is the ensemble of its five best states, ours is one state. Times are of two "
+        "cores that often did other work too, unless a GPU is named, so compare "
         "operations where they were counted; the figure has the runs on a CPU. LEO learns on the features of a "
         "pretrained classifier, whose training comes before its own.\n\n"
         f"{sections['omniglot-all']}\n\n![accuracy against minutes of training](figures/omniglot_all.png)\n\n"
@@ -565,12 +630,14 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + translation_report.section(of["translation"], flags_but_seed)
         + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
         "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
-        "methods are selected by the latter. No model adapts, and no batch statistics are used.\n\n"
+        "methods are selected by the latter. No model adapts, and no batch statistics are used. The difference has its "
+        "95 % interval over seeds. Of the rotations, two angles were held out.\n\n"
         f"{sections['domains']}\n\n"
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
         "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
         "hyperparameters are chosen by the held-out loss, and the test digits were never chosen with. A run with its "
-        "hypergradient takes several times the operations of one without, so equal runs are not equal cost.\n\n"
+        "hypergradient takes several times the operations of one without, and compiled programs of single runs are far "
+        "faster, so equal runs are not equal cost. One seed; the intervals are over training runs.\n\n"
         f"{sections['hyperparameters']}\n\n![the learned schedules](figures/hyperparameters.png)\n\n"
         "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
         f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
@@ -578,11 +645,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     if of["sinusoid"]:
         curves = {}
         for group in by_command(of["sinusoid"]).values():
-            first = group[0]
-            name = first["algorithm"]
-            curves[name if name not in curves else f"{figures.title(name)}, rate {first['config']['inner_lr']:g}"] = (
-                first["evaluations"]
-            )
+            name, rate = group[0]["algorithm"], group[0]["config"]["inner_lr"]
+            label = name if name not in curves else f"{figures.title(name)}, rate {rate:g}"
+            curves[label] = [evaluation for result in group for evaluation in result["evaluations"]]
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
     rl_report.draw(report.parent / "figures", of, flags_but_seed)
     if characters := [result for result in of["faces"] if result["config"]["data"] == "characters"]:
@@ -600,11 +665,14 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
     if records := all_methods(list(filter(on_cpu, trained))):
         figures.accuracy_against_time(report.parent / "figures" / "omniglot_all.png", records)
-    if shown := [result for result in gradient_based if has_smaller_budget(result)]:
-        steps = statistics.mode(result["meta_steps"] for result in shown)
-        task = {"way": 5, "shot": 1, "network": "conv4", "seed": 0}
-        equal = {r["algorithm"]: r for r in shown if r["meta_steps"] == steps and task.items() <= r["config"].items()}
-        figures.accuracy(report.parent / "figures" / "omniglot.png", equal)
+    if shown := {result["algorithm"]: result for result in equal_budget(gradient_based) if not result["seed"]}:
+        of_method = relative_costs()
+        work = {
+            name: result["meta_steps"] * result["config"]["meta_batch_size"] * of_method[name]["times_fomaml"]["median"]
+            for name, result in shown.items()
+            if name in of_method
+        }
+        figures.accuracy(report.parent / "figures" / "omniglot.png", shown, work)
     for page in pages:
         text = page.read_text()
         for name, table in sections.items():

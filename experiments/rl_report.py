@@ -205,21 +205,21 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "### Random Markov decision processes\n\nMean total reward, with its 95 % interval over processes of 10 "
             "states and 5 actions. The policies take their most probable action where nothing else is said. MAML takes "
             "an inner step after every reward, on a table of logits and an offset that all states share. Every row is "
-            "one training. RL² with a plain unit falls short of its "
-            "published number. Twice the meta-steps, advantages "
+            "one training. RL² with a plain unit falls short of its published number. Twice the meta-steps, advantages "
             "that decay more slowly, a smaller weight of the entropy and units that start with a long memory, all "
             "together, do not change that. The unit would have to bind each reward to the state and the action that it "
             "followed, keep that until the state returns, and read it by the state. With `--associate` products of "
             "these are inputs, and the output layers are products with the state; together with advantages of λ = 0.3, "
-            "as in the paper, RL² then leaves that strategy. The authors' scripts have a plain unit and 250,000 time "
-            "steps a meta-step, of which there are 50,000 here. Their strategies have another prior of the rewards, which makes greedy worse and PSRL better than "
-            "here.\n\n" + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
+            "as in the paper, RL² then gets further. The authors' scripts have a plain unit and 250,000 time "
+            "steps a meta-step, of which there are 50,000 here. Their strategies have another prior of the rewards, "
+            "which makes greedy worse and PSRL better than here.\n\n"
+            + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
         )
     if of["mazes"]:
         parts.append(
             "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts "
             "with the steps after which it is given up. One training, in small mazes. There the second walk is shorter "
-            "than published, and no longer than the first in somewhat fewer mazes. In larger mazes, which it was not "
+            "than published, and no longer than the first in somewhat fewer of them. In larger mazes, which it was not "
             "trained in, the second walk is no shorter: memory does not pay there, as it does in the paper.\n\n"
             + mazes_table(of["mazes"])
             + behaviour("mazes", "rl2", "Walks through the first mazes of the test")

@@ -186,6 +186,9 @@ def test_missing_data_are_named(tmp_path, monkeypatch):
     monkeypatch.delenv("MAML_JAX_PACKS", raising=False)
     with pytest.raises(FileNotFoundError, match=r"PACS is in no known directory; give the directory .*--data-dir or"):
         domains.run(config_of(data="pacs"))
+    np.savez(tmp_path / "pacs_32.npz", images=np.zeros((1, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=r"must hold the arrays images, domains, labels, domain_names, class_names"):
+        domains.run(config_of(data="pacs", data_dir=tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no file .*nowhere/pacs_32\.npz; .*images uint8 \[n, 32, 32, 3\]"):
         domains.run(config_of(data="pacs", data_dir=tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match=r"no Omniglot at .*nowhere"):

@@ -74,6 +74,21 @@ def tiny(tmp_path):
     )  # fmt: skip
 
 
+def test_the_test_digits_choose_nothing(tiny, tmp_path):
+    file = tiny.data_dir / hyper.FILE
+    images, labels = (np.load(file)[name] for name in ("images", "labels"))
+    order = np.random.default_rng(tiny.seed).permutation(len(images))
+    images[order[tiny.num_training + tiny.num_heldout :]] = 7  # the test digits, and those that are not used
+    (tmp_path / "other").mkdir()
+    np.savez(tmp_path / "other" / hyper.FILE, images=images, labels=labels)
+    other = dataclasses.replace(tiny, data_dir=tmp_path / "other", run_dir=tmp_path / "other_run")
+    found, expected = (hyper.run(config)["methods"] for config in (other, tiny))
+    for name, method in expected.items():
+        for chosen_by in ("hyperparameters", "heldout_loss"):
+            assert found[name][chosen_by] == method[chosen_by]
+        assert found[name]["test_loss"] != method["test_loss"]
+
+
 def test_the_experiment_learns_compares_and_draws(tiny, capsys):
     results = hyper.run(tiny)
     assert json.loads((tiny.run_dir / "results.json").read_text()) == results
