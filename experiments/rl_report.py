@@ -104,8 +104,8 @@ def cell_of(result: Mapping[str, Any], sizes: Mapping[str, str]) -> str:
 
 
 def label_of(result: Mapping[str, Any], flags_of: FlagsOf, sizes: Mapping[str, str]) -> str:
-    """The method of a result with its changed flags, but for those of the size and the test."""
-    left_out = tuple(flag(name) for name in (*sizes, "eval_episodes"))
+    """The method of a result with its changed flags, but for those of the size, of validations and of the test."""
+    left_out = tuple(flag(name) for name in (*sizes, "val_every", "eval_episodes"))
     flags = (f"`{one}`" for one in flags_of(result) if not one.startswith(left_out))
     return ", ".join([trials.TITLES[result["algorithm"]], *flags])
 
@@ -210,9 +210,9 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "together, do not change that. The unit would have to bind each reward to the state and the action that it "
             "followed, keep that until the state returns, and read it by the state. With `--associate` products of "
             "these are inputs, and the output layers are products with the state; together with advantages of λ = 0.3, "
-            "as in the paper, RL² then gets further. The authors' scripts have a plain unit and 250,000 time "
-            "steps a meta-step, of which there are 50,000 here. Their strategies have another prior of the rewards, "
-            "which makes greedy worse and PSRL better than here.\n\n"
+            "as in the paper, RL² then reaches the best of the strategies. The authors' scripts have a plain unit and "
+            "250,000 time steps a meta-step, of which there are 50,000 here. Their strategies have another prior of "
+            "the rewards, which makes greedy worse and PSRL better than here.\n\n"
             + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
         )
     if of["mazes"]:
