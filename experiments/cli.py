@@ -1,6 +1,7 @@
 """The command line: settings that experiments share, one subcommand for each method of the catalogue."""
 
 import ast
+import contextlib
 import dataclasses
 import inspect
 import itertools
@@ -8,7 +9,7 @@ import math
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
@@ -285,16 +286,22 @@ def main(
     Mistakes end in one paragraph and exit code 2; with MAML_JAX_TRACEBACK=1 in the environment, in a traceback.
     """
     program = f"python -m {sys.modules['__main__'].__spec__.name} {subcommand}".rstrip()
-    with processes.exit_on_error():
-        try:
-            config = parse(configs, description, about=about, program=program)
-            set_up_jax(config.precision)
-            if hasattr(config, "distributed"):
-                processes.initialize(config.distributed, timeout_seconds=PROCESS_TIMEOUT_SECONDS)
-                console.quiet = jax.process_index() > 0
-            run(config)
-        except (RunError, ValueError, OSError, processes.ProcessError) as error:
-            if os.environ.get("MAML_JAX_TRACEBACK"):
-                raise
-            Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
-            sys.exit(2)
+    with processes.exit_on_error(), mistakes_in_one_paragraph():
+        config = parse(configs, description, about=about, program=program)
+        set_up_jax(config.precision)
+        if hasattr(config, "distributed"):
+            processes.initialize(config.distributed, timeout_seconds=PROCESS_TIMEOUT_SECONDS)
+            console.quiet = jax.process_index() > 0
+        run(config)
+
+
+@contextlib.contextmanager
+def mistakes_in_one_paragraph() -> Iterator[None]:
+    """Ends the process with a paragraph and the code 2 where a mistake was found; see `main`."""
+    try:
+        yield
+    except (RunError, ValueError, OSError, processes.ProcessError) as error:
+        if os.environ.get("MAML_JAX_TRACEBACK"):
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        sys.exit(2)

@@ -36,6 +36,8 @@ from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, Sa
 
 SAVE_SECONDS = 60.0
 """A checkpoint is written after a compiled call if the last one is older than this, besides those of validations."""
+LINE_SECONDS = 60.0
+"""Without a terminal a line is printed at every validation, and when none was for so long."""
 STOP_SECONDS = 25.0
 """How long a compiled call may go on after SIGTERM or SIGINT. Clusters kill a job 30 s or more after the signal."""
 
@@ -249,7 +251,9 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                     start = time.perf_counter()
                     programs[num_steps] = program_of(num_steps)
                     seconds["compile"] += time.perf_counter() - start
-                with profiled(members[0].run_dir / "profile", tracking.profile and num_calls == 1):
+                # The second call, because the first has what is made once; the first if there is no other.
+                is_traced = num_calls == 1 or (num_calls == 0 and step + num_steps == config.num_meta_steps)
+                with profiled(members[0].run_dir / "profile", tracking.profile and is_traced):
                     start = time.perf_counter()
                     state, info = programs[num_steps](state, train_key)
                     info = jax.tree.map(np.asarray, info)
@@ -432,7 +436,11 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path, *, is_skipped: bool =
         f"it {norms}). {_inner_losses(info.objective, first)}If the inner optimiser is adaptive, set its eps_root to "
         "1e-8; else lower --inner-lr or --outer-lr, or bound the meta-gradient by --outer-clip. "
         + ("" if is_skipped else "--on-nonfinite skip leaves such meta-steps out. ")
-        + f"The checkpoints in {run_dir} are from before; choose another --run-dir for other settings"
+        + (
+            f"The checkpoints in {run_dir} are from before; choose another --run-dir for other settings"
+            if checkpoint.latest(run_dir / "checkpoints") is not None
+            else f"There is no checkpoint in {run_dir} yet; choose another --run-dir for other settings"
+        )
     )
 
 
@@ -444,7 +452,10 @@ def _inner_losses(objective: Any, first: int) -> str:
     losses = losses[first]
     shown = ", ".join(f"{loss:g}" for loss in losses[:10])
     if np.isfinite(losses).all():
-        return f"Its support losses are all finite: {shown}. "
+        return (
+            f"Its support losses before each inner step are finite: {shown}. It ceased to be finite in inner step "
+            f"{len(losses)}, the last, or in the query loss. "
+        )
     return (
         f"Its support loss ceased to be finite before inner step {int(np.argmin(np.isfinite(losses))) + 1}: {shown}. "
     )
@@ -557,7 +568,7 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
         console=console,
         disable=console.quiet or not console.is_terminal,
     )
-    latest = {"val": ""}
+    latest = {"val": "", "time": time.monotonic()}
 
     def show(record: dict) -> None:
         if "val" in record:
@@ -565,10 +576,13 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
         fields = {"loss": record["loss"], "speed": record["steps_per_second"], "val": latest["val"]}
         fields["memory"] = memory_in_use()
         bar.update(task, completed=record["step"], **fields)
-        if "val" in record and not console.is_terminal:
+        is_due = "val" in record or record["step"] == num_steps or time.monotonic() > latest["time"] + LINE_SECONDS
+        if is_due and not console.is_terminal:
+            latest["time"] = time.monotonic()
+            left = (num_steps - record["step"]) / record["steps_per_second"] / 60
             console.print(
                 f"step {record['step']}/{num_steps}  loss {record['loss']:.4f}  {latest['val']}  "
-                f"{record['steps_per_second']:.1f} meta-steps/s"
+                f"{record['steps_per_second']:.1f} meta-steps/s  {left:.0f} min left  {memory_in_use()}"
             )
 
     with bar:

@@ -148,13 +148,16 @@ def _methods_of_run(run_dir: Path, heads: Sequence[Head]) -> list[Method]:
         raise RunError(f"{run_dir} is a run of {module.__name__}, which does not classify images of new classes")
     data, config = module.DATA, runs.stored_config(module.METHODS, run_dir)
     shot = config.train_shot or config.shot
+    of_classes = f"{config.train_way or config.way}-way {shot}-shot"
+    if config.algorithm == "pretrained-classifier":
+        of_classes = "all training classes"
     rows = functools.partial(
         _rows,
         path=run_dir,
         algorithm=config.algorithm,
         heads=heads,
         input_shape=data.input_shape(config),
-        training=f"{data.title}, {config.train_way or config.way}-way {shot}-shot, {config.num_meta_steps} meta-steps",
+        training=f"{data.title}, {of_classes}, {config.num_meta_steps} meta-steps",
         normalisation=classification.normalisation(config),
         way=config.way,
         one_query_at_a_time=config.inductive,

@@ -181,11 +181,7 @@ def pacs(config: Config) -> Examples:
             "domains [n] and labels [n], which index domain_names and class_names"
         )
     arrays = ("images", "domains", "labels", "domain_names", "class_names")
-    try:
-        with np.load(file) as archive:
-            images, of_domain, labels, names, classes = (archive[name] for name in arrays)
-    except KeyError as error:
-        raise ValueError(f"{file} must hold the arrays {', '.join(arrays)} ({error.args[0]})") from error
+    images, of_domain, labels, names, classes = runs.read_npz(file, arrays).values()
     if tuple(names) != DOMAINS["pacs"] or len(classes) != PACS_CLASSES or images.shape[1:] != INPUT_SHAPES["pacs"]:
         raise ValueError(
             f"{file} holds domains {', '.join(names)}, {len(classes)} classes and images {images.shape}; it must hold "

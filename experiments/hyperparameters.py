@@ -247,7 +247,8 @@ def load_digits(config: Config) -> dict[str, Batch]:
     """The digits "training", "heldout" and "test", which share no image: a random division of the file.
 
     Raises:
-      RunError: if the file is missing, damaged or too small.
+      RunError: if the file is missing or too small.
+      ValueError: if it is damaged.
     """
     folder = config.data_dir or os.environ.get("MAML_JAX_PACKS")
     if not folder:
@@ -255,11 +256,7 @@ def load_digits(config: Config) -> dict[str, Batch]:
     file = Path(folder).expanduser() / FILE
     if not file.exists():
         raise RunError(f"there is no {file}; name the folder that holds it with --data-dir or $MAML_JAX_PACKS")
-    try:
-        with np.load(file) as stored:
-            images, labels = stored["images"], stored["labels"]
-    except (KeyError, ValueError, OSError) as error:
-        raise RunError(f"{file} must hold the arrays images and labels ({error})") from error
+    images, labels = runs.read_npz(file, ("images", "labels")).values()
     if images.dtype != np.uint8 or images.ndim != 3 or len(images) != len(labels):
         raise RunError(
             f"{file} must hold uint8 images [n, height, width] and labels [n], got {images.dtype} "

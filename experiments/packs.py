@@ -12,6 +12,7 @@ from typing import Literal, NamedTuple, get_args
 import jax
 import numpy as np
 
+from experiments.runs import read_npz
 from maml_jax.tasks import omniglot
 
 Name = Literal["omniglot", "digits", "faces", "objects", "signs", "textures", "cifar10"]
@@ -94,8 +95,7 @@ def load(name: Name, packs_dir: Path | None = None, omniglot_dir: Path | None = 
             f"{'the packs are in no known directory' if where is None else f'there is no file {file}'}; give the "
             f"directory that holds {pack.file} by --packs-dir or $MAML_JAX_PACKS, or leave {name} out of --data-sets"
         )
-    with np.load(file) as archive:
-        content = {key: archive[key] for key in archive.files if key in ("images", "labels", pack.groups)}
+    content = read_npz(file, (), optional=("images", "labels", *filter(None, [pack.groups])))
     images = content.get("images", np.zeros(0))
     is_by_class = len(pack.shape) - (pack.shape[-1] == 3) == 4
     needed = {"images", *([] if is_by_class else ["labels"]), *filter(None, [pack.groups])}

@@ -77,14 +77,14 @@ def _read(path: Path, name: str) -> tuple[str, ...]:
             content = (path / name).read_bytes()
         else:
             with zipfile.ZipFile(path) as archive:
-                try:
-                    content = archive.read(name)
-                except zipfile.BadZipFile as error:
-                    raise ValueError(f"{name} in {path} is damaged ({error}); get the file again") from error
+                content = archive.read(name)
     except (FileNotFoundError, KeyError):
         raise FileNotFoundError(f"{path} holds no file {name}; add it, or leave the language out") from None
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is neither a directory nor a zip; give one that holds {name}") from None
+    except Exception as error:  # zipfile, zlib and the system share no class
+        raise ValueError(
+            f"{path} is neither a directory nor an undamaged zip that holds {name} ({type(error).__name__}: {error}); "
+            "get it again"
+        ) from error
     return _lines(content, f"{name} in {path}")
 
 

@@ -58,6 +58,10 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       FileNotFoundError: if the run has no results.json.
       ValueError: if other results have that name.
     """
+    if not (run_dir / "results.json").exists():
+        several = sorted(directory.name for directory in run_dir.glob("seed-*"))
+        remedy = f"add its seeds, {', '.join(several)}" if several else "finish it, by the command that began it"
+        raise FileNotFoundError(f"{run_dir} has no results.json; {remedy}")
     results = runs.finite(runs.read_json(run_dir / "results.json"))
     if results["experiment"] == "cross_domain":
         flags = []
@@ -684,9 +688,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
 def main() -> None:
     """The command line."""
     config = tyro.cli(Config, prog="python -m experiments.report", description=__doc__)
-    for run_dir in config.add:
-        print(add(run_dir, HERE / "results"))
-    write(HERE / "results", HERE / "RESULTS.md", PAGES)
+    with cli.mistakes_in_one_paragraph():
+        for run_dir in config.add:
+            print(add(run_dir, HERE / "results"))
+        write(HERE / "results", HERE / "RESULTS.md", PAGES)
 
 
 if __name__ == "__main__":

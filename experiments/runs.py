@@ -13,7 +13,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,9 +76,23 @@ def write_json(file: Path, content: Any) -> None:
     """Writes a JSON file atomically, with null for numbers that are not finite. Only process 0 writes."""
     if jax.process_index() > 0:
         return
-    partial = file.with_name(file.name + ".partial")
-    partial.write_text(json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
-    os.replace(partial, file)
+    text, partial = (
+        json.dumps(finite(content), indent=1, allow_nan=False) + "\n",
+        file.with_name(file.name + ".partial"),
+    )
+    with _named_if_not_written(file):
+        partial.write_text(text)
+        os.replace(partial, file)
+
+
+@contextlib.contextmanager
+def _named_if_not_written(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written ({error.strerror or error}); free some space, or choose another directory"
+        ) from error
 
 
 def read_json(file: Path) -> Any:
@@ -227,6 +241,22 @@ def mean_and_interval(values: np.ndarray) -> dict[str, list[float]]:
         return {"mean": values.mean(0).tolist(), "ci95": (stdtrit(len(values) - 1, 0.975) * error).tolist()}
 
 
+def read_npz(file: Path, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The arrays of an `.npz` by name.
+
+    Raises:
+      ValueError: if the file is damaged or no `.npz`, or lacks one of `names`.
+    """
+    try:
+        with open(file, "rb") as stream, np.load(stream) as archive:  # numpy does not close a damaged file
+            found = {name: archive[name] for name in (*names, *optional) if name in archive.files}
+    except Exception as error:  # zipfile, zlib and numpy share no class
+        raise ValueError(f"{file} is damaged or no .npz ({type(error).__name__}: {error}); get it again") from error
+    if missing := [name for name in names if name not in found]:
+        raise ValueError(f"{file} must hold the arrays {', '.join(names)}; it lacks {', '.join(missing)}")
+    return found
+
+
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
     """The records of metrics.jsonl, without a line that is just being written; none if there is no file."""
     file, records = run_dir / "metrics.jsonl", []
@@ -278,8 +308,10 @@ def open_run(run_dir: Path, config: Any, data_digest: str | None = None) -> Iter
 
 @contextlib.contextmanager
 def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None]:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with open(run_dir / "lock", "w") as lock:
+    with contextlib.ExitStack() as held:
+        with _named_if_not_written(run_dir):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            lock = held.enter_context(open(run_dir / "lock", "w"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
         except BlockingIOError:

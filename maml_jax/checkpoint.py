@@ -8,10 +8,16 @@ In a job of several processes every process must call these functions, with iden
 reads and writes the disk; restored values are broadcast.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
+import logging
+import os
 import re
 import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +49,35 @@ class Restored(NamedTuple):
     step: int
     tree: ArrayTree
     damaged: tuple[int, ...]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the tracebacks of orbax and of its threads, one for every array. The error is raised anyway."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.excepthook
+
+    def without_closed_loops(kind, error, trace):
+        if "Event loop is closed" not in str(error):
+            hook(kind, error, trace)
+
+    sys.excepthook = without_closed_loops
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        yield
+        sys.excepthook = hook  # after an error, threads that are late still call it
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _reason(error: Exception) -> str:
+    """What the operating system says, if a message of tensorstore or orbax has it, else the start of the message."""
+    texts = [str(error), str(error.__cause__ or ""), str(error.__context__ or "")]
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG)]
+    found = (reason for text in texts for reason in reasons if reason in text)
+    return next(found, " ".join(texts[0].split())[:300])
 
 
 def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) -> None:
@@ -78,7 +113,7 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
         else:
             raise ValueError(f"{path} already exists and is not overwritten; delete it or save to another directory")
     try:
-        with _checkpointer() as checkpointer:
+        with _quiet(), _checkpointer() as checkpointer:
             checkpointer.save(
                 incomplete,
                 {name: value for name, value in values.items() if value.size},  # orbax refuses arrays of size zero
@@ -89,8 +124,8 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
         incomplete.rename(path)
     except Exception as error:  # tensorstore reports a full disk as a ValueError
         raise OSError(
-            f"the checkpoint {path} cannot be written ({str(error).strip()[-300:]}); free some space, or choose "
-            "another directory. Earlier checkpoints are as they were"
+            f"the checkpoint {path} cannot be written ({_reason(error)}); free some space, or choose another "
+            "directory. Earlier checkpoints are as they were"
         ) from error
     for old in [saved for saved in _steps(directory) if saved <= step][:-keep]:
         shutil.rmtree(directory / str(old))

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -189,6 +190,22 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, what, num
         assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
+def test_a_run_without_a_terminal_says_how_far_it_is(tmp_path, capsys, monkeypatch):
+    train(tmp_path / "short")
+    assert re.findall(r"step (\d+)/12 ", capsys.readouterr().out) == ["12"]
+    monkeypatch.setattr(common, "LINE_SECONDS", 0.0)
+    train(tmp_path / "long")
+    lines = capsys.readouterr().out
+    assert re.findall(r"step (\d+)/12 ", lines) == ["2", "4", "6", "8", "10", "12"]
+    assert re.search(r"meta-steps/s  0 min left  \d+\.\d GB", lines)
+
+
+@pytest.mark.parametrize("num_meta_steps", [2, 4])
+def test_a_trace_is_written_however_few_calls_there_are(tmp_path, num_meta_steps):
+    train(tmp_path, Config(num_meta_steps=num_meta_steps, tracking=Tracking(profile=True)))
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
 def test_the_inner_step_that_is_not_finite_is_named(tmp_path):
     unstable = maml(
         models.mlp(features=(8, 1)), losses.mean_squared_error, inner_optimizer=optax.sgd(1e20), num_inner_steps=4
@@ -199,7 +216,9 @@ def test_the_inner_step_that_is_not_finite_is_named(tmp_path):
     # The forward pass is finite here, and the loss of the query set is not.
     info = InnerInfo(np.array([[1.0, 0.5]]), None)
     info = MetaInfo(np.array([np.nan]), np.array([np.nan]), np.array([False]), info)
-    with pytest.raises(runs.RunError, match=r"Its support losses are all finite: 1, 0\.5\. "):
+    with pytest.raises(
+        runs.RunError, match=r"before each inner step are finite: 1, 0\.5\. .* inner step 2, the last, or in"
+    ):
         common.check_finite(info, 0, tmp_path)
 
 

@@ -290,7 +290,7 @@ def test_a_corpus_may_be_a_zip(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("MAML_JAX_PACKS", str(tmp_path))
     assert parallel_text.Corpus.find(None).lines("val", "xa") == expected
     (tmp_path / "other.zip").write_text("nothing")
-    with pytest.raises(ValueError, match="is neither a directory nor a zip"):
+    with pytest.raises(ValueError, match="is neither a directory nor an undamaged zip"):
         parallel_text.Corpus.find(tmp_path / "other.zip").lines("val", "xa")
     with pytest.raises(FileNotFoundError, match=r"there is no .*none"):
         parallel_text.Corpus.find(tmp_path / "none")

@@ -2,11 +2,11 @@
 
 import json
 import struct
-import warnings
 import zipfile
 
 import numpy as np
 import pytest
+from damage import mutations, outcome
 from photographs import SPLIT, encoded, files, pixels, write_folder, write_json, write_zip
 
 from maml_jax.tasks.class_splits import read_split
@@ -16,43 +16,9 @@ pytest.importorskip("PIL.Image", reason="install Pillow with `pip install pillow
 EVERYTHING = {"train": ["a"], "val": [], "test": []}
 
 
-def outcome(function, *names):
-    """What a function returns, or None after an error that names one of the files."""
-    raised = None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of some damage and goes on
-        try:
-            return function()
-        except (ValueError, OSError) as error:
-            raised = error
-    assert type(raised) in (ValueError, OSError, FileNotFoundError, IsADirectoryError, NotADirectoryError), raised
-    assert any(name in str(raised) for name in names), f"{raised} names none of {names}"
-    assert len(str(raised)) < 1000
-    return None
-
-
 def reader(source, split_file, size=8):
     """Reads the training classes of a source, with a cache beside it."""
     return lambda: load(source, "train", size=size, split_file=split_file, cache_dir=split_file.parent / "cache")
-
-
-def mutations(content, rng, count):
-    """Bytes that are cut, changed, repeated or random."""
-    for _ in range(count):
-        damaged = bytearray(content)
-        kind = rng.integers(5)
-        place, length = int(rng.integers(len(content))), int(rng.integers(1, 9))
-        if kind == 0:
-            damaged = damaged[:place]
-        elif kind == 1:
-            damaged[place : place + length] = rng.bytes(length)
-        elif kind == 2:
-            damaged[place:place] = rng.bytes(length)
-        elif kind == 3:
-            del damaged[place : place + length]
-        else:
-            damaged = rng.bytes(place)
-        yield bytes(damaged)
 
 
 def test_400_damaged_zips(tmp_path):
