@@ -155,6 +155,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
                 mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
+                style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
                 drawn[label] = axes.errorbar(record["minutes"], mean, ci95, capsize=3, **style)
             axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log")
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
@@ -225,20 +226,22 @@ def schedules(file: Path, methods: dict[str, dict]) -> None:
             if is_same_in_all and dashes != "-":
                 continue
             label = name if is_same_in_all else f"{name}, {layer}"
-            rates.plot(values, f"C{index}", linestyle=dashes, label=label, linewidth=1)
+            style = {"color": f"C{index}", "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
+            style["markevery"] = max(1, len(values) // 8)
+            rates.plot(values, linestyle=dashes, label=label, **style)
         momentum = 1 / (1 + np.exp(-np.asarray(methods[name]["hyperparameters"]["momentum_logits"])))
-        momenta.plot(momentum, f"C{index}", label=name, linewidth=1)
+        momenta.plot(momentum, label=name, **style)
     rates.set(xlabel="mini-batch", ylabel="learning rate", yscale="log")
     momenta.set(xlabel="mini-batch", ylabel="momentum", ylim=(-0.03, 1.03))
     rates.legend(fontsize="small")
+    momenta.legend(fontsize="small")
     for index, name in enumerate(names):
         found = methods[name]
         for metric, filled in (("heldout_loss", "none"), ("test_loss", f"C{index}")):
             mean, ci95 = found[metric]["mean"], found[metric]["ci95"]
             if mean is not None:
-                scores.errorbar(
-                    mean, -index, xerr=ci95, color=f"C{index}", marker="o", capsize=3, markerfacecolor=filled
-                )
+                style = {"color": f"C{index}", "marker": MARKERS[index], "markerfacecolor": filled, "capsize": 3}
+                scores.errorbar(mean, -index, xerr=ci95, **style)
     scores.set_yticks([-index for index in range(len(names))], names)
     scores.set(xlabel="loss, nats per digit: held out (hollow), test (filled)")
     for axes in (rates, momenta, scores):

@@ -56,12 +56,12 @@ def add(run_dir: Path, results_dir: Path) -> Path:
 
     Raises:
       FileNotFoundError: if the run has no results.json.
+      RunError: if the directory holds no run, or several seeds.
       ValueError: if other results have that name.
     """
     if not (run_dir / "results.json").exists():
-        several = sorted(directory.name for directory in run_dir.glob("seed-*"))
-        remedy = f"add its seeds, {', '.join(several)}" if several else "finish it, by the command that began it"
-        raise FileNotFoundError(f"{run_dir} has no results.json; {remedy}")
+        runs.check_is_run(run_dir)
+        raise FileNotFoundError(f"{run_dir} has no results.json; finish it, by the command that began it")
     results = runs.finite(runs.read_json(run_dir / "results.json"))
     if results["experiment"] == "cross_domain":
         flags = []
@@ -621,8 +621,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "on its own; in a transductive one the queries are normalised together. The published numbers are those of "
         "full trainings; that of MAML++ is the ensemble of its five best states, ours is one state. Times are of two "
         "cores that often did other work too, unless a GPU is named, so compare "
-        "operations where they were counted; the figure has the runs on a CPU. LEO learns on the features of a "
-        "pretrained classifier, whose training comes before its own.\n\n"
+        "operations where they were counted; the figure has the runs on a CPU. Where a number is below the published "
+        "one, the column of meta-steps says how much of the training was done; the neural statistician is far smaller "
+        "than the published network, and trained without dilated images. LEO learns on the features of a pretrained "
+        "classifier, whose training comes before its own.\n\n"
         f"{sections['omniglot-all']}\n\n![accuracy against minutes of training](figures/omniglot_all.png)\n\n"
         "### Sequences\n\nAccuracy in % on the 1st, 2nd, ... image of a class in a sequence of 50 images of 5 classes. "
         "The label of an image is shown with the next one, so the first image of a class can only be guessed. The "

@@ -165,6 +165,15 @@ def load(run_dir: str | Path) -> Loaded:
     return Loaded(*module.load(run_dir), stored_config(module.METHODS, Path(run_dir)))
 
 
+def check_is_run(run_dir: Path) -> None:
+    """Raises RunError if a directory does not hold the settings of one run."""
+    if (run_dir / "config.json").exists():
+        return
+    if several := sorted(directory.name for directory in run_dir.glob("seed-*")):
+        raise RunError(f"{run_dir} holds several seeds; name one of its directories {', '.join(several)}")
+    raise RunError(f"{run_dir} is no run directory: it holds no config.json")
+
+
 def experiment_of(run_dir: str | Path) -> Any:
     """The module of the experiment that made a run.
 
@@ -172,8 +181,7 @@ def experiment_of(run_dir: str | Path) -> Any:
       RunError: if the directory holds no run, or one that cannot be loaded.
     """
     run_dir = Path(run_dir)
-    if not (run_dir / "config.json").exists():
-        raise RunError(f"{run_dir} is no run directory: it holds no config.json")
+    check_is_run(run_dir)
     # Runs made before config.json named the experiment have it in their results.
     files = [file for file in (run_dir / "config.json", run_dir / "results.json") if file.exists()]
     name = next(filter(None, (read_record(file).get("experiment") for file in files)), None)
@@ -193,8 +201,7 @@ def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
       RunError: if it holds no settings of this experiment.
     """
     file = run_dir / "config.json"
-    if not file.exists():
-        raise RunError(f"{run_dir} is no run directory: it holds no config.json")
+    check_is_run(run_dir)
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_record(file).items()}
     if str(stored.get("algorithm")) not in configs:
         raise RunError(f"{file} belongs to another experiment")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import compare, domains, omniglot, runs, sinusoid
+from experiments import compare, domains, mdps, omniglot, runs, sinusoid
 from experiments.cli import parse
 from experiments.runs import RunError
 
@@ -380,3 +380,20 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(waves, tmp_path):
     compared = run(waves["maml"], tmp_path / "maml", "--episodes", 0)
     assert [one["name"] for one in compared["runs"]] == [str(waves["maml"]), str(tmp_path / "maml")]
     assert compared["settings"] == {}
+
+
+def test_of_other_experiments_settings_and_numbers_are_shown(tmp_path, capsys):
+    directories = [tmp_path / f"run{seed}" for seed in (0, 1)]
+    for seed, directory in enumerate(directories):
+        directory.mkdir()
+        config = mdps.with_paper_defaults(dataclasses.replace(mdps.METHODS["rl2"], seed=seed, run_dir=directory))
+        runs.write_json(directory / "config.json", runs.as_json(config))
+        reward = {"mean": [100.0 + seed], "ci95": [1.5]}
+        results = {"metrics": {"reward": reward}, "protocol": {"episodes": 1000}}
+        runs.write_json(directory / "results.json", results)
+    compared = compare.run(compare.Config(runs=tuple(directories), episodes=0))
+    assert compared["settings"] == {"seed": [0, 1]}
+    assert compared["pairs"] == []
+    printed = capsys.readouterr().out
+    assert re.search(r"run1 .* reward .* 101\.000 ± 1\.500", printed)
+    assert "Runs of experiments.mdps are not tested on the same episodes here." in printed

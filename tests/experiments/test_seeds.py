@@ -65,6 +65,9 @@ def test_the_summary_has_the_mean_over_seeds_and_its_interval(together):
 
 def test_the_report_takes_in_every_seed_as_a_result_of_its_own(together, tmp_path):
     run_dir, _ = together
+    for reader in (lambda directory: report.add(directory, tmp_path), runs.load):
+        with pytest.raises(runs.RunError, match="holds several seeds; name one of its directories seed-3, seed-4"):
+            reader(run_dir)
     files = [report.add(run_dir / f"seed-{seed}", tmp_path) for seed in (3, 4)]
     assert [file.stem.rpartition("_")[2] for file in files] == ["seed-3", "seed-4"]
     assert len({report.command(json.loads(file.read_text())) for file in files}) == 1
