@@ -24,7 +24,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     check_integer,
-    check_positive,
+    check_not_negative,
     partition,
     select,
 )
@@ -67,13 +67,13 @@ def maml_plus_plus(
       that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` not positive, or a count no integer in its range; when it is
-        used, if `per_step` or `where` selects no parameter.
+      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, or a count no integer in its range; when
+        it is used, if `per_step` or `where` selects no parameter.
 
     References:
       Antoniou et al., 2019, section 4: multi-step loss, per-step normalisation weights, per-layer per-step rates.
     """
-    check_positive("inner_lr", inner_lr)
+    check_not_negative("inner_lr", inner_lr)
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     if step_weights is not None and (num_inner_steps == 0 or jnp.shape(step_weights) != (num_inner_steps,)):
         raise ValueError(

@@ -12,7 +12,7 @@ import optax
 
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_positive, select
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_not_negative, select
 
 
 def meta_sgd(
@@ -47,12 +47,12 @@ def meta_sgd(
       A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}; α is None where a parameter does not adapt.
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` not positive, or a count no integer in its range.
+      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, or a count no integer in its range.
 
     References:
       Li et al., 2017, equations 2 and 3.
     """
-    check_positive("inner_lr", inner_lr)
+    check_not_negative("inner_lr", inner_lr)
 
     def init(key, inputs):
         params = model.init(key, inputs)
