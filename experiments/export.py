@@ -84,15 +84,16 @@ def params_of_run(run_dir: Path) -> ArrayTree:
 
 
 def made_by(run_dir: Path, algorithm: str) -> str:
-    """The command of a run, and its test accuracy if it is finished."""
+    """The command of a run, and its test accuracy and how it was measured, if it is finished."""
     stored = read_json(run_dir / "config.json")
     flags = changed_flags({"experiment": "omniglot", "algorithm": algorithm, "config": stored})
     line = " ".join(["python -m experiments.omniglot", algorithm, *flags])
     results = run_dir / "results.json"
     if not results.is_file():
         return line
-    accuracy = read_json(results)["metrics"]["accuracy"]["mean"][-1]
-    return f"{line} (test accuracy {100 * accuracy:.1f} %)"
+    content = read_json(results)
+    accuracy = content["metrics"]["accuracy"]["mean"][-1]
+    return f"{line} (test accuracy {100 * accuracy:.1f} %; normalisation: {content['protocol']['normalisation']})"
 
 
 if __name__ == "__main__":

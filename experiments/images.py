@@ -132,6 +132,7 @@ METHODS["leo"] = dataclasses.replace(
         "meta_batch_size": 12,
         "num_meta_steps": 100_000,
         "outer_clip": 0.1,
+        "outer_schedule": "constant",
         "val_every": 1000,
     },
 )

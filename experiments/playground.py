@@ -35,7 +35,7 @@ MAX_BYTES = 1_000_000
 """Of a request; the largest one of the page, 26 drawings in base64, has 400 kB."""
 HOST = "127.0.0.1"
 PAGE = Path(__file__).with_name("playground.html")
-PRETRAINED = Path("experiments/pretrained")
+PRETRAINED = Path(__file__).parent / "pretrained"
 # The page is one file. With this header a browser refuses to load anything else for it.
 POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "

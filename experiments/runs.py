@@ -203,6 +203,9 @@ def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
     file = run_dir / "config.json"
     check_is_run(run_dir)
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_record(file).items()}
+    wanted, found = getattr(next(iter(configs.values())), "experiment", None), stored.get("experiment")
+    if found is not None and found != wanted:
+        raise RunError(f"{run_dir} is a run of experiments.{found}; name one of experiments.{wanted}")
     if str(stored.get("algorithm")) not in configs:
         raise RunError(f"{file} belongs to another experiment")
     config = configs[str(stored["algorithm"])]

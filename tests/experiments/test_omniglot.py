@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from experiments import classification, omniglot, runs
-from maml_jax import CATALOGUE, Batch, Model, evaluate, losses
+from maml_jax import CATALOGUE, Batch, Model, evaluate, load_learner, losses
 from maml_jax.tasks import few_shot
 from maml_jax.types import Evaluation, learner_at
 
@@ -286,6 +286,19 @@ def test_real_characters(real):
         images = np.concatenate([support.inputs, query.inputs])
         assert np.all((images.mean((1, 2, 3)) > 0.01) & (images.mean((1, 2, 3)) < 0.3))
         assert len(np.unique(images, axis=0)) == 10
+
+
+@pytest.mark.skipif(
+    "TFDS_DATA_DIR" not in os.environ,
+    reason="set TFDS_DATA_DIR to a directory made by `python -m maml_jax.tasks.omniglot_builder --data-dir DIR`",
+)
+@pytest.mark.parametrize(("name", "least"), [("maml", 0.85), ("protonets", 0.95)])
+def test_the_networks_that_are_shipped_classify_new_characters(real, name, least):
+    sampler = omniglot.make_samplers(omniglot.with_paper_defaults(config_of()))["test"]
+    loaded = load_learner(Path(omniglot.__file__).parent / "pretrained" / f"omniglot_{name}.npz", way=5)
+    settings = {"metric_fn": losses.accuracy, "num_episodes": 100, "one_query_at_a_time": True}
+    found = evaluate(loaded.learner, loaded.params, sampler, jax.random.key(0), **settings)
+    assert least < found.mean[-1] < 1.0
 
 
 def test_the_trained_network_comes_out_of_a_run(finished):

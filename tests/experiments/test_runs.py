@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import runs
+from experiments import omniglot, runs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,12 @@ class Config:
 def claim(run_dir, config=Config()):
     with runs.open_run(run_dir, config):
         pass
+
+
+def test_settings_of_another_experiment_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"experiment": "images", "algorithm": "protonets"}))
+    with pytest.raises(runs.RunError, match=r"is a run of experiments\.images; name one of experiments\.omniglot"):
+        runs.stored_config(omniglot.METHODS, tmp_path)
 
 
 def test_a_directory_of_another_configuration_is_refused(tmp_path):
