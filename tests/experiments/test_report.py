@@ -211,12 +211,12 @@ def test_seeds_with_other_numbers_of_meta_steps_are_not_averaged():
 
 
 def test_a_result_is_named_after_a_path_without_its_folders(tmp_path):
-    results = json.loads((RESULTS / "omniglot_leo_num-meta-steps-5000_seed-0.json").read_text())
+    results = json.loads((RESULTS / "omniglot_leo_num-meta-steps-5000_outer-schedule-halved_seed-0.json").read_text())
     results["config"]["pretrained_run"] = "runs/other"
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(json.dumps(results))
     assert report.add(tmp_path / "run", tmp_path).name == (
-        "omniglot_leo_num-meta-steps-5000_pretrained-run-runs-other_seed-0.json"
+        "omniglot_leo_num-meta-steps-5000_outer-schedule-halved_pretrained-run-runs-other_seed-0.json"
     )
 
 
