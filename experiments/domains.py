@@ -271,7 +271,8 @@ def run(config: Config) -> dict:
             "source_validation": {"accuracy": runs.mean_and_interval(score(training.learner, params, validation))},
         }
 
-    with runs.open_run(config.run_dir, config) as run_dir:
+    batches = (*examples.train, *examples.val, examples.test)
+    with runs.open_run(config.run_dir, config, runs.digest([batch.inputs] for batch in batches)) as run_dir:
         trained = common.train(run_dir, config, training)
         what = "test drawings" if config.data == "rotated-omniglot" else "all examples"
         protocol = {

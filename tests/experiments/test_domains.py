@@ -139,6 +139,9 @@ def test_the_held_out_domain_has_no_part_in_training_and_selection(tmp_path):
     assert first["source_validation"] == second["source_validation"]
     assert first["protocol"] == second["protocol"]
     assert (examples.test.inputs != other_examples.test.inputs).any()
+    other = config_of("erm", data="pacs", held_out="photo", data_dir=tmp_path / "packs1", run_dir=tmp_path / "run0")
+    with pytest.raises(runs.RunError, match="was made with other data"):
+        domains.run(other)
 
 
 def test_the_trained_network_comes_out_of_a_run(drawings, tmp_path):

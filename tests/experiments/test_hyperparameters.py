@@ -83,6 +83,8 @@ def test_the_test_digits_choose_nothing(tiny, tmp_path):
     np.savez(tmp_path / "other" / hyper.FILE, images=images, labels=labels)
     other = dataclasses.replace(tiny, data_dir=tmp_path / "other", run_dir=tmp_path / "other_run")
     found, expected = (hyper.run(config)["methods"] for config in (other, tiny))
+    with pytest.raises(hyper.RunError, match="was made with other data"):
+        hyper.run(dataclasses.replace(other, run_dir=tiny.run_dir))
     for name, method in expected.items():
         for chosen_by in ("hyperparameters", "heldout_loss"):
             assert found[name][chosen_by] == method[chosen_by]
