@@ -42,7 +42,13 @@ def make_run(run_dir, algorithm="maml", *, is_finished=True, **settings):
     saved["best"] = common.keep_best(saved["best"], params, 0.5, 1, always=True)
     checkpoint.save(run_dir / "checkpoints", 1, saved)
     if is_finished:
-        runs.write_json(run_dir / "results.json", {"metrics": {"accuracy": {"mean": [0.2, 0.987]}}})
+        runs.write_json(
+            run_dir / "results.json",
+            {
+                "metrics": {"accuracy": {"mean": [0.2, 0.987]}},
+                "protocol": {"normalisation": "transductive"},
+            },
+        )
     return run_dir
 
 
@@ -85,7 +91,7 @@ def test_the_file_says_how_it_was_made(maml, tmp_path):
         assert flags in command
     assert "run-dir" not in command
     assert "data-dir" not in command
-    assert accuracy == "test accuracy 98.7 %)"
+    assert accuracy == "test accuracy 98.7 %; normalisation: transductive)"
     # The command stands for the same settings.
     parsed = omniglot.with_paper_defaults(parse(omniglot.METHODS, "", command.split()[3:]))
     assert runs.as_json(parsed) == json.loads((maml / "config.json").read_text())
