@@ -99,7 +99,8 @@ class Metric(NamedTuple):
 
 ACCURACY = Metric("accuracy", lambda difference: difference > 0, 100.0, " points")
 ERROR = Metric("mse", lambda difference: difference < 0, 1.0, "")
-UNTESTED = Metric("reported number", lambda difference: difference > 0, 1.0, "")
+METRICS = {"omniglot": ACCURACY, "images": ACCURACY, "domains": ACCURACY, "sinusoid": ERROR}
+"""What runs are tested by, of the experiments whose tests are repeated here."""
 
 
 class Test(NamedTuple):
@@ -588,14 +589,9 @@ def show(compared: Mapping[str, Any]) -> None:
         console.print(table)
     else:
         console.print("The runs have the same settings.")
-    metric = {"sinusoid": ERROR, "domains": ACCURACY, "omniglot": ACCURACY, "images": ACCURACY}.get(
-        compared["experiment"], UNTESTED
-    )
-    what = {
-        ACCURACY: "After the last inner step: accuracy in %",
-        ERROR: "After the last inner step: mean squared error",
-        UNTESTED: "Reported",
-    }[metric]
+    metric = METRICS.get(compared["experiment"])
+    units = {None: "Reported", ACCURACY: "After the last inner step: accuracy in %"}
+    what = units.get(metric, "After the last inner step: mean squared error")
     table = Table(title=f"{what}, with 95 % interval")
     counts = {f"{one['episodes']:,} {one['counted']}" for one in compared["evaluations"]}
     for heading in ("run", "meta-steps", "task", "reported", f"on the same {' or '.join(counts) or 'episodes'}"):
@@ -618,7 +614,7 @@ def show(compared: Mapping[str, Any]) -> None:
         console.print(
             "Reported: the content of results.json, with the number of episodes or examples.", highlight=False
         )
-    if metric is UNTESTED:
+    if metric is None:
         console.print(
             f"Runs of experiments.{compared['experiment']} are not tested on the same episodes here.", highlight=False
         )
@@ -634,8 +630,8 @@ def show(compared: Mapping[str, Any]) -> None:
         console.print(f"learning curves: {escape(compared['figure'])}", highlight=False)
 
 
-def _mean(mean: float | None, ci95: float | None, metric: Metric) -> str:
-    return format_mean(mean, ci95, scale=metric.scale, digits=2 if metric is ACCURACY else 3)
+def _mean(mean: float | None, ci95: float | None, metric: Metric | None) -> str:
+    return format_mean(mean, ci95, scale=metric.scale if metric else 1.0, digits=2 if metric is ACCURACY else 3)
 
 
 def _setting(value: Any) -> str:

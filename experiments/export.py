@@ -11,7 +11,7 @@ import tyro
 
 from experiments import omniglot
 from experiments.cli import Precision, main
-from experiments.report import changed_flags
+from experiments.commands import changed_flags
 from experiments.runs import RunError, console, read_json, stored_config
 from maml_jax import CATALOGUE
 from maml_jax.portable import LearnerConfig, save_learner

@@ -145,7 +145,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
 
     Args:
       file: the PNG to write.
-      records: as `experiments.report.all_methods` returns them.
+      records: as `experiments.few_shot_report.all_methods` returns them.
     """
     figure, row = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
     drawn = {}

@@ -75,8 +75,8 @@ class Config(RunConfig):
     """Outer updates; the authors' script has 100 with 40 goals each. A run may be continued with a larger number."""
     surrogate: Literal["policy-gradient", "ratio", "loaded-dice"] = "policy-gradient"
     """The inner loss. The authors' code has policy-gradient, the log-likelihood times the advantage, whose second
-    derivative is biased. That of ratio is less so. That of loaded-dice is exact
-    for unbiased advantages; those of here are standardised."""
+    derivative is biased. That of ratio is less so. That of loaded-dice is exact for unbiased advantages; those of here
+    are standardised."""
     outer_rule: Literal["trust-region", "clipped"] = "trust-region"
     """The outer update: a step within a bound on the KL (the authors'), or several steps of the outer optimiser, with
     its --outer-lr, on a clipped ratio."""

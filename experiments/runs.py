@@ -73,13 +73,15 @@ class RunError(Exception):
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file atomically, with null for numbers that are not finite. Only process 0 writes."""
+    """Writes a JSON file atomically, with null for numbers that are not finite. Only process 0 writes.
+
+    Raises:
+      RunError: if it cannot be written.
+    """
     if jax.process_index() > 0:
         return
-    text, partial = (
-        json.dumps(finite(content), indent=1, allow_nan=False) + "\n",
-        file.with_name(file.name + ".partial"),
-    )
+    text = json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
+    partial = file.with_name(file.name + ".partial")
     with _named_if_not_written(file):
         partial.write_text(text)
         os.replace(partial, file)

@@ -14,7 +14,7 @@ import PIL.ImageDraw
 import pytest
 
 import maml_jax
-from experiments import cli, common, omniglot, published, report, runs, sinusoid
+from experiments import cli, commands, common, few_shot_report, omniglot, published, report, runs, sinusoid
 from maml_jax import models, tasks
 
 ROOT = Path(__file__).parents[2]
@@ -122,10 +122,10 @@ def test_examples_of_the_readme_run(tmp_path, monkeypatch):
     ],
 )
 def test_the_command_is_recovered_from_the_results(experiment, flags):
-    module = report.EXPERIMENTS[experiment]
+    module = commands.EXPERIMENTS[experiment]
     config = module.with_paper_defaults(cli.parse(module.METHODS, "", [*flags.split(), "--seed", "3"]))
     results = {"experiment": experiment, "algorithm": config.algorithm, "config": runs.as_json(config)}
-    assert report.command(results) == f"python -m experiments.{experiment} {flags}"
+    assert commands.command(results) == f"python -m experiments.{experiment} {flags}"
 
 
 def test_a_short_curve_is_reported(tmp_path):
@@ -142,21 +142,21 @@ def test_a_short_curve_is_reported(tmp_path):
 def test_the_published_network_without_convolutions_stands_beside_its_published_number():
     results = json.loads((RESULTS / "omniglot_maml_seed-0.json").read_text())
     results["config"]["network"] = "mlp"
-    assert report.as_published(results)
-    row = report.omniglot_table([results]).splitlines()[2].split(" | ")
+    assert few_shot_report.as_published(results)
+    row = few_shot_report.omniglot_table([results]).splitlines()[2].split(" | ")
     assert row[0] == "| MAML, `--network mlp`"
     assert row[3] == published.OMNIGLOT["maml", "mlp", 5, 1]
-    assert report.has_smaller_budget(results | {"meta_steps": 1000})
+    assert few_shot_report.has_smaller_budget(results | {"meta_steps": 1000})
     for departure in ({"network": "multi-scale"}, {"inner_lr": 0.5}):
         other = results | {"config": results["config"] | departure}
-        assert report.departures(other)
-        assert not report.as_published(other)
-        assert not report.has_smaller_budget(other)
+        assert few_shot_report.departures(other)
+        assert not few_shot_report.as_published(other)
+        assert not few_shot_report.has_smaller_budget(other)
 
 
 def test_a_time_names_the_device_unless_it_is_a_cpu():
-    assert report.training_time({"device": "AMD EPYC, 2 cores"}, 4.6) == "5 min"
-    assert report.training_time({"device": "1 x NVIDIA H200"}, 4.6) == "5 min, 1 x NVIDIA H200"
+    assert few_shot_report.training_time({"device": "AMD EPYC, 2 cores"}, 4.6) == "5 min"
+    assert few_shot_report.training_time({"device": "1 x NVIDIA H200"}, 4.6) == "5 min, 1 x NVIDIA H200"
 
 
 def test_costs_are_those_of_a_task_and_stand_beside_their_ratio_to_fomaml():
@@ -170,9 +170,47 @@ def test_costs_are_those_of_a_task_and_stand_beside_their_ratio_to_fomaml():
 
     first_order = result("fomaml", 32, flops=64_000_000_000, temporary_bytes=2_000_000)
     other = result("maml++", 8, flops=40_000_000_000, temporary_bytes=3_000_000)
-    assert report.cost_cells(other, [first_order, other]) == ["5 (2.5 x)", "3 (1.5 x)"]
-    assert report.cost_cells(other, [other]) == ["5", "3"]
-    assert report.cost_cells(result("reptile", 5), [first_order]) == ["", ""]
+    assert few_shot_report.cost_cells(other, [first_order, other]) == ["5 (2.5 x)", "3 (1.5 x)"]
+    assert few_shot_report.cost_cells(other, [other]) == ["5", "3"]
+    assert few_shot_report.cost_cells(result("reptile", 5), [first_order]) == ["", ""]
+
+
+def test_equal_meta_steps_are_compared_with_measured_costs():
+    def result(algorithm, steps, **settings):
+        config = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS[algorithm], **settings))
+        stored = runs.as_json(config) | {"num_meta_steps": steps}
+        accuracy = {"mean": [0.2, 0.7], "ci95": [0.01, 0.02]}
+        return {
+            "experiment": "omniglot",
+            "algorithm": algorithm,
+            "config": stored,
+            "meta_steps": steps,
+            "metrics": {"accuracy": accuracy},
+        }
+
+    equal = [result("fomaml", 1000), result("maml", 1000)]
+    others = [result("maml", 5000), result("maml", 1000, shot=5), result("anil", 60_000), result("boil", 5000, way=20)]
+    assert few_shot_report.equal_budget([*others, *equal]) == equal
+    assert few_shot_report.equal_budget([]) == []
+    maml, fomaml = (line.split(" | ") for line in few_shot_report.budget_table(equal).splitlines()[2:])
+    assert (maml[0], maml[1], maml[2], maml[4:6]) == ("| MAML", "70.00 ± 2.00", "2", ["1,000", "32"])
+    assert fomaml[6:] == ["1.0", "1.0", "1.0 |"]
+    assert all(float(cell.removesuffix(" |")) > 1.0 for cell in maml[6:])
+
+
+def test_differences_of_domains_are_paired_by_seed():
+    def result(algorithm, seed, accuracy):
+        scores = {"accuracy": {"mean": [accuracy]}}
+        config = {"data": "pacs", "held_out": "photo", "seed": seed}
+        found = {"experiment": "domains", "algorithm": algorithm, "seed": seed, "config": config, "meta_steps": 10}
+        return found | {"metrics": scores, "source_validation": scores}
+
+    results = [result("mldg", 0, 0.5), result("mldg", 1, 0.7), result("mldg", 2, 0.9)]
+    results += [result("erm", 1, 0.6), result("erm", 0, 0.6)]
+    # Seeds 0 and 1 have the differences -10 and 10; Student's t with one degree of freedom is 12.706.
+    row = report.domain_table(results).splitlines()[2].split(" | ")
+    assert row[4] == "0.00 ± 127.06"
+    assert report.domain_table(results[:2]).splitlines()[2].split(" | ")[3] == ""
 
 
 def test_runs_with_other_settings_have_rows_of_their_own():
@@ -196,14 +234,14 @@ def test_runs_with_other_settings_have_rows_of_their_own():
     assert report.sinusoid_table([short], 5).count("0.67 / 0.38 / 0.35") == 0
     assert labels(report.sinusoid_table([wave], 7)) == []
     photographs = next(json.loads(file.read_text()) for file in sorted(RESULTS.glob("images_fomaml_num*.json")))
-    assert len(labels(report.images_table([photographs, changed(photographs, size=84)]))) == 2
+    assert len(labels(few_shot_report.images_table([photographs, changed(photographs, size=84)]))) == 2
 
 
 def test_seeds_with_other_numbers_of_meta_steps_are_not_averaged():
     results = [json.loads((RESULTS / f"navigation_maml_seed-{seed}.json").read_text()) for seed in (0, 1)]
-    assert list(report.rl_report.labelled(results, report.flags_but_seed)) == ["MAML"]
+    assert list(report.rl_report.labelled(results, commands.flags_but_seed)) == ["MAML"]
     results[1] |= {"meta_steps": 100, "config": results[1]["config"] | {"num_meta_steps": 100}}
-    found = report.rl_report.labelled(results, report.flags_but_seed)
+    found = report.rl_report.labelled(results, commands.flags_but_seed)
     assert {label: len(group) for label, group in found.items()} == {
         "MAML, 300 meta-steps": 1,
         "MAML, 100 meta-steps": 1,
@@ -244,7 +282,7 @@ def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
 
     heads = ("neighbour", "linear")
     results = [result("protonets"), result("protonets", shot=5), result("pretrained-classifier", heads)]
-    lines = report.all_methods_table(results).splitlines()[2:]
+    lines = few_shot_report.all_methods_table(results).splitlines()[2:]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     assert [row[0] for row in rows] == [
         "ProtoNets, trained 1-shot",

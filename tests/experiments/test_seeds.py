@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import report, runs, seeds, sinusoid
+from experiments import commands, report, runs, seeds, sinusoid
 from maml_jax import checkpoint
 
 TINY = {
@@ -70,7 +70,7 @@ def test_the_report_takes_in_every_seed_as_a_result_of_its_own(together, tmp_pat
             reader(run_dir)
     files = [report.add(run_dir / f"seed-{seed}", tmp_path) for seed in (3, 4)]
     assert [file.stem.rpartition("_")[2] for file in files] == ["seed-3", "seed-4"]
-    assert len({report.command(json.loads(file.read_text())) for file in files}) == 1
+    assert len({commands.command(json.loads(file.read_text())) for file in files}) == 1
 
 
 def test_seeds_that_were_saved_at_different_steps_go_on_from_the_last_common_one(together, tmp_path, monkeypatch):

@@ -1,0 +1,377 @@
+"""The part of the report on few-shot classification: Omniglot, photographs and data of other kinds."""
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from experiments import cross_domain, figures, images, omniglot, published, runs
+from experiments.commands import by_command, changed_flags, order_of
+from maml_jax import CATALOGUE
+
+METHOD_COSTS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods.json"
+
+
+def training_time(result: dict, minutes: float) -> str:
+    """Minutes as a cell, with the device if it is no CPU."""
+    return f"{minutes:.0f} min" + ("" if on_cpu(result) else f", {result['device']}")
+
+
+def on_cpu(result: dict) -> bool:
+    """Whether a run was made on a CPU, by what `runs.device_name` says."""
+    return result.get("device", "").endswith("cores")
+
+
+def costs(result: dict) -> tuple[float | None, float | None]:
+    """Operations a task in GFLOP and temporaries of the training program in MB; None for what was not counted."""
+    execution = result.get("execution", {})
+    flops, memory = execution.get("flops"), execution.get("temporary_bytes")
+    return flops and flops / result["config"]["meta_batch_size"] / 1e9, memory and memory / 1e6
+
+
+def cost_cells(result: dict, results: list[dict]) -> list[str]:
+    """`costs` with three digits, and in brackets the ratio to those of FOMAML in the same task, network and chunks."""
+
+    def circumstances(of: dict) -> list:
+        config, execution = of["config"], of.get("execution", {})
+        return [*(config[name] for name in ("way", "shot", "network")), execution.get("chunk_size"), of.get("device")]
+
+    here = circumstances(result)
+    references = [costs(other) for other in results if other["algorithm"] == "fomaml" and circumstances(other) == here]
+    cells = []
+    for index, cost in enumerate(costs(result)):
+        reference = next((found[index] for found in references if found[index]), None)
+        ratio = f" ({cost / reference:.1f} x)" if cost and reference else ""
+        cells.append(f"{cost:.3g}{ratio}" if cost else "")
+    return cells
+
+
+def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
+    """Accuracy after the steps of the test protocol, one row a command; flags that are not the paper's are named."""
+    rows = []
+    for group in by_command(results).values():
+        config, algorithm = group[0]["config"], group[0]["algorithm"]
+        accuracy = [result["metrics"]["accuracy"] for result in group]
+        steps = len(accuracy[0]["mean"]) - 1
+        cells = [runs.format_mean(a["mean"][-1], a["ci95"][-1], scale=100) for a in accuracy]
+        paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]))
+        if paper is None or not as_published(group[0]):
+            paper = ""
+        minutes = statistics.fmean(result["seconds"]["train"] for result in group) / 60
+        rows.append(
+            [
+                ", ".join([figures.title(algorithm), *(f"`{flag}`" for flag in variation(group[0]))]),
+                f"{config['way']}-way {config['shot']}-shot",
+                ", ".join(cells),
+                paper,
+                str(steps),
+                f"{group[0]['protocol']['episodes']} x {group[0]['protocol']['query_shot']}",
+                f"{group[0]['meta_steps']:,}",
+                training_time(group[0], minutes),
+            ]
+        )
+        if with_costs:
+            milliseconds = 1000 * group[0]["seconds"]["train"] / group[0]["meta_steps"]
+            rows[-1] += [f"{milliseconds:.0f}", *cost_cells(group[0], results)]
+    header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
+    header += ["ms each", "GFLOP a task", "MB"] if with_costs else []
+    return runs.markdown_table(header, rows)
+
+
+def equal_budget(results: list[dict]) -> list[dict]:
+    """The results of the papers' recipes in 5-way 1-shot with the most frequent smaller number of meta-steps."""
+    task = {"way": 5, "shot": 1, "network": "conv4"}
+    shown = [result for result in results if has_smaller_budget(result) and task.items() <= result["config"].items()]
+    steps = statistics.mode(result["meta_steps"] for result in shown) if shown else 0
+    return [result for result in shown if result["meta_steps"] == steps]
+
+
+def relative_costs() -> dict[str, dict]:
+    """The cost of a task relative to FOMAML by method, as `benchmarks.methods` measured it last."""
+    return {row["method"]: row for row in runs.read_json(METHOD_COSTS)["rows"]} if METHOD_COSTS.exists() else {}
+
+
+def budget_table(results: list[dict]) -> str:
+    """Accuracy after an equal number of meta-steps, with what a task costs relative to FOMAML."""
+    rows, of_method = [], relative_costs()
+    for group in by_command(results).values():
+        config, algorithm = group[0]["config"], group[0]["algorithm"]
+        accuracy = [result["metrics"]["accuracy"] for result in group]
+        cost = of_method.get(algorithm)
+        ratios = cost and (
+            cost["times_fomaml"]["median"], cost["flops_times_fomaml"], cost["temporary_bytes_times_fomaml"]
+        )  # fmt: skip
+        rows.append(
+            [
+                figures.title(algorithm),
+                ", ".join(runs.format_mean(a["mean"][-1], a["ci95"][-1], scale=100) for a in accuracy),
+                f"{rate:g}" if (rate := config.get("inner_lr")) else "",
+                str(len(accuracy[0]["mean"]) - 1),
+                f"{group[0]['meta_steps']:,}",
+                str(config["meta_batch_size"]),
+                *(f"{ratio:.1f}" for ratio in ratios or ()),
+                *[""] * (0 if ratios else 3),
+            ]
+        )
+    header = ["", "accuracy, %", "inner rate", "test steps", "meta-steps", "tasks each"]
+    return runs.markdown_table([*header, "time of a task, x FOMAML", "operations, x", "memory, x"], rows)
+
+
+def evaluations(result: dict) -> list[dict]:
+    """The settings in which a training on Omniglot was tested: way, shot, metrics, and a head if there are several."""
+    own = {name: result["protocol"][name] for name in ("way", "shot")} | {"metrics": result["metrics"]}
+    return result.get("evaluations", [own])
+
+
+def all_methods(results: list[dict]) -> list[dict]:
+    """Every training on Omniglot with its accuracies by way and shot, the same recipes and seeds together.
+
+    Returns:
+      Records with "name", "first" (one of the results), "accuracy" (by (way, shot), means and intervals by seed),
+      "published" (by (way, shot)) and "minutes".
+    """
+    groups = defaultdict(list)
+    for result in results:
+        is_episodic = CATALOGUE[result["algorithm"]].any_way and result["algorithm"] != "pretrained-classifier"
+        trained = f"{result['config']['train_shot']}-shot" if is_episodic else ""
+        for evaluation in evaluations(result):
+            flags = tuple(variation(result))
+            key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"]
+            groups[key].append((result, evaluation))
+    records = []
+    for (algorithm, head, trained, flags, _), group in groups.items():
+        first, accuracy, paper = group[0][0], defaultdict(list), {}
+        for result, evaluation in group:
+            setting = evaluation["way"], evaluation["shot"]
+            mean, ci95 = (evaluation["metrics"]["accuracy"][name][-1] for name in ("mean", "ci95"))
+            accuracy[setting].append((mean, ci95))
+            of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
+            number = published.OMNIGLOT.get((of_head, result["config"]["network"], *setting))
+            if number and not departures(result):
+                paper[setting] = number
+        minutes = statistics.fmean(result["seconds"]["train"] for result, _ in group) / 60
+        parts = [head, f"trained {trained}" if trained else "", *(f"`{flag}`" for flag in flags)]
+        name = ", ".join([figures.title(algorithm), *filter(None, parts)])
+        records.append({"name": name, "first": first, "accuracy": accuracy, "published": paper, "minutes": minutes})
+    names = list(omniglot.METHODS)
+    return sorted(records, key=lambda r: (names.index(r["first"]["algorithm"]), r["name"], r["first"]["meta_steps"]))
+
+
+def all_methods_table(results: list[dict]) -> str:
+    """One row a training and head: accuracy in every setting with its interval, beside the published numbers."""
+    rows = []
+    for record in all_methods(results):
+        first, accuracy = record["first"], record["accuracy"]
+        cells = [
+            ", ".join(runs.format_mean(mean, ci95, scale=100, digits=1) for mean, ci95 in accuracy.get(setting, []))
+            for setting in omniglot.SETTINGS
+        ]
+        papers = [record["published"].get(setting, "").partition(" ")[0] or "-" for setting in omniglot.SETTINGS]
+        protocol = first["protocol"]
+        rows.append(
+            [
+                record["name"],
+                *cells,
+                " / ".join(papers) if record["published"] else "",
+                protocol.get("split_by", "character"),
+                "transductive" if protocol["normalisation"] == "transductive" else "inductive",
+                f"{first['meta_steps']:,} of {omniglot.METHODS[first['algorithm']].num_meta_steps:,}",
+                f"{1000 * first['seconds']['train'] / first['meta_steps']:.0f}",
+                f"{flops / 1e9:.1f}" if (flops := first.get("execution", {}).get("flops")) else "",
+                training_time(first, record["minutes"]),
+            ]
+        )
+    settings = [f"{way}-way {shot}-shot" for way, shot in omniglot.SETTINGS]
+    header = ["", *settings, "published", "split by", "test", "meta-steps", "ms each", "GFLOP each", "training"]
+    return runs.markdown_table(header, rows)
+
+
+def images_table(results: list[dict]) -> str:
+    """Accuracy on photographs with 1 and 5 examples of a class, one row a method, its head and its flags."""
+    groups, rows = defaultdict(list), []
+    for result in sorted(results, key=order_of):
+        # How often a run is validated and logged is left to the list of commands; the others have columns.
+        hidden = ("--size", "--eval-episodes", "--val-every", "--log-every")
+        flags = tuple(flag for flag in variation(result) if not flag.startswith(hidden))
+        in_columns = result["config"]["size"], result["protocol"]["episodes"]
+        groups[result["algorithm"], flags, result["meta_steps"], *in_columns].append(result)
+    for (algorithm, flags, meta_steps, *_), group in groups.items():
+        first = group[0]
+        by_head = defaultdict(lambda: defaultdict(list))
+        for result in group:
+            for evaluation in evaluations(result):
+                accuracy = evaluation["metrics"]["accuracy"]
+                cell = runs.format_mean(accuracy["mean"][-1], accuracy["ci95"][-1], scale=100)
+                by_head[evaluation.get("head", "")][evaluation["shot"]].append(cell)
+        for head, cells in by_head.items():
+            of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
+            paper = published.IMAGES.get(of_head)
+            variations = (f"`{flag}`" for flag in flags)
+            rows.append(
+                [
+                    ", ".join([figures.title(algorithm), *filter(None, [head]), *variations]),
+                    *(", ".join(cells.get(shot, [])) for shot in (1, 5)),
+                    " / ".join(paper) if paper else "",
+                    f"{first['config']['size']}",
+                    f"{first['protocol']['episodes']}",
+                    first["protocol"]["normalisation"].partition(" of ")[0],
+                    f"{meta_steps:,} of {images.METHODS[algorithm].num_meta_steps:,}",
+                    training_time(first, statistics.fmean(result["seconds"]["train"] for result in group) / 60),
+                ]
+            )
+    header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "episodes", "test", "meta-steps", "training"]
+    return runs.markdown_table(header, rows)
+
+
+def cross_domain_section(result: dict) -> str:
+    """What learners reach on data sets that they were not trained on, one row each."""
+    names, config = list(result["data_sets"]), result["config"]
+    rows = []
+    for record in sorted(result["methods"], key=lambda record: record.get("average_rank") or math.inf):
+        numbers = [cross_domain.cell_text(record["data_sets"][name]) for name in names]
+        rank = record.get("average_rank")
+        rows.append([record["label"], record["training"], *numbers, "" if rank is None else f"{rank:.2f}"])
+    chance = [f"{100 * result['data_sets'][name]['chance']:.1f}" for name in names]
+    table = runs.markdown_table(["", "trained on", *names, "average rank"], [*rows, ["chance", "", *chance, ""]])
+    return (
+        f"Episodes of {', '.join(map(str, config['ways']))} classes, {config['episodes']} of each data set; "
+        f"{result['protocol']['shot']}. Made by `python -m experiments.cross_domain {' '.join(config['learners'])} "
+        f"--ways {' '.join(map(str, config['ways']))} --heads {' '.join(config['heads'])} --episodes "
+        f"{config['episodes']}`.\n\n{table}"
+    )
+
+
+def instance_table(results: list[dict]) -> str:
+    """Accuracy of the learners of sequences on the n-th image of a class."""
+    shown = (1, 2, 3, 4, 5, 10)
+    rows = []
+    for result in results:
+        found = result["instances"]
+        cells = [runs.format_mean(found["mean"][n - 1], found["ci95"][n - 1], scale=100, digits=1) for n in shown]
+        paper = " / ".join(map(str, published.INSTANCES[result["algorithm"]]))
+        rows.append([figures.title(result["algorithm"]), *cells, paper, f"{result['meta_steps']:,}"])
+    return runs.markdown_table(["", *map(str, shown), "published", "meta-steps"], rows)
+
+
+def variation(results: dict) -> list[str]:
+    """The flags of the command that are neither in a column of the table nor the seed."""
+    in_columns = ("--way", "--shot", "--num-meta-steps", "--seed")
+    return [flag for flag in changed_flags(results) if not flag.startswith(in_columns)]
+
+
+def departures(results: dict) -> list[str]:
+    """`variation` without the network of a published row, such as that of the "no conv" rows of MAML."""
+    config = results["config"]
+    row = results["algorithm"], config["network"], config["way"], config["shot"]
+    of_paper = [f"--network {config['network']}"] if row in published.OMNIGLOT else []
+    return [flag for flag in variation(results) if flag not in of_paper]
+
+
+def as_published(results: dict) -> bool:
+    """Whether a run had the paper's settings and its number of meta-steps."""
+    return not departures(results) and results["meta_steps"] == omniglot.METHODS[results["algorithm"]].num_meta_steps
+
+
+def has_smaller_budget(results: dict) -> bool:
+    """Whether a run had the paper's settings and fewer meta-steps."""
+    return not departures(results) and not as_published(results)
+
+
+def gradient_based(of: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """The results of trainings on Omniglot by methods that are not for classification only."""
+    return [r for r in of["omniglot"] if r["meta_steps"] and not CATALOGUE[r["algorithm"]].classifies]
+
+
+def tables(of: Mapping[str, Sequence[dict]]) -> dict[str, str]:
+    """The tables by the names of their markers in other pages; `of` has the results by experiment."""
+    results = gradient_based(of)
+    return {
+        "omniglot": omniglot_table([result for result in results if as_published(result)]),
+        "omniglot-budget": budget_table(equal_budget(results)),
+        "omniglot-variations": omniglot_table([result for result in results if departures(result)]),
+        "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
+        "omniglot-all": all_methods_table([result for result in of["omniglot"] if result["meta_steps"]]),
+        "images": images_table(of["images"]),
+    }
+
+
+def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str:
+    """The text of the report.
+
+    Args:
+      of: the results by experiment.
+      of_name: what `tables` gives.
+    """
+    full = [result for result in gradient_based(of) if as_published(result)]
+    photographs = other_kinds = ""
+    if of["images"]:
+        photographs = (
+            "\n\n## Photographs\n\n5-way accuracy in %, with its 95 % interval over the test episodes, on 100 classes "
+            "of ImageNet (64 for training, 16 for validation, 20 for the test) at 64x64 pixels. They are not "
+            "miniImageNet, so only the order of the methods is comparable with its published numbers, which are those "
+            "of full trainings. A method with one last layer is trained for each shot. LEO learns on the features of "
+            "the pretrained classifier, whose minutes are not in its own. Inductive and transductive tests do not "
+            "compare; of the former, LEO and centroids of the same features are within their intervals.\n\n"
+            f"{of_name['images']}"
+        )
+    if of["cross_domain"]:
+        other_kinds = (
+            "\n\n## Data sets of other kinds\n\nAccuracy in %, with its 95 % interval over the episodes, on data sets "
+            "that are new to the learners. They were trained on Omniglot, whose test has new characters. Episodes are "
+            "unbalanced: Meta-Dataset's protocol in small. Learners that the paired interval cannot tell apart share a "
+            "rank.\n\n"
+            + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
+            + "\n\n![accuracy on data sets of other kinds](figures/cross_domain.png)"
+        )
+    return (
+        "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. The characters "
+        "are divided at random into those of training, validation and test. Normalisation is "
+        "transductive: the queries of an episode are normalised together. GFLOP a task are the counted operations of a "
+        "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
+        "which grows with the tasks that are computed together. The ratio to FOMAML is in parentheses. On the GPU four "
+        f"trainings ran at once, so its times are upper bounds.\n\n{omniglot_table(full, with_costs=True)}\n\n"
+        "Reptile, MAML++, iMAML and Meta-Curvature were not trained with the meta-steps of their papers, nor was any "
+        "method in 20-way.\n\n"
+        "### Equal meta-steps\n\n5-way 1-shot, the same recipes with fewer meta-steps. Each method has the rates, the "
+        "schedule and the meta-batch of its paper, so equal numbers of meta-steps are not equal numbers of tasks, and "
+        "part of a difference may be the rate. Costs are those of one task, measured in turns by "
+        "`python -m benchmarks.methods`.\n\n"
+        f"{of_name['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
+        "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
+        f"normalisation in the inner loop, as the authors' code does not.\n\n{of_name['omniglot-variations']}\n\n"
+        "### All methods\n\nAccuracy in %, with its 95 % interval over the test episodes. Methods whose parameters do "
+        "not depend on the number of classes are tested in all settings after one training. Numbers of different "
+        "splits are not comparable: by alphabet, the test has new alphabets. An inductive test classifies every query "
+        "on its own; in a transductive one the queries are normalised together. The published numbers are those of "
+        "full trainings; that of MAML++ is the ensemble of its five best states, ours is one state. Times are of two "
+        "cores that often did other work too, unless a GPU is named, so compare "
+        "operations where they were counted; the figure has the runs on a CPU. Where a number is below the published "
+        "one, the column of meta-steps says how much of the training was done; the neural statistician is far smaller "
+        "than the published network, and trained without dilated images. LEO learns on the features of a pretrained "
+        "classifier, whose training comes before its own and is not in its minutes; centroids of a pretrained "
+        "classifier do better. The test of the memory module does not turn its characters, as in the authors' code, "
+        "and the other tests by alphabet do. " + published.OMNIGLOT_SOURCES + "\n\n"
+        f"{of_name['omniglot-all']}\n\n![accuracy against minutes of training](figures/omniglot_all.png)\n\n"
+        "### Sequences\n\nAccuracy in % on the 1st, 2nd, ... image of a class in a sequence of 50 images of 5 classes. "
+        "The label of an image is shown with the next one, so the first image of a class can only be guessed. The "
+        f"published 1-shot and 5-shot numbers of MANN are the second and the fifth.\n\n{of_name['omniglot-instances']}"
+        + photographs
+        + other_kinds
+    )
+
+
+def draw(directory: Path, of: Mapping[str, Sequence[dict]]) -> None:
+    """Writes the figures of the section."""
+    for result in of["cross_domain"]:
+        cross_domain.draw(directory / "cross_domain.png", result)
+    if records := all_methods([result for result in of["omniglot"] if result["meta_steps"] and on_cpu(result)]):
+        figures.accuracy_against_time(directory / "omniglot_all.png", records)
+    if shown := {result["algorithm"]: result for result in equal_budget(gradient_based(of)) if not result["seed"]}:
+        of_method = relative_costs()
+        work = {
+            name: result["meta_steps"] * result["config"]["meta_batch_size"] * of_method[name]["times_fomaml"]["median"]
+            for name, result in shown.items()
+            if name in of_method
+        }
+        figures.accuracy(directory / "omniglot.png", shown, work)
