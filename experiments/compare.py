@@ -47,8 +47,7 @@ class Config:
     ]
     """Two or more run directories of one experiment."""
     episodes: int = 600
-    """Episodes on which all runs are tested anew; 0 for none, and then runs need no checkpoint. Runs of
-    experiments.domains are tested on all examples of the domain."""
+    """Episodes of the test; 0 for none, and then runs need no checkpoint. Domains are tested on all examples."""
     seed: int = 0
     """Seed of these episodes. Its episodes are those of the test of a run with the same --seed."""
     figure: Path | None = None
