@@ -1,13 +1,16 @@
-"""Classifies images of your own from a few examples of each class, with a trained MAML or ProtoNets.
+"""Classifies images of your own from a few examples of each class, with a trained MAML, ProtoNets or another learner.
 
-The examples lie in one folder for each class. All images are made like those of the training, Omniglot: they are
-turned grey, padded to a square, scaled to 28x28, and the ink becomes light on a dark background. Their size and format
-do not matter, but a photograph should show the drawing and little else. ProtoNets take any number of classes of at
-least 2, MAML takes exactly as many as it was trained with.
+The examples lie in one folder for each class. All images are made like those of the training, and their size and
+format do not matter. After a training on photographs (experiments.images) they are resized, whatever their aspect
+ratio. After one on Omniglot they are drawings: turned grey, padded to a square, scaled to 28x28, and the ink becomes
+light on a dark background, so a photograph should show the drawing and little else. ProtoNets take any number of
+classes of at least 2, MAML takes exactly as many as it was trained with.
 """
 
 import dataclasses
+import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -19,11 +22,9 @@ from rich.table import Table
 from experiments.cli import Precision, main
 from experiments.export import config_of_run, params_of_run
 from experiments.runs import RunError, console
-from maml_jax.portable import LearnerConfig, Portable, build_learner, classify, load_learner
-from maml_jax.tasks import drawings, image_files
+from maml_jax.portable import INK, PHOTOGRAPH, LearnerConfig, Portable, build_learner, classify, load_learner
+from maml_jax.tasks import drawings, image_files, image_folder
 from maml_jax.types import Batch
-
-SIZE = 28
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +32,16 @@ class Config:
     """What is classified from which examples."""
 
     learner: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-OR-FILE")]
-    """The directory of a run of experiments.omniglot, or an .npz file that experiments.export made."""
+    """The directory of a run of experiments.omniglot or experiments.images, or an .npz file that experiments.export
+    made."""
     support: Path
     """The folder of the examples: one folder for each class, each with one or more images."""
     query: Path
     """What to classify: an image, a folder of images, or a folder with folders of images that are named after the
     classes; then the accuracy is printed too. Images may be of any size."""
     ink: drawings.Ink = "auto"
-    """Whether the ink is darker or lighter than the background; "auto" decides by the border of each image."""
+    """Of drawings: whether the ink is darker or lighter than the background; "auto" decides by the border of each
+    image."""
     one_at_a_time: bool = True
     """Whether each image is classified with only the examples beside it. Otherwise all go through the network together,
     and with normalisation by batch statistics the answers depend on each other."""
@@ -53,7 +56,7 @@ class Queries(NamedTuple):
 
     Attributes:
       files: the names of the files.
-      images: uint8 [M, 28, 28, 1].
+      images: uint8 [M, H, W, C].
       classes: the true class of each file, or None if they are not known.
     """
 
@@ -65,9 +68,11 @@ class Queries(NamedTuple):
 def run(config: Config) -> dict:
     """Classifies, prints, and returns what `--json` prints."""
     learner_config = open_config(config.learner)
-    names, images = drawings.read_classes(config.support, size=SIZE, ink=config.ink)
+    read_images = reader_of(learner_config, config.ink)
+    files = image_files.class_files(config.support, at_least=2)
+    names, images = list(files), [read_images(of_class) for of_class in files.values()]
     check_way(learner_config, names, config.support)
-    queries = read_queries(config.query, names, config.ink)
+    queries = read_queries(config.query, names, read_images)
     loaded = open_learner(config.learner, way=len(names))
     answers = answer(loaded, names, drawings.as_batch(images), queries, one_at_a_time=config.one_at_a_time)
     if config.json:
@@ -82,20 +87,37 @@ def open_config(path: Path) -> LearnerConfig:
 
     Raises:
       FileNotFoundError: if there is neither.
-      RunError: if the directory is no run of experiments.omniglot, or the learner takes other images.
+      RunError: if the directory is no run of experiments.omniglot or experiments.images, or the learner takes other
+        images.
       ValueError: if the file cannot be used.
     """
     if not path.exists():
         raise FileNotFoundError(
-            f"there is no {path}; give the directory of a run of experiments.omniglot, or an .npz file that "
-            "experiments.export made"
+            f"there is no {path}; give the directory of a run of experiments.omniglot or experiments.images, or an "
+            ".npz file that experiments.export made"
         )
     config = config_of_run(path) if path.is_dir() else load_learner(path).config
-    if config.input_shape != (SIZE, SIZE, 1):
+    height, width, channels = config.input_shape
+    if height != width or channels not in {INK: (1,), PHOTOGRAPH: (1, 3)}.get(config.input_values, ()):
         raise RunError(
-            f"{path} takes images of shape {list(config.input_shape)}, and only [{SIZE}, {SIZE}, 1] can be used"
+            f"{path} takes images of shape {list(config.input_shape)} ({config.input_values}), and only square "
+            f"drawings ({INK}) and photographs ({PHOTOGRAPH}) can be read"
         )
     return config
+
+
+def reader_of(config: LearnerConfig, ink: drawings.Ink) -> Callable[[Sequence[Path]], np.ndarray]:
+    """The function that reads image files as the learner was trained with them, into uint8 [M, H, W, C].
+
+    Raises:
+      RunError: if the ink of photographs is named.
+    """
+    size, _, channels = config.input_shape
+    if config.input_values == INK:
+        return functools.partial(drawings.read_images, size=size, ink=ink)
+    if ink != "auto":
+        raise RunError(f"--ink {ink} is for drawings, and this {config.algorithm} takes photographs; leave it out")
+    return functools.partial(image_folder.read_images, size=size, colour=channels == 3)
 
 
 def open_learner(path: Path, way: int) -> Portable:
@@ -116,8 +138,13 @@ def check_way(config: LearnerConfig, names: list[str], support: Path) -> None:
         )
 
 
-def read_queries(path: Path, names: list[str], ink: drawings.Ink) -> Queries:
+def read_queries(path: Path, names: list[str], read_images: Callable[[Sequence[Path]], np.ndarray]) -> Queries:
     """Reads a file, a folder of files or a folder of class folders.
+
+    Args:
+      path: its name.
+      names: the classes of the examples.
+      read_images: what reads files.
 
     Raises:
       FileNotFoundError: if there is no such file or folder.
@@ -130,7 +157,7 @@ def read_queries(path: Path, names: list[str], ink: drawings.Ink) -> Queries:
     if not path.is_dir():
         files = [path]
     elif any(entry.is_dir() for entry in path.iterdir() if not entry.name.startswith(".")):
-        by_class = drawings.class_files(path)
+        by_class = image_files.class_files(path)
         if unknown := sorted(by_class.keys() - set(names)):
             raise RunError(
                 f"the folder {path / unknown[0]} is named after none of the classes {', '.join(names)}; rename it, or "
@@ -140,7 +167,7 @@ def read_queries(path: Path, names: list[str], ink: drawings.Ink) -> Queries:
         classes = [name for name, found in by_class.items() for _ in found]
     else:
         files = image_files.image_files(path)
-    return Queries(files, drawings.read_images(files, size=SIZE, ink=ink), classes)
+    return Queries(files, read_images(files), classes)
 
 
 def answer(loaded: Portable, names: list[str], support: Batch, queries: Queries, *, one_at_a_time: bool = True) -> dict:

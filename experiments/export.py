@@ -1,4 +1,4 @@
-"""Turns a finished run of experiments.omniglot into one small file that `maml_jax.load_learner` reads.
+"""Turns a finished run of experiments.omniglot or images into one small file that `maml_jax.load_learner` reads.
 
 The file holds the selected parameters and all that builds the learner again.
 """
@@ -9,13 +9,17 @@ from typing import Annotated
 
 import tyro
 
-from experiments import omniglot
+from experiments import images, omniglot, runs
+from experiments.classification import ClassificationConfig
 from experiments.cli import Precision, main
 from experiments.commands import changed_flags
 from experiments.runs import RunError, console, read_json, stored_config
 from maml_jax import CATALOGUE
-from maml_jax.portable import LearnerConfig, save_learner
+from maml_jax.portable import INK, PHOTOGRAPH, LearnerConfig, save_learner
 from maml_jax.types import ArrayTree
+
+INPUT_VALUES = {omniglot: INK, images: PHOTOGRAPH}
+"""What the numbers of an image mean, by the experiment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Config:
     """What is written where."""
 
     run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-DIRECTORY")]
-    """The directory of a finished run of experiments.omniglot."""
+    """The directory of a finished run of experiments.omniglot or experiments.images."""
     file: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="FILE")]
     """The file to write; its name ends in .npz."""
     overwrite: bool = False
@@ -49,9 +53,16 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
     """The configuration of the learner of a run's test.
 
     Raises:
-      RunError: if the directory holds no run of experiments.omniglot, or one that does not fit into one file.
+      RunError: if the directory holds no run of experiments.omniglot or experiments.images, or one that does not fit
+        into one file.
     """
-    config = stored_config(omniglot.METHODS, run_dir)
+    module = runs.experiment_of(run_dir)
+    if module not in INPUT_VALUES:
+        raise RunError(
+            f"{run_dir} is a run of {module.__name__}; only a run of experiments.omniglot or experiments.images can be "
+            "used"
+        )
+    config = module.with_paper_defaults(stored_config(module.METHODS, run_dir))
     if config.network != "conv4":
         raise RunError(f"{run_dir} trained the network {config.network!r}; only a run with --network conv4 can be used")
     if config.ensemble > 1:
@@ -69,25 +80,27 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
         norm="population" if config.population else "batch",
         norm_scale=config.norm_scale,
         adapt_norm=config.adapt_norm,
-        made_by=made_by(run_dir, config.algorithm),
+        input_shape=module.DATA.input_shape(config),
+        input_values=INPUT_VALUES[module],
+        made_by=made_by(run_dir, config),
     )
 
 
 def params_of_run(run_dir: Path) -> ArrayTree:
-    """The parameters that a run has selected. With --population their statistics are computed again, from Omniglot.
+    """The parameters that a run has selected. With --population their statistics are computed again, from its data.
 
     Raises:
-      FileNotFoundError: if Omniglot is needed and not where the run has found it.
+      FileNotFoundError: if the data are needed and not where the run has found them.
       RunError: if the run has no checkpoint.
     """
-    return omniglot.load(run_dir)[1]
+    return runs.load(run_dir).params
 
 
-def made_by(run_dir: Path, algorithm: str) -> str:
+def made_by(run_dir: Path, config: ClassificationConfig) -> str:
     """The command of a run, and its test accuracy and how it was measured, if it is finished."""
     stored = read_json(run_dir / "config.json")
-    flags = changed_flags({"experiment": "omniglot", "algorithm": algorithm, "config": stored})
-    line = " ".join(["python -m experiments.omniglot", algorithm, *flags])
+    made = {"experiment": config.experiment, "algorithm": config.algorithm, "config": stored}
+    line = " ".join([f"python -m experiments.{config.experiment}", config.algorithm, *changed_flags(made)])
     results = run_dir / "results.json"
     if not results.is_file():
         return line

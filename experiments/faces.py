@@ -250,7 +250,7 @@ def _people_of(domain: Path) -> dict[str, np.ndarray]:
         if len(files) < 2:
             raise ValueError(f"{person} holds one image; a person needs at least two, or remove the folder")
         contents = ((str(file), file.read_bytes()) for file in files)
-        found[person.name] = np.stack(list(image_files.read_images(contents, SIZE, colour=False)))
+        found[person.name] = np.stack(list(image_files.decode_images(contents, SIZE, colour=False)))
     if not found:
         raise ValueError(f"{domain} holds no folder of a person; every domain needs some")
     return found

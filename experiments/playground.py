@@ -23,7 +23,7 @@ import numpy as np
 from experiments.cli import Precision, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE
-from maml_jax.portable import Portable, build_learner, load_learner, outputs_by_step
+from maml_jax.portable import INK, Portable, build_learner, load_learner, outputs_by_step
 from maml_jax.tasks import drawings
 from maml_jax.types import Batch, check_integer
 
@@ -162,9 +162,10 @@ def open_file(file: Path, algorithm: str) -> Portable:
     loaded = load_learner(file)
     if loaded.config.algorithm != algorithm:
         raise RunError(f"{file} holds {loaded.config.algorithm}; give --{algorithm} a file that holds {algorithm}")
-    if loaded.config.input_shape != (SIZE, SIZE, 1):
+    if (loaded.config.input_shape, loaded.config.input_values) != ((SIZE, SIZE, 1), INK):
         raise RunError(
-            f"{file} takes images of shape {list(loaded.config.input_shape)}; only [{SIZE}, {SIZE}, 1] is drawn"
+            f"{file} takes images of shape {list(loaded.config.input_shape)} ({loaded.config.input_values}); only "
+            f"[{SIZE}, {SIZE}, 1] ({INK}) is drawn"
         )
     return loaded
 

@@ -35,6 +35,11 @@ from maml_jax.types import (
     predict_beside_support,
 )
 
+INK = "ink 1.0, background 0.0"
+"""`LearnerConfig.input_values` of a learner of drawings, as `tasks.drawings` reads them."""
+PHOTOGRAPH = "black 0.0, white 1.0"
+"""`LearnerConfig.input_values` of a learner of photographs, red, green and blue or grey, as `tasks.image_folder` reads
+them."""
 FORMAT = 1
 """The version of the file's content that this library writes, and the newest that it reads."""
 
@@ -63,7 +68,7 @@ class LearnerConfig:
       epsilon: what it adds to the variance.
       adapt_norm: whether the inner loop also adapts its offsets and scales.
       input_shape: the shape of one input, [H, W, C].
-      input_values: what the numbers of an input mean, for people.
+      input_values: what the numbers of an input mean, such as `INK` or `PHOTOGRAPH`.
       made_by: how the parameters were made, such as the command, for people.
       library: the version of maml_jax that wrote the file.
     """
@@ -81,7 +86,7 @@ class LearnerConfig:
     epsilon: float = 1e-3
     adapt_norm: bool = False
     input_shape: tuple[int, ...] = (28, 28, 1)
-    input_values: str = "ink 1.0, background 0.0"
+    input_values: str = INK
     made_by: str = ""
     library: str = __version__
 
@@ -313,8 +318,14 @@ def _with_way(config: LearnerConfig, way: int | None) -> LearnerConfig:
 def _build(config: LearnerConfig, inner_steps: int | None) -> MetaLearner:
     """The learner with a number of inner steps."""
     norm = functools.partial(_NORMS[config.norm], scale=config.norm_scale, epsilon=config.epsilon)
+    takes_context = config.algorithm == "cavia"
     network = functools.partial(
-        models.conv4, features=config.features, pooling=config.pooling, flatten=config.flatten, norm=norm
+        models.conv4,
+        features=config.features,
+        pooling=config.pooling,
+        flatten=config.flatten,
+        norm=norm,
+        context_block=2 if takes_context else None,
     )
     classifies = CATALOGUE[config.algorithm].classifies
     problem = Problem(
@@ -325,6 +336,7 @@ def _build(config: LearnerConfig, inner_steps: int | None) -> MetaLearner:
         norm=lambda name: "norm" in name,
         embedding=network(way=None) if classifies else None,
         way=config.way,
+        takes_context=takes_context,
     )
     hyperparameters = config._hyperparameters()
     if inner_steps is not None:

@@ -11,8 +11,7 @@ import numpy as np
 
 from maml_jax.tasks.image_files import (
     check_image_name,
-    image_files,
-    list_folder,
+    class_files,
     numbers,
     on_background,
     pillow,
@@ -46,26 +45,8 @@ def read_classes(directory: str | Path, *, size: int = 28, ink: Ink = "auto") ->
       ValueError: if there are fewer than two classes, a class has no image, or a file is no image. The message names
         it.
     """
-    files = class_files(directory)
-    if len(files) < 2:
-        raise ValueError(
-            f"{directory} holds {len(files)} class folder{'' if len(files) == 1 else 's'}; a task needs at least 2, "
-            "each with the images of one class"
-        )
+    files = class_files(directory, at_least=2)
     return list(files), [read_images(paths, size=size, ink=ink) for paths in files.values()]
-
-
-def class_files(directory: str | Path) -> dict[str, list[Path]]:
-    """The image files of every class folder of a folder, by the name of the class.
-
-    Raises:
-      FileNotFoundError: if there is no such folder.
-      ValueError: if it holds a file beside the folders, or a class folder has no image or something else.
-    """
-    folders, others = list_folder(directory)
-    if others:
-        raise ValueError(f"{others[0]} is no folder; {directory} must hold only one folder of images for each class")
-    return {folder.name: image_files(folder) for folder in folders}
 
 
 def read_images(files: Sequence[str | Path], *, size: int = 28, ink: Ink = "auto") -> np.ndarray:
@@ -145,17 +126,17 @@ def as_batch(images: Sequence[np.ndarray]) -> Batch:
     """The support set of a task from the images of its classes.
 
     Args:
-      images: for each class uint8 [n, H, H, 1], as `read_classes` gives them; the counts may differ.
+      images: for each class uint8 [n, H, W, C], as `read_classes` gives them; the counts may differ.
 
     Returns:
-      Inputs [S, H, H, 1], float32 in [0, 1], and the class indices [S], int32.
+      Inputs [S, H, W, C], float32 in [0, 1], and the class indices [S], int32.
     """
     targets = np.concatenate([np.full(len(of_class), index, np.int32) for index, of_class in enumerate(images)])
     return Batch(as_inputs(np.concatenate(list(images))), targets)
 
 
 def as_inputs(images: np.ndarray) -> np.ndarray:
-    """Images of uint8 as float32 in [0, 1]: ink 1.0, background 0.0."""
+    """Images of uint8 as float32 in [0, 1]; ink becomes 1.0, the background 0.0."""
     return np.asarray(images, np.float32) / 255.0
 
 

@@ -65,6 +65,29 @@ def image_files(directory: str | Path) -> list[Path]:
     return list(files)
 
 
+def class_files(directory: str | Path, *, at_least: int = 0) -> dict[str, list[Path]]:
+    """The image files of every class folder of a folder, by the name of the class.
+
+    Args:
+      directory: the folder.
+      at_least: how many classes it must have.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ValueError: if it holds a file beside the folders or too few of them, or a class folder has no image or something
+        else.
+    """
+    folders, others = list_folder(directory)
+    if others:
+        raise ValueError(f"{others[0]} is no folder; {directory} must hold only one folder of images for each class")
+    if len(folders) < at_least:
+        raise ValueError(
+            f"{directory} holds {len(folders)} class folder{'' if len(folders) == 1 else 's'}; a task needs at least "
+            f"{at_least}, each with the images of one class"
+        )
+    return {folder.name: image_files(folder) for folder in folders}
+
+
 def has_image_name(file: str | PurePath) -> bool:
     """Whether the name of a file ends as that of an image that Pillow reads."""
     return os.path.splitext(file)[1].lower() in _image_suffixes()
@@ -157,7 +180,7 @@ def resize(image: Any, size: int, colour: bool) -> np.ndarray:
     return pixels if colour else pixels[..., None]
 
 
-def read_images(contents: Iterator[tuple[str, bytes]], size: int, colour: bool) -> Iterator[np.ndarray]:
+def decode_images(contents: Iterator[tuple[str, bytes]], size: int, colour: bool) -> Iterator[np.ndarray]:
     """Decodes image files in several threads and gives uint8 [size, size, 3 or 1] in the order of the files.
 
     Args:

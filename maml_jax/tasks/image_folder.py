@@ -17,9 +17,11 @@ import json
 import os
 import stat
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from maml_jax.tasks.class_images import ClassImages as ClassImages
 from maml_jax.tasks.class_images import cached_classes, check_counts, default_cache_dir
@@ -28,7 +30,14 @@ from maml_jax.tasks.class_images import leave_out_small as leave_out_small
 from maml_jax.tasks.class_splits import SPLITS, check_split, read_split
 from maml_jax.tasks.class_splits import make_split as make_split
 from maml_jax.tasks.class_splits import write_split as write_split
-from maml_jax.tasks.image_files import as_path, check_image_name, has_image_name, list_folder, read_images
+from maml_jax.tasks.image_files import (
+    as_path,
+    check_image_name,
+    class_files,
+    decode_images,
+    has_image_name,
+    list_folder,
+)
 from maml_jax.types import check_integer
 
 _MOST_BYTES = 2**28  # of one image file
@@ -82,7 +91,7 @@ def load(
         default_cache_dir() if cache_dir is None else as_path("cache_dir", cache_dir),
         split,
         {"source": _fingerprint(pool)},
-        lambda: (counts, read_images(_contents(pool), size, colour)),
+        lambda: (counts, decode_images(_contents(pool), size, colour)),
         size=size,
         colour=colour,
     )
@@ -96,6 +105,43 @@ def class_names(directory: str | os.PathLike) -> list[str]:
       ValueError: if it is no such pool.
     """
     return list(_list_pool(as_path("directory", directory)).classes)
+
+
+def read_classes(directory: str | os.PathLike, *, size: int, colour: bool = True) -> tuple[list[str], list[np.ndarray]]:
+    """Reads a small folder with one folder of images for each class, such as a support set, without a cache.
+
+    Images are resized as in `load`. Names that start with a dot are skipped.
+
+    Args:
+      directory: the folder.
+      size: H, the height and width of the images.
+      colour: whether the images have 3 channels, RGB, and not 1, grey.
+
+    Returns:
+      The names of the classes, sorted, and for each a uint8 array [n, H, H, 3 or 1] with its images sorted by name.
+
+    Raises:
+      FileNotFoundError: if there is no such folder.
+      ModuleNotFoundError: if Pillow is not installed.
+      ValueError: if there are fewer than two classes, a class has no image, or a file is no image. The message names
+        it.
+    """
+    files = class_files(directory, at_least=2)
+    return list(files), [read_images(paths, size=size, colour=colour) for paths in files.values()]
+
+
+def read_images(files: Sequence[str | os.PathLike], *, size: int, colour: bool = True) -> np.ndarray:
+    """Reads image files, resized as in `load`, into one uint8 array [n, size, size, 3 or 1].
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ModuleNotFoundError: if Pillow is not installed.
+      ValueError: if one cannot be read as an image. The message names it.
+    """
+    size, paths = check_integer("size", size, at_least=1), [as_path("an image", file) for file in files]
+    for path in paths:
+        check_image_name(path)
+    return np.stack(list(decode_images(((str(path), path.read_bytes()) for path in paths), size, colour)))
 
 
 class _File(NamedTuple):

@@ -16,7 +16,7 @@ import numpy as np
 
 from maml_jax.tasks.class_images import ClassImages, cached_classes, check_counts, default_cache_dir
 from maml_jax.tasks.class_splits import check_split, make_split, read_split, write_split
-from maml_jax.tasks.image_files import as_path, pillow, read_images
+from maml_jax.tasks.image_files import as_path, decode_images, pillow
 from maml_jax.tasks.omniglot import default_data_dir
 from maml_jax.types import check_integer
 
@@ -90,7 +90,7 @@ def load(
                     records[names[number]].append((part, index))
         counts = {of_class: len(found) for of_class, found in records.items()}
         check_counts(counts, min_images, str(builder.data_dir))
-        return counts, read_images(_contents(builder, image, records), size, colour)
+        return counts, decode_images(_contents(builder, image, records), size, colour)
 
     classes = cached_classes(
         cache_dir,

@@ -10,8 +10,8 @@ from experiments import adapt
 from experiments.cli import parse
 from experiments.runs import RunError
 from maml_jax import portable
-from maml_jax.portable import LearnerConfig, build_learner, classify, load_learner, save_learner
-from maml_jax.tasks import drawings
+from maml_jax.portable import PHOTOGRAPH, LearnerConfig, build_learner, classify, load_learner, save_learner
+from maml_jax.tasks import drawings, image_folder
 
 Image = pytest.importorskip("PIL.Image", reason="install Pillow with `pip install pillow`")
 
@@ -105,6 +105,26 @@ def test_together_the_answers_depend_on_each_other(files, task, capsys):
     assert "all images together" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_photographs_are_read_as_in_training(task, tmp_path, channels, capsys):
+    shape = (16, 16, channels)
+    config = LearnerConfig(algorithm="protonets", way=2, features=4, input_shape=shape, input_values=PHOTOGRAPH)
+    params = jax.jit(build_learner(config).init)(jax.random.key(0), np.zeros((2, *shape), np.float32))
+    save_learner(tmp_path / "photographs.npz", params, config)
+    answers = run_task(tmp_path / "photographs.npz", task)
+    read = {"size": 16, "colour": channels == 3}
+    names, images = image_folder.read_classes(task / "support", **read)
+    assert images[2].shape == (3, *shape)
+    queries = image_folder.read_images(sorted((task / "query").rglob("*.png")), **read)
+    loaded = load_learner(tmp_path / "photographs.npz", way=3)
+    expected = classify(loaded, drawings.as_batch(images), drawings.as_inputs(queries))
+    found = [[query["probabilities"][name] for name in names] for query in answers["queries"]]
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    with pytest.raises(RunError, match=r"--ink dark is for drawings, and this protonets takes photographs"):
+        run_task(tmp_path / "photographs.npz", task, "--ink", "dark")
+    capsys.readouterr()
+
+
 def test_json_is_all_that_is_printed(files, task, capsys):
     answers = run_task(files["protonets"], task, "--json")
     assert json.loads(capsys.readouterr().out) == answers
@@ -188,8 +208,8 @@ def test_a_learner_that_cannot_be_used_is_named(files, task, no_computation, tmp
     (tmp_path / "text.npz").write_text("x")
     with pytest.raises(ValueError, match=r"text\.npz is damaged or was not written by save_learner"):
         run_task(tmp_path / "text.npz", task)
-    config = LearnerConfig(algorithm="protonets", way=2, features=1, input_shape=(20, 20, 1))
-    params = jax.jit(build_learner(config).init)(jax.random.key(0), np.zeros((2, 20, 20, 1), np.float32))
+    config = LearnerConfig(algorithm="protonets", way=2, features=1, input_shape=(20, 20, 3))
+    params = jax.jit(build_learner(config).init)(jax.random.key(0), np.zeros((2, 20, 20, 3), np.float32))
     save_learner(tmp_path / "small.npz", params, config)
-    with pytest.raises(RunError, match=r"small\.npz takes images of shape \[20, 20, 1\], and only \[28, 28, 1\]"):
+    with pytest.raises(RunError, match=r"small\.npz takes images of shape \[20, 20, 3\] \(ink 1\.0"):
         run_task(tmp_path / "small.npz", task)

@@ -1,4 +1,4 @@
-"""A run of experiments.omniglot becomes a file that predicts as the run does."""
+"""A run of experiments.omniglot or experiments.images becomes a file that predicts as the run does."""
 
 import dataclasses
 import json
@@ -9,33 +9,39 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt, common, export, omniglot, runs
+from experiments import adapt, common, export, images, omniglot, runs, sinusoid
 from experiments.cli import parse
 from experiments.runs import RunError
 from maml_jax import Batch, checkpoint
-from maml_jax.portable import load_learner, outputs_by_step
+from maml_jax.portable import INK, PHOTOGRAPH, load_learner, outputs_by_step
+from maml_jax.tasks.image_folder import ClassImages
 
 SUPPORT = Batch(np.random.default_rng(0).random((6, 28, 28, 1)).astype(np.float32), np.arange(6, dtype=np.int32) % 3)
 QUERIES = np.random.default_rng(1).random((4, 28, 28, 1)).astype(np.float32)
+PHOTOGRAPHS = Batch(np.random.default_rng(2).random((6, 16, 16, 3)).astype(np.float32), SUPPORT.targets)
+NEW_PHOTOGRAPHS = np.random.default_rng(3).random((4, 16, 16, 3)).astype(np.float32)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def drawings():
-    """Random characters in place of the data set, which a run with --population reads again."""
-    images = np.random.default_rng(0).integers(0, 2, (15, 20, 28, 28, 1)).astype(np.uint8) * 255
+    """Random images in place of the data sets, which a run with --population reads again."""
+    draw = np.random.default_rng(0).integers
+    drawn = draw(0, 2, (15, 20, 28, 28, 1)).astype(np.uint8) * 255
+    photographs = ClassImages(tuple("abc"), tuple(draw(0, 256, (3, 20, 16, 16, 3)).astype(np.uint8)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(omniglot.omniglot, "load", lambda split, data_dir, split_by: images)
+        patch.setattr(omniglot.omniglot, "load", lambda split, data_dir, split_by: drawn)
+        patch.setattr(images, "read_classes", lambda config, split: photographs)
         yield
 
 
-def make_run(run_dir, algorithm="maml", *, is_finished=True, **settings):
+def make_run(run_dir, algorithm="maml", *, module=omniglot, is_finished=True, **settings):
     """The directory of a run whose selected parameters are the initial ones plus a little."""
-    config = dataclasses.replace(omniglot.METHODS[algorithm], way=3, filters=4, seed=7, **settings)
-    config = omniglot.with_paper_defaults(config)
+    config = dataclasses.replace(module.METHODS[algorithm], way=3, filters=4, seed=7, **settings)
+    config = module.with_paper_defaults(config)
     run_dir.mkdir()
     runs.write_json(run_dir / "config.json", runs.as_json(config))
-    inputs = np.zeros((3, 28, 28, 1), np.float32)
-    learner, keys = omniglot.make_learner(config), runs.streams(config.seed)
+    inputs = np.zeros((3, *module.DATA.input_shape(config)), np.float32)
+    learner, keys = module.make_learner(config), runs.streams(config.seed)
     state = common.initial_state(learner, common.outer_optimizer(config), inputs, keys.init, mesh=None)
     saved = common.load_state(run_dir / "checkpoints", state, config.ensemble)
     params = jax.tree.map(lambda leaf: leaf + 0.1, state.params)
@@ -62,21 +68,26 @@ def maml(tmp_path_factory):
     [
         ("maml", {"eval_inner_steps": 1, "adapt_norm": True, "norm_scale": True}),
         ("maml", {"eval_inner_steps": 1, "flatten": True, "population": True}),
+        ("cavia", {"eval_inner_steps": 1}),
         ("protonets", {}),
+        ("maml", {"eval_inner_steps": 1, "module": images, "size": 16}),
+        ("protonets", {"module": images, "size": 16}),
     ],
 )
 def test_the_file_predicts_as_the_run_does(tmp_path, algorithm, settings):
     run_dir = make_run(tmp_path / "run", algorithm, **settings)
+    support, queries = (SUPPORT, QUERIES) if "module" not in settings else (PHOTOGRAPHS, NEW_PHOTOGRAPHS)
     export.run(export.Config(run_dir, tmp_path / "made" / "learner.npz"))
     learner, params, config = load_learner(tmp_path / "made" / "learner.npz")
-    learner_of_run, params_of_run = omniglot.load(run_dir)
+    learner_of_run, params_of_run, _ = runs.load(run_dir)
     chex.assert_trees_all_equal(params, params_of_run)
     chex.assert_trees_all_close(
-        outputs_by_step(learner, params, SUPPORT, QUERIES),
-        outputs_by_step(learner_of_run, params_of_run, SUPPORT, QUERIES),
+        outputs_by_step(learner, params, support, queries),
+        outputs_by_step(learner_of_run, params_of_run, support, queries),
         atol=1e-6,
     )
     assert (config.algorithm, config.way, config.features) == (algorithm, 3, 4)
+    assert config.input_values == (INK if support is SUPPORT else PHOTOGRAPH)
     from_run = adapt.open_learner(run_dir, way=3)
     assert from_run.config == config
     chex.assert_trees_all_equal(from_run.params, params)
@@ -119,6 +130,13 @@ def test_a_run_that_does_not_fit_is_refused(tmp_path, settings, message):
     with pytest.raises(RunError, match=message):
         export.run(export.Config(run_dir, tmp_path / "learner.npz"))
     assert not (tmp_path / "learner.npz").exists()
+
+
+def test_a_run_of_another_experiment_is_refused(tmp_path):
+    config = sinusoid.with_paper_defaults(sinusoid.METHODS["maml"])
+    runs.write_json(tmp_path / "config.json", runs.as_json(config))
+    with pytest.raises(RunError, match=r"is a run of experiments\.sinusoid; only a run of experiments\.omniglot or"):
+        export.run(export.Config(tmp_path, tmp_path / "learner.npz"))
 
 
 def test_a_directory_without_a_run_and_a_run_without_a_checkpoint_are_named(maml, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 from photographs import encoded, pixels
 
 from maml_jax.tasks import image_files
-from maml_jax.tasks.image_files import check_image_name, list_folder, numbers, read_images, resize
+from maml_jax.tasks.image_files import check_image_name, decode_images, list_folder, numbers, resize
 
 Image = pytest.importorskip("PIL.Image", reason="install Pillow with `pip install pillow`")
 
@@ -22,7 +22,7 @@ def test_images_come_in_the_order_of_the_files_whatever_they_cost(monkeypatch):
 
     monkeypatch.setattr(image_files, "resize", slow_first)
     contents = ((f"{i}", encoded(pixels(1, i % 10))) for i in range(3 * image_files._AT_ONCE + 1))
-    found = np.stack(list(read_images(contents, 8, True)))
+    found = np.stack(list(decode_images(contents, 8, True)))
     np.testing.assert_array_equal(found[:, 0, 0, 1] // 10, np.arange(len(found)) % 10)
 
 
@@ -34,7 +34,7 @@ def test_few_files_are_in_memory_at_once_and_no_thread_is_left():
             taken.append(i)
             yield f"{i}", encoded(pixels(0, 0)) if i < 100 else b"no image"
 
-    images = read_images(contents(), 4, True)
+    images = decode_images(contents(), 4, True)
     next(images)
     assert len(taken) == image_files._AT_ONCE
     with pytest.raises(ValueError, match=r"^100 cannot be read as an image"):
@@ -54,7 +54,7 @@ def test_a_program_in_an_image_is_not_run(monkeypatch):
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a program was run"))
     content = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     with pytest.raises(ValueError, match=r"a\.png cannot be read as an image \(UnidentifiedImageError"):
-        list(read_images(iter([("a.png", content)]), 8, True))
+        list(decode_images(iter([("a.png", content)]), 8, True))
 
 
 def test_an_image_of_the_right_size_is_not_changed():
@@ -70,7 +70,7 @@ def test_numbers_keep_their_range():
     stream = io.BytesIO()
     Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(stream, "TIFF")
     with pytest.raises(ValueError, match=r"a\.tif cannot be read as an image \(ValueError: a pixel is not finite\)"):
-        list(read_images(iter([("a.tif", stream.getvalue())]), 8, True))
+        list(decode_images(iter([("a.tif", stream.getvalue())]), 8, True))
 
 
 def test_a_folder_is_listed_in_order_without_hidden_names(tmp_path):

@@ -127,7 +127,7 @@ def test_the_cache_is_used_until_the_source_changes(tmp_path, split_file, monkey
     directory = source(tmp_path, "pool")
     arguments = {"size": 8, "split_file": split_file, "cache_dir": tmp_path / "cache"}
     before = load(directory, "test", **arguments)
-    monkeypatch.setattr(image_folder, "read_images", lambda *_: pytest.fail("the images were read again"))
+    monkeypatch.setattr(image_folder, "decode_images", lambda *_: pytest.fail("the images were read again"))
     load(directory, "test", **arguments)
     load(directory, "test", **arguments, min_images=2)
     monkeypatch.undo()
@@ -150,7 +150,7 @@ def test_a_copy_of_a_zip_needs_no_second_cache(tmp_path, split_file, monkeypatch
     pool = write_zip(tmp_path / "pool.zip", files())
     load(pool, "val", size=8, split_file=split_file, cache_dir=tmp_path / "cache")
     (tmp_path / "copy.zip").write_bytes(pool.read_bytes())
-    monkeypatch.setattr(image_folder, "read_images", lambda *_: pytest.fail("the images were read again"))
+    monkeypatch.setattr(image_folder, "decode_images", lambda *_: pytest.fail("the images were read again"))
     load(tmp_path / "copy.zip", "val", size=8, split_file=split_file, cache_dir=tmp_path / "cache")
 
 
