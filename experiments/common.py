@@ -167,8 +167,9 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
 
     Every `config.val_every` steps the states are validated and checkpointed; between validations they are checkpointed
     every `SAVE_SECONDS`. With `validate` the parameters with the highest scores are returned, else the last. The result
-    does not depend on interruptions. On SIGTERM and SIGINT the compiled call is finished and its state is checkpointed;
-    if that takes more than `STOP_SECONDS`, the process ends without, and the run resumes from the checkpoint before.
+    does not depend on interruptions. On SIGTERM and SIGINT, to one process or all, the compiled call is finished and
+    its state is checkpointed; if that takes more than `STOP_SECONDS`, the process ends without, and the run resumes
+    from the checkpoint before.
 
     Args:
       members: the seeds. Their settings differ in the seed and the directory alone.
@@ -258,6 +259,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                     state, info = programs[num_steps](state, train_key)
                     info = jax.tree.map(np.asarray, info)
                     elapsed = time.perf_counter() - start
+                signalled = processes.largest(requested[0] if requested else 0)
                 num_calls += 1
             infos = [of_member(info, index) for index in range(len(members))]
             for of_seed, member in zip(infos, members, strict=True):
@@ -278,13 +280,13 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 log(record)
                 track(record)
             show({name: float(np.mean([record[name] for record in records])) for name in records[0]} | {"step": step})
-            is_leaving = requested and step < config.num_meta_steps
+            is_leaving = signalled > 0 and step < config.num_meta_steps
             if step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
             if is_leaving:
                 console.print(f"stopped after step {step}; the same command resumes from there")
-                raise SystemExit(128 + requested[0])
+                raise SystemExit(128 + signalled)
     first = of_member(state, 0)
     if programs:  # what was trained by another call had devices of its own
         execution["devices"] = 1 if mesh is None else mesh.size
@@ -491,7 +493,7 @@ def flops_of_a_meta_step(
 
 @contextlib.contextmanager
 def stop_requests(reached: Callable[[], int]) -> Iterator[list[int]]:
-    """Collects the numbers of SIGTERM and SIGINT. Not with several processes.
+    """Collects the numbers of SIGTERM and SIGINT that this process receives.
 
     A second signal ends the process at once, and so does the first after `STOP_SECONDS`. Its exit code is 128 plus the
     number of the signal.
@@ -517,9 +519,6 @@ def stop_requests(reached: Callable[[], int]) -> Iterator[list[int]]:
 
     timer = threading.Timer(STOP_SECONDS, give_up)
     timer.daemon = True
-    if jax.process_count() > 1:
-        yield requested
-        return
     try:
         with on_signal(handle):
             yield requested

@@ -202,6 +202,11 @@ def on_process_zero(function: Callable[[], Any]) -> Any:
     return answer["result"]
 
 
+def largest(value: int) -> int:
+    """The largest `value` of all processes. Every process must call this."""
+    return value if jax.process_count() == 1 else int(multihost_utils.process_allgather(np.int32(value)).max())
+
+
 def processes_that_differ(value: str) -> list[int]:
     """Returns the indices of the processes whose `value` differs from that of process 0.
 

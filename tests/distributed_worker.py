@@ -1,7 +1,7 @@
 """One process of the tiny experiment that test_distributed.py starts on several processes.
 
-WORKER_FAULT=ACTION:PROCESS makes that process do something terrible to itself: "kill" and "stop" when the
-second validation begins, "hang" when it first samples.
+WORKER_FAULT=ACTION:PROCESS makes that process do something terrible to itself: "kill", "stop" and "end" when
+the second validation begins, "hang" when it first samples.
 """
 
 import dataclasses
@@ -49,7 +49,7 @@ def fault(action: str) -> None:
         return
     if action == "hang":
         time.sleep(600)
-    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}[action])
+    os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "end": signal.SIGTERM}[action])
 
 
 def run(config: Config) -> None:
@@ -81,6 +81,7 @@ def run(config: Config) -> None:
         if len(validations) == 2:
             fault("kill")
             fault("stop")
+            fault("end")
         return -float(score(params, keys.val).mean[-1])
 
     with runs.open_run(config.run_dir, config) as run_dir:
