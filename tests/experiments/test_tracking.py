@@ -1,6 +1,7 @@
 """Metrics go where they are asked to, and nothing is imported otherwise."""
 
 import dataclasses
+import struct
 import subprocess
 import sys
 import types
@@ -60,14 +61,28 @@ def test_tensorboard_gets_every_record(tmp_path, monkeypatch):
     assert closed == [True]
 
 
-def test_tensorboard_files_are_really_written(tmp_path):
+def events_of(file):
+    """The events of a TensorBoard file: each has its length (8 bytes), 4 bytes of checksum, itself, and 4 more."""
+    event_pb2 = pytest.importorskip("tensorboardX.proto.event_pb2", reason="pip install tensorboardX")
+    content, events = file.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(event_pb2.Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_tensorboard_files_hold_every_record(tmp_path):
     pytest.importorskip("tensorboardX", reason="pip install tensorboardX")
-    with tracking.trackers(tmp_path, Config(tracking=Tracking(tensorboard=True)), 0) as track:
+    with tracking.trackers(tmp_path, Config(tracking=Tracking(tensorboard=True)), 2) as track:
         track(RECORD)
+        track(RECORD | {"step": 6, "loss": 0.125})
     (file,) = (tmp_path / "tensorboard").iterdir()
-    content = file.read_bytes()
-    assert b"loss" in content
-    assert b"val" in content
+    events = events_of(file)
+    values = [(value.tag, event.step, value.simple_value) for event in events for value in event.summary.value]
+    assert values == [("loss", 3, 0.5), ("val", 3, 0.25), ("loss", 6, 0.125), ("val", 6, 0.25)]
+    # What an interrupted run has written from step 3 on is hidden.
+    assert [event.step for event in events if event.session_log.status == 1] == [3]
 
 
 def test_weights_and_biases_gets_every_record_under_one_identity(tmp_path, monkeypatch):
