@@ -77,16 +77,6 @@ def at(values: list[float | None], step: int) -> float | None:
     return values[step] if step < len(values) else None
 
 
-def over_seeds(values: list[float | None]) -> str:
-    """The mean over seeds and, from two on, the smallest and largest; or the number of seeds without a finite value."""
-    if bad := sum(value is None for value in values):
-        return f"not finite in {bad} of {len(values)}"
-    numbers = [
-        f"{value:.2f}" if value < 1000 else f"{value:.0e}" for value in (statistics.fmean(values), *sorted(values))
-    ]
-    return numbers[0] if len(values) == 1 else f"{numbers[0]} ({numbers[1]}–{numbers[-1]})"
-
-
 def sinusoid_table(results: list[dict], shot: int) -> str:
     """Errors after 1, 5 and 10 steps: mean over seeds, range over seeds, median, share of diverged tasks."""
     rows = []
@@ -105,7 +95,7 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
             [
                 ", ".join([figures.title(algorithm), *flags]),
                 " or ".join(f"{rate:g}" for rate in rates),
-                *(over_seeds([at(m["mean"], step) for m in mse]) for step in (1, 5, 10)),
+                *(runs.format_over_seeds([at(m["mean"], step) for m in mse]) for step in (1, 5, 10)),
                 " / ".join(f"{number:.2f}" for number in paper) if paper else "",
                 _mean_at_10(mse, "median", ".2f"),
                 _mean_at_10(mse, "diverged", ".2%"),
@@ -126,7 +116,7 @@ def domain_table(results: list[dict]) -> str:
 
     def cell(group: list[dict]) -> str:
         held_out, source = (
-            over_seeds([100 * result[part]["accuracy"]["mean"][-1] for result in group])
+            runs.format_over_seeds([100 * result[part]["accuracy"]["mean"][-1] for result in group])
             for part in ("metrics", "source_validation")
         )
         return f"{held_out} [{source}]"

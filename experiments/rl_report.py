@@ -33,6 +33,8 @@ def labelled(results: Results, flags_of: FlagsOf) -> dict[str, Results]:
 def navigation_table(results: Results, flags_of: FlagsOf) -> str:
     """The mean return after every update, one row a run and set of goals, with the published returns.
 
+    Methods with several seeds have a row for their mean, with the smallest and largest seed in parentheses.
+
     Args:
       results: of `experiments.navigation`.
       flags_of: `(result) -> flags`, those of its command but for the seed.
@@ -54,6 +56,12 @@ def navigation_table(results: Results, flags_of: FlagsOf) -> str:
                     f"{result['seconds']['train'] / 60:.0f} min",
                 ]
             )
+    for label, group in labelled(results, flags_of).items():
+        for evaluations in zip(*(result["evaluations"] for result in group), strict=True) if len(group) > 1 else ():
+            by_update = zip(*(evaluation["metrics"]["return"]["mean"] for evaluation in evaluations), strict=True)
+            goals = f"{evaluations[0]['count']} {evaluations[0]['goals']}"
+            shown = [*map(runs.format_over_seeds, by_update), *[""] * 5][:5]
+            rows.append([f"{label}, mean of {len(group)} seeds", "", goals, *shown, "", "", "", ""])
     for title, returns in navigation.published_returns(results).items():
         shown = [*map(str, returns), *[""] * 5][:5]
         rows.append([f"{title}, published values", "", "40", *shown, "", "", "", ""])
@@ -176,7 +184,8 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     parts = []
     if of["navigation"]:
         parts.append(
-            "### 2D navigation\n\nMean return after 0 to 4 updates, with its 95 % interval over goals. The optimum is "
+            "### 2D navigation\n\nMean return after 0 to 4 updates, with its 95 % interval over goals; the mean of "
+            "several seeds has the smallest and the largest in parentheses. The optimum is "
             f"{of['navigation'][0]['evaluations'][-1]['optimum']:.2f}. MAML and "
             "FOMAML train one update, at the authors' rate of 0.5. Later rates and the state were chosen on 40 other "
             "goals; for policies that were not trained to adapt, so was the first rate. The published pretraining used "

@@ -232,6 +232,15 @@ def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 
     return " ± ".join(format(scale * number, style) for number in (mean, ci95) if number is not None)
 
 
+def format_over_seeds(values: list[float | None]) -> str:
+    """The mean over seeds and, from two on, the smallest and largest; or the number of seeds without a finite value."""
+    if bad := sum(value is None for value in values):
+        return f"not finite in {bad} of {len(values)}"
+    numbers = [f"{value:.2f}" if value < 1000 else f"{value:.0e}" for value in (np.mean(values), *sorted(values))]
+    to = " to " if min(values) < 0 else "–"
+    return numbers[0] if len(values) == 1 else f"{numbers[0]} ({numbers[1]}{to}{numbers[-1]})"
+
+
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]

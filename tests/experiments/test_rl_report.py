@@ -47,6 +47,16 @@ def test_returns_stand_beside_the_published_ones():
     assert rows[0][8:] == ["0.5, 0.1", "0.41", "300", "2 min"]
 
 
+def test_several_seeds_have_a_mean():
+    other = navigation_result(seed=1)
+    for evaluation in other["evaluations"]:
+        evaluation["metrics"]["return"] = metric(-42.0, -10.0, -3.0, -3.0, -2.5)
+    rows = rows_of(rl_report.navigation_table([navigation_result(), other], flags_of))
+    assert [row[0] for row in rows[:5]] == ["MAML"] * 4 + ["MAML, mean of 2 seeds"]
+    assert rows[4][2:5] == ["40 published", "-41.00 (-42.00 to -40.00)", "-10.50 (-11.00 to -10.00)"]
+    assert rows[5][2] == "600 fresh"
+
+
 def test_another_horizon_is_not_compared_with_the_published_one():
     rows = rows_of(rl_report.navigation_table([navigation_result(horizon=50)], flags_of))
     assert not any("published values" in row[0] for row in rows)
