@@ -8,9 +8,10 @@ WORKERS = $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)")
 .PHONY: demo test lint docs bench install playground
 install: $(STAMP)
 
+# Without --no-compile, pip compiles all modules for half a minute. Python compiles those that are imported.
 $(STAMP): requirements.txt setup.cfg pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	touch $(STAMP)
 
 demo: $(STAMP)

@@ -80,12 +80,8 @@ def adapted(
     return network._replace(params=params, vectors=vectors)
 
 
-def translations(network: Network, sentences: Sequence[str], *, beam: int) -> list[str]:
-    """The translations of sentences by beam search.
-
-    Raises:
-      ValueError: if there is no sentence, or one is empty or too long.
-    """
+def check_sentences(network: Network, sentences: Sequence[str]) -> None:
+    """Raises ValueError if there is no sentence, or one is empty or too long for the network."""
     if not sentences or not all(line.strip() for line in sentences):
         raise ValueError(
             '--text holds no words; give one or more sentences, each in quotes: --text "um homem" "um cão"'
@@ -97,6 +93,16 @@ def translations(network: Network, sentences: Sequence[str], *, beam: int) -> li
                 f"the sentence {line[:40]!r}... of --text has {len(tokens)} subwords and the network reads at most "
                 f"{most}; divide it"
             )
+
+
+def translations(network: Network, sentences: Sequence[str], *, beam: int) -> list[str]:
+    """The translations of sentences by beam search.
+
+    Raises:
+      ValueError: if there is no sentence, or one is empty or too long; or if the network has a lexical representation
+        and no vectors of the language.
+    """
+    check_sentences(network, sentences)
     if network.keys is not None and network.vectors is None:
         raise ValueError("a run with --lexical knows a language by its pairs; give some by --pairs")
     nothing = [""] * len(sentences)

@@ -542,9 +542,10 @@ def translate(config: Translate) -> list[str]:
       RunError: if there is no such run.
       ValueError: if there are too few pairs, or a sentence is empty or too long.
     """
+    pairs = None if config.pairs is None else parallel_text.read_pairs(config.pairs)
     settings, network = _load(config.run)
-    if config.pairs is not None:
-        pairs = parallel_text.read_pairs(config.pairs)
+    own_language.check_sentences(network, config.text)  # before the fine-tuning, which takes minutes
+    if pairs is not None:
         how = fine_tuning(settings, settings.finetune_steps)
         network = own_language.adapted(network, *pairs, how, vocabulary=settings.source_subwords, seed=config.seed)
     lines = own_language.translations(network, config.text, beam=settings.beam)

@@ -28,6 +28,10 @@ SLOW_FILES = (
 """Files that take long. They come first, so that no worker starts one when the others have nothing left to do."""
 
 
+MOST_BYTES = 2 * 2**30
+"""What a worker may hold between files."""
+
+
 def pytest_collection_modifyitems(items):
     """Puts the tests of `SLOW_FILES` first, and leaves the order otherwise."""
     places = {name: place for place, name in enumerate(SLOW_FILES)}
@@ -35,10 +39,20 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _no_programs_are_kept():
-    """Frees the compiled programs of a file after its last test. A worker would else grow to several gigabytes."""
+def _few_programs_are_kept():
+    """Frees the compiled programs of a large process after the last test of a file. The next one uses some of them."""
     yield
-    jax.clear_caches()
+    if resident_bytes() > MOST_BYTES:
+        jax.clear_caches()
+
+
+def resident_bytes():
+    """The memory of this process; infinite where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return float("inf")
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture

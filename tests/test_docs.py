@@ -32,7 +32,10 @@ SMALLER = {
         "num_steps=20": "num_steps=5",
         "num_episodes=600": "num_episodes=20",
     },
-    "reinforcement_learning": {"NUM_META_STEPS = 100": "NUM_META_STEPS = 2"},
+    "reinforcement_learning": {
+        "NUM_META_STEPS = 100": "NUM_META_STEPS = 2",
+        '"num_trajectories": 20': '"num_trajectories": 4',
+    },
     "evaluate": {"num_steps=300": "num_steps=20", "num_episodes=600": "num_episodes=100"},
     "choose": {"(0.003, 0.01)": "(0.01,)", "num_steps=100": "num_steps=10", "num_episodes=100": "num_episodes=10"},
 }

@@ -90,7 +90,7 @@ def test_a_network_from_scratch_is_tested_without_training(corpus, tmp_path):
     assert results["protocol"]["pairs_trained"] == 0
 
 
-def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys):
+def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys, monkeypatch):
     config = config_of(corpus, lexical=True, num_meta_steps=2, num_subsets=1, sizes=(4,), run_dir=tmp_path / "run")
     results = translation.run(config)
     # The alignment of a lexical representation needs pairs.
@@ -101,6 +101,8 @@ def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys):
     command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns",), pairs=file)
     assert len(translation.translate(command)) == 1
     assert "fine-tuned on 18 pairs" in capsys.readouterr().out
+    # Mistakes are found before a fine-tuning.
+    monkeypatch.setattr(finetuning, "fine_tune_all", None)
     with pytest.raises(ValueError, match="give some by --pairs"):
         translation.translate(dataclasses.replace(command, pairs=None))
     with pytest.raises(ValueError, match="--text holds no words"):
