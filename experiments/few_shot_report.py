@@ -231,15 +231,24 @@ def cross_domain_section(result: dict) -> str:
     for record in sorted(result["methods"], key=lambda record: record.get("average_rank") or math.inf):
         numbers = [cross_domain.cell_text(record["data_sets"][name]) for name in names]
         rank = record.get("average_rank")
-        rows.append([record["label"], record["training"], *numbers, "" if rank is None else f"{rank:.2f}"])
+        described = [record["label"], record["training"], record["normalisation"]]
+        rows.append([*described, *numbers, "" if rank is None else f"{rank:.2f}"])
     chance = [f"{100 * result['data_sets'][name]['chance']:.1f}" for name in names]
-    table = runs.markdown_table(["", "trained on", *names, "average rank"], [*rows, ["chance", "", *chance, ""]])
+    table = runs.markdown_table(
+        ["", "trained on", "normalisation", *names, "average rank"], [*rows, ["chance", "", "", *chance, ""]]
+    )
     return (
         f"Episodes of {', '.join(map(str, config['ways']))} classes, {config['episodes']} of each data set; "
         f"{result['protocol']['shot']}. Made by `python -m experiments.cross_domain {' '.join(config['learners'])} "
         f"--ways {' '.join(map(str, config['ways']))} --heads {' '.join(config['heads'])} --episodes "
-        f"{config['episodes']}`.\n\n{table}"
+        f"{config['episodes']}`.\n\n{table}\n\n"
+        f"![accuracy on data sets of other kinds](figures/{cross_domain_figure(result)})"
     )
+
+
+def cross_domain_figure(result: dict) -> str:
+    """The file of its figure, by the numbers of classes."""
+    return f"cross_domain_{'_'.join(map(str, result['config']['ways']))}.png"
 
 
 def instance_table(results: list[dict]) -> str:
@@ -320,9 +329,7 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
             "\n\n## Data sets of other kinds\n\nAccuracy in %, with its 95 % interval over the episodes, on data sets "
             "that are new to the learners. They were trained on Omniglot, whose test has new characters. Episodes are "
             "unbalanced: Meta-Dataset's protocol in small. Learners that the paired interval cannot tell apart share a "
-            "rank.\n\n"
-            + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
-            + "\n\n![accuracy on data sets of other kinds](figures/cross_domain.png)"
+            "rank.\n\n" + "\n\n".join(map(cross_domain_section, of["cross_domain"]))
         )
     return (
         "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. The characters "
@@ -364,7 +371,7 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
 def draw(directory: Path, of: Mapping[str, Sequence[dict]]) -> None:
     """Writes the figures of the section."""
     for result in of["cross_domain"]:
-        cross_domain.draw(directory / "cross_domain.png", result)
+        cross_domain.draw(directory / cross_domain_figure(result), result)
     if records := all_methods([result for result in of["omniglot"] if result["meta_steps"] and on_cpu(result)]):
         figures.accuracy_against_time(directory / "omniglot_all.png", records)
     if shown := {result["algorithm"]: result for result in equal_budget(gradient_based(of)) if not result["seed"]}:

@@ -60,7 +60,11 @@ class Config(trials.TrialConfig):
 
 
 METHODS = {
-    "rl2": Config(algorithm="rl2", hyperparameters=trials.RecurrentTraining(hidden_size=128, entropy_weight=0.01))
+    "rl2": Config(
+        algorithm="rl2",
+        hyperparameters=trials.RecurrentTraining(hidden_size=128, entropy_weight=0.01),
+        num_meta_steps=2000,
+    )
 }
 
 

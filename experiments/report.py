@@ -66,7 +66,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
     runs.write_json(file, results)
     picture = run_dir / "figures" / "behaviour.png"
-    picture_name = rl_report.BEHAVIOUR.get((results["experiment"], results["algorithm"]))
+    picture_name = rl_report.BEHAVIOUR.get((results["experiment"], results.get("algorithm")))
     if picture_name and picture.exists() and results["seed"] == 0 and not flags:
         shutil.copy(picture, results_dir.parent / "figures" / picture_name)
     return file

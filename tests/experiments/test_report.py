@@ -259,6 +259,15 @@ def test_a_result_is_named_after_a_path_without_its_folders(tmp_path):
     )
 
 
+def test_a_test_on_other_data_sets_is_added_without_a_method(tmp_path):
+    content = (RESULTS / "cross_domain_ways-5_seed-0.json").read_text()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(content)
+    added = report.add(tmp_path / "run", tmp_path / "results")
+    assert added.name == "cross_domain_ways-5_seed-0.json"
+    assert json.loads(added.read_text()) == json.loads(content)
+
+
 def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
     def result(algorithm, heads=(None,), **settings):
         config = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS[algorithm], **settings))
