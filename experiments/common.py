@@ -259,7 +259,6 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                     state, info = programs[num_steps](state, train_key)
                     info = jax.tree.map(np.asarray, info)
                     elapsed = time.perf_counter() - start
-                signalled = processes.largest(requested[0] if requested else 0)
                 num_calls += 1
             infos = [of_member(info, index) for index in range(len(members))]
             for of_seed, member in zip(infos, members, strict=True):
@@ -280,6 +279,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 log(record)
                 track(record)
             show({name: float(np.mean([record[name] for record in records])) for name in records[0]} | {"step": step})
+            with processes.watchdog(f"the decision to go on after step {step}", PROCESS_TIMEOUT_SECONDS):
+                signalled = processes.largest(requested[0] if requested else 0)
             is_leaving = signalled > 0 and step < config.num_meta_steps
             if step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
                 save()

@@ -263,7 +263,7 @@ def test_a_test_on_other_data_sets_is_added_without_a_method(tmp_path):
     content = (RESULTS / "cross_domain_ways-5_seed-0.json").read_text()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(content)
-    added = report.add(tmp_path / "run", tmp_path / "results")
+    added = report.add(tmp_path / "run", tmp_path)
     assert added.name == "cross_domain_ways-5_seed-0.json"
     assert json.loads(added.read_text()) == json.loads(content)
 
