@@ -223,7 +223,8 @@ def test_reptile_draws_mini_batches_from_a_larger_support_set(drawings, tmp_path
     results = omniglot.run(config)
     assert np.isfinite(results["metrics"]["accuracy"]["mean"]).all()
     learner, params = omniglot.load(tmp_path)
-    assert learner.predict(params, np.zeros((4, 28, 28, 1), np.float32)).shape == (4, 2)
+    task_params, _ = learner.adapt(params, Batch(np.zeros((2, 28, 28, 1), np.float32), np.arange(2)))
+    assert learner.predict(task_params, np.zeros((4, 28, 28, 1), np.float32)).shape == (4, 2)
 
 
 def test_with_seeds_too_a_test_that_cannot_be_is_refused_before_the_training(drawings, tmp_path):
