@@ -32,8 +32,7 @@ class Config:
     """What is classified from which examples."""
 
     learner: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN-OR-FILE")]
-    """The directory of a run of experiments.omniglot or experiments.images, or an .npz file that experiments.export
-    made."""
+    """The directory of a run of experiments.omniglot or images, or a file of experiments.export (.npz)."""
     support: Path
     """The folder of the examples: one folder for each class, each with one or more images."""
     query: Path

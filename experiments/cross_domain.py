@@ -54,8 +54,7 @@ class Config:
 
     experiment: ClassVar[str] = "cross_domain"
     learners: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN-OR-FILE [RUN-OR-FILE ...]")]
-    """Run directories of experiments on images of new classes, such as experiments.omniglot, and files of
-    experiments.export (.npz)."""
+    """Run directories of experiments.omniglot or images, and files of experiments.export (.npz)."""
     data_sets: tuple[packs.Name, ...] = packs.NAMES
     """The data sets. All but Omniglot are read from --packs-dir."""
     ways: tuple[int, ...] = (5, 10, 20)

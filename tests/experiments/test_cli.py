@@ -7,20 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import (
-    bandits,
-    cli,
-    domains,
-    faces,
-    hyperparameters,
-    images,
-    mazes,
-    mdps,
-    navigation,
-    omniglot,
-    sinusoid,
-    translation,
-)
+from experiments import cli, domains, omniglot, sinusoid
+from experiments.commands import EXPERIMENTS
 from maml_jax import CATALOGUE
 
 
@@ -47,19 +35,7 @@ def test_the_method_is_a_subcommand_or_a_flag(arguments):
     assert (config.algorithm, config.way, config.hyperparameters.inner_lr) == ("reptile", 20, 0.5)
 
 
-WITH_METHODS = (
-    bandits,
-    domains,
-    faces,
-    hyperparameters,
-    images,
-    mazes,
-    mdps,
-    navigation,
-    omniglot,
-    sinusoid,
-    translation,
-)
+WITH_METHODS = EXPERIMENTS.values()
 
 
 @pytest.mark.parametrize("module", WITH_METHODS, ids=lambda module: module.__name__)

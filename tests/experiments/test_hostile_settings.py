@@ -11,23 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from experiments import (
-    bandits,
-    cli,
-    domains,
-    faces,
-    images,
-    mazes,
-    mdps,
-    navigation,
-    omniglot,
-    runs,
-    sinusoid,
-    translation,
-)
+from experiments import cli, mazes, omniglot, runs
+from experiments.commands import EXPERIMENTS
 from maml_jax import CATALOGUE
 
-MODULES = (sinusoid, omniglot, images, domains, navigation, bandits, mdps, mazes, faces, translation)
+MODULES = [module for name, module in EXPERIMENTS.items() if name != "hyperparameters"]
 NOT_NUMBERS = ("", "x", "1e", "None ", "0x", "²", "1,5", "[]", "true", "inf inf")
 NOT_IN_RANGE = {
     "meta_batch_size": ("0", "-3"),
