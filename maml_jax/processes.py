@@ -143,7 +143,7 @@ def watchdog(what: str, seconds: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def exit_on_error(seconds: float = 10.0) -> Iterator[None]:
+def exit_on_error(seconds: float = 30.0) -> Iterator[None]:
     """Ends this process when the block raises, so that the other processes do not wait for it.
 
     In a job of several processes it prints the exception, waits up to `seconds` for the other processes to
