@@ -169,7 +169,7 @@ def test_an_error_names_those_that_do_not_come(of_two, monkeypatch):
     monkeypatch.setattr(processes, "_barrier", barrier)
     with pytest.raises(Ended), processes.exit_on_error():
         raise SystemExit(2)
-    assert of_two == [("the end after an error: process 1 is missing after 10 s", 2)]
+    assert of_two == [("the end after an error: process 1 is missing after 30 s", 2)]
 
 
 def test_one_process_waits_for_nobody():
