@@ -29,7 +29,7 @@ GROUPS = {
     "task": (),
     "network": (
         "network", "filters", "features", "pooling", "flatten", "norm_scale", "adapt_norm", "pretrained_run",
-        "head_scale", "width", "depth", "lexical", "vector_size",
+        "start_run", "head_scale", "width", "depth", "lexical", "vector_size",
     ),
     "outer_loop": (
         "meta_batch_size", "num_meta_steps", "outer_optimizer", "outer_lr", "outer_schedule", "outer_lr_end",

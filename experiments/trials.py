@@ -17,8 +17,8 @@ from rich.table import Table
 from experiments import common, figures, runs, seeds
 from experiments.cli import RunConfig, flag, with_defaults
 from experiments.common import Training
-from experiments.runs import stored_config
-from maml_jax import models, parallel, rl
+from experiments.runs import RunError, stored_config
+from maml_jax import checkpoint, models, parallel, rl
 from maml_jax.types import (
     ArrayTree,
     Environment,
@@ -128,6 +128,8 @@ class TrialConfig(RunConfig):
     outer_clip: Annotated[float | None, tyro.conf.Suppress] = None
     max_norm: float = 0.5
     """The Euclidean norm that bounds the meta-gradient."""
+    start_run: Path | None = None
+    """A run of the same experiment, on easier tasks for example, whose selected policy is the start of this one."""
     eval_episodes: int = 20_000
     """Tasks of the test, and at most 2,000 of them in each validation."""
     val_every: int = 100
@@ -229,13 +231,58 @@ def make_policy(problem: Problem, settings: TrialTraining) -> rl.RecurrentPolicy
     return rl.gru_policy(**sizes)
 
 
-def training_of(config: TrialConfig, problem: Problem) -> Training:
-    """What is trained, at settings without gaps; the state with the largest reward of a trial is selected."""
+def start_of(experiment: Experiment, config: TrialConfig) -> ArrayTree | None:
+    """The parameters that `--start-run` has selected; None without it, and for a run that has checkpoints already.
+
+    Args:
+      experiment: of both runs.
+      config: the settings, without gaps.
+
+    Raises:
+      RunError: if there is no such run, or its policy has other parameters.
+    """
+    if config.start_run is None or checkpoint.latest(config.run_dir / "checkpoints") is not None:
+        return None
+    _, start = load(experiment, config.start_run)
+    problem = experiment.problem_of(config)
+    wanted = jax.eval_shape(
+        make_policy(problem, config.hyperparameters).init, jax.random.key(0), jnp.zeros((1, problem.num_inputs))
+    )
+    here, there = (
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree.leaves_with_path(tree)
+        }
+        for tree in (wanted, start)
+    )
+    differing = [
+        f"{name} is {there.get(name)} there and {here.get(name)} here"
+        for name in sorted(here.keys() | there.keys())
+        if there.get(name) != here.get(name)
+    ]
+    if differing:
+        raise RunError(
+            f"the policy of --start-run {config.start_run} has other parameters: {differing[0]}. Give both runs the "
+            "same --hidden-size, --associate and observations"
+        )
+    return start
+
+
+def training_of(config: TrialConfig, problem: Problem, start: ArrayTree | None = None) -> Training:
+    """What is trained, at settings without gaps; the state with the largest reward of a trial is selected.
+
+    Args:
+      config: the settings.
+      problem: what it is trained on.
+      start: the parameters of the start; by default they are drawn.
+    """
     settings = config.hyperparameters
     policy = make_policy(problem, settings)
     learner = rl.rl2(
         policy, clip=settings.clip, value_weight=settings.value_weight, entropy_weight=settings.entropy_weight
     )
+    if start is not None:
+        learner = learner._replace(init=lambda key, inputs: start)
     sampler = rl.make_trial_sampler(
         problem.environment,
         policy,
@@ -325,12 +372,15 @@ def run(experiment: Experiment, config: TrialConfig) -> dict[str, Any]:
     With several seeds it is the content of seeds.json.
     """
     config = with_paper_defaults(experiment, config)
+
+    def to_train(config: TrialConfig) -> Training:
+        return training_of(config, experiment.problem_of(config), start_of(experiment, config))
+
     if config.seeds > 1:
-        return seeds.run_seeds(
-            functools.partial(run, experiment), lambda c: training_of(c, experiment.problem_of(c)), config
-        )
+        return seeds.run_seeds(functools.partial(run, experiment), to_train, config)
+    training = to_train(config)
     with runs.open_run(config.run_dir, config) as run_dir:
-        trained = common.train(run_dir, config, training_of(config, experiment.problem_of(config)))
+        trained = common.train(run_dir, config, training)
         protocol = {
             "episodes": config.eval_episodes,
             "split": "new tasks",

@@ -2,13 +2,15 @@
 
 import dataclasses
 import json
+import sys
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bandit_strategies, bandits, mazes, mdps, published, runs, show, trials
+from experiments import bandit_strategies, bandits, common, mazes, mdps, published, runs, show, trials
 from experiments.cli import parse
 from maml_jax import rl
 
@@ -63,6 +65,34 @@ def test_a_run_is_tested_and_can_be_used(finished):
     distribution, value = learner.predict({"params": params, "carry": start}, inputs)
     assert distribution.logits.shape == (3, problem.num_actions)
     assert value.shape == (3,)
+
+
+def test_a_run_may_start_from_another(finished, tmp_path, monkeypatch):
+    module, config, _ = finished
+    _, params, _ = runs.load(config.run_dir)
+    started = []
+    monkeypatch.setattr(common, "train", lambda run_dir, config, training: started.append(training) or sys.exit())
+    with pytest.raises(SystemExit):
+        module.run(dataclasses.replace(config, start_run=config.run_dir, run_dir=tmp_path, seed=1))
+    (training,) = started
+    chex.assert_trees_all_equal(training.learner.init(jax.random.key(2), training.inputs), params)
+    # A run that has checkpoints goes on from them, and needs the other no more.
+    again = dataclasses.replace(config, start_run=tmp_path / "deleted")
+    assert trials.start_of(module.EXPERIMENT, again) is None
+
+
+def test_a_start_that_does_not_fit_is_refused(finished, tmp_path):
+    module, config, _ = finished
+    if config.algorithm != "rl2":
+        return
+    wider = dataclasses.replace(config.hyperparameters, hidden_size=7)
+    with pytest.raises(runs.RunError, match=r"gru/hn/bias is \(6,\) there and \(7,\) here"):
+        module.run(
+            dataclasses.replace(config, hyperparameters=wider, start_run=config.run_dir, run_dir=tmp_path / "run")
+        )
+    with pytest.raises(runs.RunError, match="nothing"):
+        module.run(dataclasses.replace(config, start_run=tmp_path / "nothing", run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_strategies_are_beside_the_policy(finished):
