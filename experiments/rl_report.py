@@ -138,6 +138,8 @@ def mazes_table(results: Results) -> str:
     for result in results:
         config, larger = result["config"], result.get("larger")
         name = f"{config['size']} x {config['size']}, view {config['view']}"
+        if start := config.get("start_run"):
+            name += f", started from {Path(start).name}"
         tested = {name: result} | ({f"{name}, tested in {larger['size']} x {larger['size']}": larger} if larger else {})
         for label, found in tested.items():
             for how, way in {"drawn": "draws", "most probable": "most_probable"}.items():

@@ -133,7 +133,10 @@ def test_walks_stand_beside_the_published_ones():
     assert rows[0][4:6] == ["0.50", "99.0 / 100.0"]
     assert rows[2][2:5] == ["80.00 ± 0.50", "60.00 ± 0.50", "0.75"]
     assert rows[4][2:7] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
-    assert len(rows_of(rl_report.mazes_table([result]))) == 4
+    result["config"]["start_run"] = "runs/smaller"
+    rows = rows_of(rl_report.mazes_table([result]))
+    assert len(rows) == 4
+    assert rows[0][0] == "5 x 5, view 3, started from smaller"
 
 
 def test_only_what_there_is_has_a_section(tmp_path):
