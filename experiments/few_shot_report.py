@@ -1,9 +1,10 @@
 """The part of the report on few-shot classification: Omniglot, photographs and data of other kinds."""
 
+import dataclasses
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import cross_domain, figures, images, omniglot, published, runs
@@ -13,9 +14,15 @@ from maml_jax import CATALOGUE
 METHOD_COSTS = Path(__file__).parents[1] / "benchmarks" / "results" / "methods.json"
 
 
-def training_time(result: dict, minutes: float) -> str:
-    """Minutes as a cell, with the device if it is no CPU."""
-    return f"{minutes:.0f} min" + ("" if on_cpu(result) else f", {result['device']}")
+def training_time(result: dict, *minutes: float) -> str:
+    """Minutes of one or several trainings as a cell, with the device if it is no CPU."""
+    return f"{joined(minutes, '.0f')} min" + ("" if on_cpu(result) else f", {result['device']}")
+
+
+def joined(values: Iterable[float | None], style: str) -> str:
+    """Numbers as a cell; one of them if all look alike, and nothing for None."""
+    shown = list(dict.fromkeys("" if value is None else format(value, style) for value in values))
+    return " / ".join(filter(None, shown))
 
 
 def on_cpu(result: dict) -> bool:
@@ -129,7 +136,7 @@ def all_methods(results: list[dict]) -> list[dict]:
 
     Returns:
       Records with "name", "first" (one of the results), "accuracy" (by (way, shot), means and intervals by seed),
-      "published" (by (way, shot)) and "minutes".
+      "published" and "minutes" (by (way, shot)), and "trainings" (the results of each training, seeds together).
     """
     groups = defaultdict(list)
     for result in results:
@@ -142,18 +149,29 @@ def all_methods(results: list[dict]) -> list[dict]:
     records = []
     for (algorithm, head, trained, flags, _), group in groups.items():
         first, accuracy, paper = group[0][0], defaultdict(list), {}
+        trainings, minutes = defaultdict(list), defaultdict(list)
         for result, evaluation in group:
             setting = evaluation["way"], evaluation["shot"]
+            trainings[result["config"]["way"], result["config"]["shot"]].append(result)
+            minutes[setting].append(result["seconds"]["train"] / 60)
             mean, ci95 = (evaluation["metrics"]["accuracy"][name][-1] for name in ("mean", "ci95"))
             accuracy[setting].append((mean, ci95))
             of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
             number = published.OMNIGLOT.get((of_head, result["config"]["network"], *setting))
             if number and not departures(result):
                 paper[setting] = number
-        minutes = statistics.fmean(result["seconds"]["train"] for result, _ in group) / 60
         parts = [head, f"trained {trained}" if trained else "", *(f"`{flag}`" for flag in flags)]
         name = ", ".join([figures.title(algorithm), *filter(None, parts)])
-        records.append({"name": name, "first": first, "accuracy": accuracy, "published": paper, "minutes": minutes})
+        records.append(
+            {
+                "name": name,
+                "first": first,
+                "accuracy": accuracy,
+                "published": paper,
+                "minutes": {setting: statistics.fmean(of_seeds) for setting, of_seeds in minutes.items()},
+                "trainings": [trainings[setting] for setting in sorted(trainings)],
+            }
+        )
     names = list(omniglot.METHODS)
     return sorted(records, key=lambda r: (names.index(r["first"]["algorithm"]), r["name"], r["first"]["meta_steps"]))
 
@@ -162,7 +180,9 @@ def all_methods_table(results: list[dict]) -> str:
     """One row a training and head: accuracy in every setting with its interval, beside the published numbers."""
     rows = []
     for record in all_methods(results):
-        first, accuracy = record["first"], record["accuracy"]
+        first, accuracy, trainings = record["first"], record["accuracy"], record["trainings"]
+        seconds = [statistics.fmean(result["seconds"]["train"] for result in of_seeds) for of_seeds in trainings]
+        flops = [of_seeds[0].get("execution", {}).get("flops") for of_seeds in trainings]
         cells = [
             ", ".join(runs.format_mean(mean, ci95, scale=100, digits=1) for mean, ci95 in accuracy.get(setting, []))
             for setting in omniglot.SETTINGS
@@ -176,10 +196,10 @@ def all_methods_table(results: list[dict]) -> str:
                 " / ".join(papers) if record["published"] else "",
                 protocol.get("split_by", "character"),
                 "transductive" if protocol["normalisation"] == "transductive" else "inductive",
-                f"{first['meta_steps']:,} of {omniglot.METHODS[first['algorithm']].num_meta_steps:,}",
-                f"{1000 * first['seconds']['train'] / first['meta_steps']:.0f}",
-                f"{flops / 1e9:.1f}" if (flops := first.get("execution", {}).get("flops")) else "",
-                training_time(first, record["minutes"]),
+                f"{first['meta_steps']:,} of {published_steps(first):,}",
+                joined((1000 * of_training / first["meta_steps"] for of_training in seconds), ".0f"),
+                joined((count and count / 1e9 for count in flops), ".1f"),
+                training_time(first, *(of_training / 60 for of_training in seconds)),
             ]
         )
     settings = [f"{way}-way {shot}-shot" for way, shot in omniglot.SETTINGS]
@@ -279,7 +299,13 @@ def departures(results: dict) -> list[str]:
 
 def as_published(results: dict) -> bool:
     """Whether a run had the paper's settings and its number of meta-steps."""
-    return not departures(results) and results["meta_steps"] == omniglot.METHODS[results["algorithm"]].num_meta_steps
+    return not departures(results) and results["meta_steps"] == published_steps(results)
+
+
+def published_steps(results: dict) -> int:
+    """The meta-steps of the paper, for a result on Omniglot."""
+    of_paper = dataclasses.replace(omniglot.METHODS[results["algorithm"]], way=results["config"]["way"])
+    return omniglot.with_paper_defaults(of_paper).num_meta_steps
 
 
 def has_smaller_budget(results: dict) -> bool:

@@ -156,7 +156,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
                 style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
-                drawn[label] = axes.errorbar(record["minutes"], mean, ci95, capsize=3, **style)
+                drawn[label] = axes.errorbar(record["minutes"][setting], mean, ci95, capsize=3, **style)
             axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log")
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
             axes.grid(alpha=0.3)

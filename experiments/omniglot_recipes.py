@@ -19,6 +19,9 @@ class Config(ClassificationConfig):
 
     query_shot: int | None = None
     """Query examples per class; by default as many as --shot, as in the paper."""
+    num_meta_steps: int | None = 60_000
+    """Outer updates, by default those of the paper. A run with a constant rate may be continued with a larger
+    number."""
     meta_batch_size: int | None = None
     """Episodes per meta-step; by default the paper's, 32, or 16 with more than 5 classes."""
     eval_inner_steps: int | None = None
@@ -51,7 +54,7 @@ METHODS["reptile"] = dataclasses.replace(
     METHODS["reptile"],
     train_shot=10,
     meta_batch_size=5,
-    num_meta_steps=100_000,
+    num_meta_steps=None,
     outer_optimizer="sgd",
     outer_lr=1.0,
     outer_schedule="linear",
@@ -61,6 +64,7 @@ METHODS["reptile"] = dataclasses.replace(
     flatten=True,
     rotated_classes=True,
 )
+# The paper describes the network of MAML, with stride 2; the authors' settings have pooling in its place.
 METHODS["maml++"] = dataclasses.replace(
     METHODS["maml++"],
     meta_batch_size=8,
@@ -169,6 +173,12 @@ def about() -> dict[str, str]:
 def with_paper_defaults(config: Config) -> Config:
     """Fills in what was left to the paper's settings, which depend on the number of classes."""
     many = config.way > 5
+    of_reptile = {
+        "num_meta_steps": 200_000 if many else 100_000,
+        "inner_lr": 5e-4 if many else 1e-3,
+        "batch_size": 20 if many else 10,
+        "num_inner_steps": 10 if many else 5,
+    }
     num_characters = len(omniglot.splits(config.split_by)["train"])
     return with_defaults(
         config,
@@ -177,9 +187,10 @@ def with_paper_defaults(config: Config) -> Config:
             "train_shot": config.shot,
             "query_shot": config.shot,
             "meta_batch_size": 16 if many else 32,
-            "num_inner_steps": (10 if many else 5) if config.algorithm == "reptile" else (5 if many else 1),
+            "num_inner_steps": 5 if many else 1,
             "eval_inner_steps": 5 if many else 3,
             "num_classes": num_characters * (4 if config.rotated_classes else 1),
             "run_dir": Path(f"runs/omniglot-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
-        },
+        }
+        | (of_reptile if config.algorithm == "reptile" else {}),
     )

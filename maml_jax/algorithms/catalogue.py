@@ -198,7 +198,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             {
                 "sinusoid": ReptileDescent(inner_lr=5e-3, num_inner_steps=10),
                 "omniglot": ReptileDescent(
-                    inner_lr=1e-3, num_inner_steps=None, inner_optimizer="adam", batch_size=10, carry_state=True
+                    inner_lr=None, num_inner_steps=None, inner_optimizer="adam", batch_size=None, carry_state=True
                 ),
                 "images": ReptileDescent(
                     inner_lr=1e-3, num_inner_steps=8, inner_optimizer="adam", batch_size=10, carry_state=True

@@ -180,7 +180,8 @@ def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_step
 def switch_at(boundary: int, step: jax.Array, before: MetaLearner, after: MetaLearner) -> MetaLearner:
     """One learner until a meta-step and another from then on, in one compiled program.
 
-    Only the objective of the present one is computed. Both must have the same meta-parameters and the same info.
+    Only the objective of the present one is computed, unless the step is vmapped, as with several seeds in one program:
+    then both are, and one is kept. Both must have the same meta-parameters and the same info.
     Derivative-order annealing switches from `first_order` to an exact inner gradient.
 
     Args:
@@ -246,7 +247,8 @@ class MAMLPlusPlus(LearnedRates):
     num_multi_step: int = 5000
     """Meta-steps over which the losses before the last inner step lose their weight; 0 for the last loss alone."""
     num_first_order: int = 0
-    """First meta-steps that are first order (derivative-order annealing)."""
+    """First meta-steps that are first order (derivative-order annealing): 50 epochs of 500 in the paper, none in the
+    authors' settings for Omniglot."""
     per_step_norm: bool = True
     """Whether each inner step has scales and offsets of the normalisation of its own."""
 

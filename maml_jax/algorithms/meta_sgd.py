@@ -20,7 +20,7 @@ def meta_sgd(
     loss_fn: LossFn,
     query_loss_fn: LossFn | None = None,
     *,
-    inner_lr: float,
+    inner_lr: float | tuple[float, float],
     num_inner_steps: int = 1,
     where: Callable[[str], bool] | None = None,
     inner_grad: InnerGradFn = mixed_mode,
@@ -30,13 +30,13 @@ def meta_sgd(
     """Builds Meta-SGD: min_{θ, α} E[L_Q(φ_K)] with φ_0 = θ and φ_{k+1} = φ_k − α ∘ ∇L_S(φ_k).
 
     The rates α have the shape of the parameters and may change their sign. With equal rates that are not learned it
-    is MAML. The paper takes one step and draws the initial rates uniformly from [0.005, 0.1]; here all start equal.
+    is MAML. The paper takes one step and draws the initial rates uniformly from [0.005, 0.1].
 
     Args:
       model: the network.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
       query_loss_fn: the same for the query set; by default `loss_fn`.
-      inner_lr: the initial value of all rates.
+      inner_lr: the initial value of all rates, or (low, high) to draw each rate uniformly between them.
       num_inner_steps: K ≥ 0.
       where: `(name) -> bool`, the parameters that adapt and have rates; by default all.
       inner_grad: how the inner gradient is differentiated. With `first_order` the rates still learn.
@@ -47,16 +47,27 @@ def meta_sgd(
       A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}; α is None where a parameter does not adapt.
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, or a count no integer in its range.
+      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0 nor two in rising order, or a count no
+        integer in its range.
 
     References:
       Li et al., 2017, equations 2 and 3.
     """
-    check_not_negative("inner_lr", inner_lr)
+    low, high = inner_lr if isinstance(inner_lr, tuple) else (inner_lr, inner_lr)
+    for rate in (low, high):
+        check_not_negative("inner_lr", rate)
+    if low > high:
+        raise ValueError(f"inner_lr={inner_lr} must be one rate, or the smallest and the largest one")
 
     def init(key, inputs):
         params = model.init(key, inputs)
-        return {"params": params, "rates": jax.tree.map(lambda x: jnp.full_like(x, inner_lr), select(params, where)[0])}
+        rates = jax.tree.map(lambda x: jnp.full_like(x, low), select(params, where)[0])
+        if low < high:
+            leaves, tree = jax.tree.flatten(rates)
+            keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+            drawn = (jax.random.uniform(k, x.shape, x.dtype, low, high) for k, x in zip(keys, leaves, strict=True))
+            rates = tree.unflatten(drawn)
+        return {"params": params, "rates": rates}
 
     return gradient_based(
         model,

@@ -149,15 +149,22 @@ def replace_inner_state(optimizer: optax.GradientTransformation) -> optax.Gradie
 class ReptileDescent(InnerDescent):
     """Hyperparameters of the inner loop of Reptile."""
 
+    inner_lr: float | None = 0.01
+    """Rate of the inner optimiser, for a loss that is a mean over the batch; None for the published one, if it depends
+    on the task."""
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
     """Inner optimiser; "adam" is without momentum (beta1 = 0), as in the paper."""
     batch_size: int | None = None
-    """Examples of an inner step, drawn from the support set; None for all of them."""
+    """Examples of an inner step, drawn from the support set; None for the published number, if it depends on the task,
+    else for all of them."""
     carry_state: bool = False
     """Whether the state of the inner optimiser is carried from task to task."""
 
     def __post_init__(self):
         """Raises ValueError for a wrong rate, count or name."""
+        if self.inner_lr is None:
+            dataclasses.replace(self, inner_lr=1.0)  # checks the others
+            return
         super().__post_init__()
         if self.inner_optimizer not in ("sgd", "adam"):
             raise ValueError(f'inner_optimizer must be "sgd" or "adam", got {self.inner_optimizer!r}')

@@ -1,5 +1,6 @@
 """Hyperparameters learned through a training run: the run by hand, and its derivative."""
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,10 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from maml_jax import Batch, Episode, hypergradient, losses, models
+from maml_jax import Batch, Episode, hypergradient, init_meta_state, losses, make_train_loop, models
 from maml_jax.algorithms.hypergradient import Hyperparameters, default_segments, training_run
 from maml_jax.inner.steps import mini_batches
+from maml_jax.parallel import task_mesh
 
 STEPS, LAYERS = 6, ("dense_0", "dense_1")
 
@@ -55,6 +57,34 @@ def test_hypergradient_agrees_with_finite_differences(problem):
     check_grads(query_loss(problem, num_segments=3), (problem[-1],), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
     _, gradient = gradient_of(problem, num_segments=3)
     assert all(np.all(np.abs(leaf) > 0) for leaf in jax.tree.leaves(gradient))
+
+
+def test_one_device_and_two_take_the_same_path():
+    model = models.mlp(features=(4, 3))
+
+    def initial(names):
+        rates = {name: jnp.full(STEPS, -1.0) for name in names}
+        return Hyperparameters(rates, jnp.zeros(STEPS), {name: jnp.float32(-3.0) for name in names})
+
+    def sample(key):
+        data_key, label_key, run_key = jax.random.split(key, 3)
+        inputs, targets = jax.random.normal(data_key, (12, 5)), jax.random.randint(label_key, (12,), 0, 3)
+        data = Batch(inputs, targets)
+        return Episode(jax.tree.map(lambda x: x[:8], data), jax.tree.map(lambda x: x[8:], data), run_key)
+
+    learner = hypergradient(
+        model, losses.cross_entropy, initial=initial, num_inner_steps=STEPS, batch_size=4, num_segments=2
+    )
+    optimizer, found = optax.adam(0.1), []
+    for mesh in (None, task_mesh(jax.devices()[:2])):
+        loop = make_train_loop(learner, optimizer, sample, meta_batch_size=4, num_steps=3, mesh=mesh)
+        state = init_meta_state(learner, optimizer, jax.random.key(0), jnp.zeros((1, 5)))
+        found.append(jax.device_get(loop(state, jax.random.key(1))))
+    chex.assert_trees_all_close(*found, rtol=1e-4, atol=1e-5)
+    assert all(
+        np.all(np.abs(leaf - start) > 1e-3)
+        for leaf, start in zip(jax.tree.leaves(found[0][0].params), jax.tree.leaves(initial(LAYERS)), strict=True)
+    )
 
 
 def test_segments_and_mixed_mode_change_nothing_but_memory(problem):

@@ -44,6 +44,21 @@ def test_finite_differences(x64):
     check_grads(lambda p: learner.objective(p, episode)[0], (meta_params,), order=1, modes=["fwd", "rev"])
 
 
+def test_rates_are_drawn_from_an_interval():
+    model = linear_model._replace(init=lambda key, inputs: {name: jnp.zeros(500) for name in ("a", "b", "still")})
+    learner = meta_sgd(model, half_mse, inner_lr=(0.005, 0.1), where=lambda name: name != "still")
+    rates = learner.init(jax.random.key(0), jnp.zeros((1, 4)))["rates"]
+    assert rates["still"] is None
+    for drawn in (rates["a"], rates["b"]):
+        assert 0.005 <= drawn.min() < 0.007
+        assert 0.098 < drawn.max() <= 0.1
+        assert jnp.abs(drawn.mean() - 0.0525) < 0.005
+    assert abs(jnp.corrcoef(rates["a"], rates["b"])[0, 1]) < 0.2
+    for wrong in ((0.1, 0.005), (-0.1, 0.1)):
+        with pytest.raises(ValueError, match="inner_lr="):
+            meta_sgd(model, half_mse, inner_lr=wrong)
+
+
 def test_parameters_that_do_not_adapt_have_no_rate():
     model = linear_model._replace(
         init=lambda key, inputs: {"w": jnp.ones(inputs.shape[1:]), "bias": jnp.zeros(())},

@@ -219,7 +219,7 @@ def test_other_data_are_not_a_reason_to_resume(finished, monkeypatch):
 
 def test_reptile_draws_mini_batches_from_a_larger_support_set(drawings, tmp_path):
     config = dataclasses.replace(omniglot.METHODS["reptile"], run_dir=tmp_path, **TINY | {"way": 2, "shot": 6})
-    assert config.hyperparameters.batch_size < 12
+    assert omniglot.with_paper_defaults(config).hyperparameters.batch_size < config.train_shot * config.way
     results = omniglot.run(config)
     assert np.isfinite(results["metrics"]["accuracy"]["mean"]).all()
     learner, params = omniglot.load(tmp_path)
@@ -251,6 +251,14 @@ def test_defaults_are_those_of_the_paper():
     assert (five.hyperparameters.num_inner_steps, twenty.hyperparameters.num_inner_steps) == (1, 5)
     assert five.hyperparameters.inner_lr == pytest.approx(0.4 * 5)
     assert twenty.hyperparameters.inner_lr == pytest.approx(0.1 * 20)
+    names = ("inner_lr", "num_inner_steps", "batch_size")
+    for way, steps, of_paper in ((5, 100_000, [1e-3, 5, 10]), (20, 200_000, [5e-4, 10, 20])):
+        reptile = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS["reptile"], way=way))
+        assert reptile.num_meta_steps == steps
+        assert [getattr(reptile.hyperparameters, name) for name in names] == of_paper
+        chosen = dataclasses.replace(reptile.hyperparameters, inner_lr=1e-3, batch_size=10)
+        chosen = dataclasses.replace(reptile, hyperparameters=chosen, num_meta_steps=7)
+        assert omniglot.with_paper_defaults(chosen) == chosen
 
 
 @pytest.mark.parametrize(

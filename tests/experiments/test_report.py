@@ -304,6 +304,16 @@ def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
     for row, steps in zip(rows, (f"1,000 of {number}" for number in full), strict=True):
         assert row[1:5] == ["5.0 ± 0.2", "5.0 ± 0.2", "20.0 ± 0.2", "20.0 ± 0.2"]
         assert row[6:] == ["alphabet", "transductive", steps, "60", "2.5", "1 min"]
+    # One row for the trainings of a method that has one for every setting, each with its own costs.
+    maml = [
+        result("maml") | {"evaluations": [{"way": 5, "shot": 1, "metrics": results[0]["metrics"]}]},
+        result("maml", shot=5)
+        | {"evaluations": [{"way": 5, "shot": 5, "metrics": results[0]["metrics"]}], "seconds": {"train": 180.0}},
+    ]
+    (record,) = few_shot_report.all_methods(maml)
+    assert record["minutes"] == {(5, 1): 1.0, (5, 5): 3.0}
+    (line,) = few_shot_report.all_methods_table(maml).splitlines()[2:]
+    assert [cell.strip() for cell in line.split("|")[-4:-1]] == ["60 / 180", "2.5", "1 / 3 min"]
     # Published numbers stand beside the head that they are of.
     assert [row[5] for row in rows] == ["98.8 / 99.7 / 96.0 / 98.9"] * 2 + ["", "80.0 / 95.0 / 69.5 / 89.1"]
 
