@@ -307,7 +307,8 @@ def with_statistics(data: DataSet, config: Any) -> Callable[[ArrayTree], ArrayTr
         return lambda params: params
     embeds = CATALOGUE[config.algorithm].classifies
     network = make_network(config, None if embeds else config.way, population=True)
-    sample = few_shot.make_batch_sampler(
+    source = streaming if getattr(config, "stream", False) else few_shot
+    sample = source.make_batch_sampler(
         data.examples(config, "train"), batch_size=1000, rotated_classes=any(data.turned(config, "train").values())
     )
     images = sample(runs.streams(config.seed).tune).support.inputs

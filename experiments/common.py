@@ -201,7 +201,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
     step = int(states[0].step)
     if 0 < step < config.num_meta_steps:
-        console.print(f"resuming {members[0].run_dir if is_alone else members[0].run_dir.parent} from step {step}")
+        resumed = members[0].run_dir if is_alone else members[0].run_dir.parent
+        console.print(f"resuming {resumed} from step {step}", markup=False)
     seconds = {"compile": 0.0, "train": float(saved[0]["train_seconds"])}
 
     def of_member(tree: ArrayTree, index: int) -> ArrayTree:
@@ -281,12 +282,13 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             show({name: float(np.mean([record[name] for record in records])) for name in records[0]} | {"step": step})
             with processes.watchdog(f"the decision to go on after step {step}", PROCESS_TIMEOUT_SECONDS):
                 signalled = processes.largest(requested[0] if requested else 0)
-            is_leaving = signalled > 0 and step < config.num_meta_steps
+            is_leaving = signalled > 0
             if step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
                 save()
                 saved_at = time.monotonic()
             if is_leaving:
-                console.print(f"stopped after step {step}; the same command resumes from there")
+                goes_on = "resumes from there" if step < config.num_meta_steps else "does the test"
+                console.print(f"stopped after step {step}; the same command {goes_on}")
                 raise SystemExit(128 + signalled)
     first = of_member(state, 0)
     if programs:  # what was trained by another call had devices of its own
@@ -301,7 +303,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     for index, member in enumerate(members):
         if is_skipped:
             num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
-            console.print(f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}")
+            text = f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}"
+            console.print(text, markup=False)
         trained.append(Trained(selected(best[index]), int(best[index]["step"][0]), dict(seconds), dict(execution)))
     return trained
 
@@ -375,7 +378,7 @@ def load_states(directories: Sequence[Path], states: Sequence[MetaState], num_be
     found = [checkpoint.restore_latest(*pair) for pair in zip(directories, starts, strict=True)]
     for directory, one in zip(directories, found, strict=True):
         if one is not None and one.damaged:
-            console.print(f"checkpoints {list(one.damaged)} in {directory} are damaged and left out")
+            console.print(f"checkpoints {list(one.damaged)} in {directory} are damaged and left out", markup=False)
     if None in found:
         return starts
     step = min(one.step for one in found)

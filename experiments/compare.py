@@ -196,14 +196,13 @@ def open_run(run_dir: Path, name: str | None = None) -> Run:
     """
     module = runs.experiment_of(run_dir)
     config = module.with_paper_defaults(runs.stored_config(module.METHODS, run_dir))
-    results = run_dir / "results.json"
     return Run(
         name or run_dir.name,
         run_dir,
         module.__name__.rpartition(".")[2],
         config,
         getattr(module, "DATA", None),
-        runs.read_json(results) if results.is_file() else None,
+        runs.read_results(run_dir),
     )
 
 

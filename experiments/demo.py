@@ -55,7 +55,7 @@ def run(config: Config) -> dict[str, dict]:
     for name, (draw, content) in drawn.items():
         draw(config.run_dir / "figures" / name, content)
     show(results)
-    console.print(f"{time.perf_counter() - start:.0f} seconds; figures: {config.run_dir / 'figures'}")
+    console.print(f"{time.perf_counter() - start:.0f} seconds; figures: {config.run_dir / 'figures'}", markup=False)
     return results
 
 

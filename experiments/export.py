@@ -45,7 +45,7 @@ def run(config: Config) -> Path:
             "it goes on where it was"
         )
     save_learner(config.file, params_of_run(config.run_dir), learner_config, overwrite=config.overwrite)
-    console.print(f"{config.file}: {config.file.stat().st_size / 1e3:.0f} kB, {learner_config.made_by}")
+    console.print(f"{config.file}: {config.file.stat().st_size / 1e3:.0f} kB, {learner_config.made_by}", markup=False)
     return config.file
 
 

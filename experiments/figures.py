@@ -117,7 +117,7 @@ def accuracy(file: Path, results: dict[str, dict], work: Mapping[str, float]) ->
       results: by algorithm, the content of its results.json.
       work: the time of training by algorithm, in tasks of FOMAML; those of others are not drawn.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for index, (algorithm, result) in enumerate(results.items()):
         mean, ci = (100 * np.asarray(result["metrics"]["accuracy"][name], float) for name in ("mean", "ci95"))
         marker = MARKERS[index % len(MARKERS)]
@@ -126,7 +126,6 @@ def accuracy(file: Path, results: dict[str, dict], work: Mapping[str, float]) ->
         if algorithm in work:
             place = work[algorithm] / 1000, mean[-1]
             right.errorbar(*place, ci[-1], fmt=marker, color=line.get_color(), capsize=3)
-            right.annotate(title(algorithm), place, xytext=(7, 3), textcoords="offset points", fontsize=8)
     left.set(xlabel="inner steps at test", ylabel="test accuracy, %")
     right.set(xlabel="time of training, in thousands of FOMAML's tasks", ylabel="test accuracy after the last step, %")
     right.set_xscale("log")
@@ -136,7 +135,7 @@ def accuracy(file: Path, results: dict[str, dict], work: Mapping[str, float]) ->
     right.margins(x=0.25)
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    left.legend(fontsize=8)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside right center", fontsize=9)
     save(figure, file)
 
 
@@ -172,12 +171,13 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     Args:
       file: the figure to write.
       logs: by label, the records of metrics.jsonl of each seed. Of several seeds the mean and its 95 % interval are
-        drawn.
+        drawn; on a logarithmic axis, those of the logarithms.
     """
     is_validated = any("val" in record for seeds in logs.values() for record in seeds[0])
     size = (11 if is_validated else 6.5, 4.6)
     figure, row = plt.subplots(1, 1 + is_validated, figsize=size, squeeze=False, sharex=True, layout="constrained")
-    lines, smallest = {}, math.inf
+    losses = [record["loss"] for seeds in logs.values() for of_seed in seeds for record in of_seed if "loss" in record]
+    is_log, lines = 0 < min((loss for loss in losses if loss is not None), default=0.0) < math.inf, {}
     for index, (label, seeds) in enumerate(logs.items()):
         style = {
             "color": f"C{index % 10}",
@@ -190,14 +190,14 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
             shown = [[(record["step"], record[name]) for record in of_seed if name in record] for of_seed in seeds]
             steps = [step for step, _ in shown[0]]
             values = np.array([[value for _, value in of_seed] for of_seed in shown], float)  # NaN for null
-            (lines[text],) = axes.plot(steps, values.mean(0), markevery=max(1, len(steps) // 12), **style)
+            onto, back = (np.log, np.exp) if name == "loss" and is_log else (np.asarray, np.asarray)
+            shown = back(onto(values).mean(0))
+            (lines[text],) = axes.plot(steps, shown, markevery=max(1, len(steps) // 12), **style)
             if len(seeds) > 1 and steps:
-                mean, half = (np.array(part) for part in mean_and_interval(values).values())
-                axes.fill_between(steps, mean - half, mean + half, alpha=0.2, color=style["color"])
-            if name == "loss" and values.size:
-                smallest = min(smallest, np.nanmin(values, initial=math.inf))
+                mean, half = (np.array(part) for part in mean_and_interval(onto(values)).values())
+                axes.fill_between(steps, back(mean - half), back(mean + half), alpha=0.2, color=style["color"])
     row[0][0].set_title("training objective; methods may have different ones", fontsize=10)
-    if 0 < smallest < math.inf:
+    if is_log:
         row[0][0].set_yscale("log")
         row[0][0].yaxis.set_major_formatter("{x:g}")
         row[0][0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
@@ -206,7 +206,8 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     for axes in row[0]:
         axes.set_xlabel("meta-steps")
         axes.grid(alpha=0.3)
-    figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(3, len(lines)), frameon=False)
+    columns = min(3 if is_validated else 2, len(lines))
+    figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False)
     save(figure, file)
 
 

@@ -50,10 +50,9 @@ def add(run_dir: Path, results_dir: Path) -> Path:
       RunError: if the directory holds no run, or several seeds.
       ValueError: if other results have that name.
     """
-    if not (run_dir / "results.json").exists():
+    if (results := runs.finite(runs.read_results(run_dir))) is None:
         runs.check_is_run(run_dir)
         raise FileNotFoundError(f"{run_dir} has no results.json; finish it, by the command that began it")
-    results = runs.finite(runs.read_json(run_dir / "results.json"))
     if results["experiment"] == "cross_domain":
         flags = []
         ways = "-".join(map(str, results["config"]["ways"]))
@@ -224,7 +223,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
-        "of the median over tasks. A method with one seed has no range, so small differences to it mean nothing. iMAML "
+        "of the median over tasks. iMAML "
         "is not here, because conjugate gradients need a curvature that is not far below zero; MAML++ neither, because "
         "an outer rate of 0.001 is as large as the inner rates that it would learn.\n\n"
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -121,6 +121,22 @@ def read_record(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """The content of results.json of a run; None if there is none.
+
+    Raises:
+      RunError: if it is damaged.
+    """
+    file = run_dir / "results.json"
+    if not file.is_file():
+        return None
+    found = read_record(file)
+    wanted = {"experiment": str, "config": dict, "seed": int}
+    if lacking := [name for name, kind in wanted.items() if not isinstance(found.get(name), kind)]:
+        raise RunError(f"{file} is damaged: it lacks {', '.join(lacking)}; delete it and repeat the command of the run")
+    return found
+
+
 def finite(content: Any) -> Any:
     """Replaces NaN and ±inf by None, because JSON cannot represent them."""
     if isinstance(content, dict):
@@ -212,6 +228,10 @@ def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
         raise RunError(f"{file} belongs to another experiment")
     config = configs[str(stored["algorithm"])]
     try:
+        for record in (config, config.hyperparameters):
+            for name, hint in get_type_hints(type(record)).items():
+                if get_origin(hint) is Literal and name in stored and stored[name] not in get_args(hint):
+                    raise ValueError(f"{name} {stored[name]!r} is none of {', '.join(map(str, get_args(hint)))}")
         hyperparameters = replace_known(config.hyperparameters, **stored)
         return replace_known(config, **stored | {"run_dir": run_dir, "hyperparameters": hyperparameters})
     except (TypeError, ValueError) as error:
@@ -279,11 +299,16 @@ def read_npz(file: Path, names: Sequence[str], optional: Sequence[str] = ()) -> 
 
 
 def read_log(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl, without a line that is just being written; none if there is no file."""
+    """The records of metrics.jsonl, without lines that are no record of a step; none if there is no file.
+
+    Such a line is being written, or was when the process was killed.
+    """
     file, records = run_dir / "metrics.jsonl", []
-    for line in file.read_text().splitlines() if file.is_file() else []:
+    for line in file.read_text(errors="replace").splitlines() if file.is_file() else []:
         with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                records.append(record)
     return records
 
 
@@ -350,7 +375,7 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
                 f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
                 for name in sorted((found.keys() | wanted.keys()) - set(IRRELEVANT))
                 if found.get(name) != wanted.get(name)
-                and not (name in extendable and name in found and found[name] < wanted[name])
+                and not (name in extendable and isinstance(found.get(name), int) and found[name] < wanted[name])
             ]
             if differing:
                 raise RunError(
@@ -383,10 +408,15 @@ def metrics_log(run_dir: Path, step: int) -> Iterator[Callable[[dict], None]]:
     file = run_dir / "metrics.jsonl"
     kept = [json.dumps(record) + "\n" for record in read_log(run_dir) if record["step"] <= step]
     partial = file.with_name(file.name + ".partial")
-    partial.write_text("".join(kept))
-    os.replace(partial, file)
-    with open(file, "a") as stream:
-        yield lambda record: (stream.write(json.dumps(finite(record), allow_nan=False) + "\n"), stream.flush())
+    with _named_if_not_written(file):
+        partial.write_text("".join(kept))
+        os.replace(partial, file)
+
+    def write(record: dict) -> None:
+        with _named_if_not_written(file), open(file, "a") as stream:
+            stream.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+    yield write
 
 
 @contextlib.contextmanager
@@ -472,10 +502,9 @@ def finish(
     size = [as_json(config)[name] for name in EXTENDABLE]
 
     def finished_results() -> dict | None:
-        if not file.exists():
+        if (found := read_results(run_dir)) is None:
             return None
-        found = read_json(file)
-        found_size = [found["config"][name] for name in EXTENDABLE]
+        found_size = [found["config"].get(name) for name in EXTENDABLE]
         if found_size == size:
             return found
         file.rename(run_dir / f"results_{'_'.join(map(str, found_size))}.json")
@@ -484,7 +513,7 @@ def finish(
     with processes.watchdog("looking for results", PROCESS_TIMEOUT_SECONDS):
         results = processes.on_process_zero(finished_results)
     if results is not None:
-        console.print(f"{run_dir} is finished; these are its results")
+        console.print(f"{run_dir} is finished; these are its results", markup=False)
         return results
     is_alone = jax.process_count() == 1
     with (

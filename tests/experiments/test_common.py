@@ -123,6 +123,21 @@ def test_a_signal_stops_after_the_compiled_call_and_the_run_resumes_from_there(t
     chex.assert_trees_all_equal(resumed.params, whole.params)
 
 
+def test_a_signal_in_the_last_validation_is_obeyed_too(tmp_path):
+    steps = iter(range(4, 100, 4))
+
+    def terminate(params):
+        if next(steps) == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0.0
+
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path, validate=terminate)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoint.latest(tmp_path / "checkpoints") == 12
+    train(tmp_path, validate=lambda params: pytest.fail("the training is finished"))
+
+
 def test_a_signal_between_validations_saves_the_state(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole")
     write = runs.finite

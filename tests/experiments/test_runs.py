@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import omniglot, runs
+from experiments import compare, omniglot, report, runs, sinusoid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,8 +98,52 @@ def test_an_interval_is_students():
 
 def test_a_line_that_is_being_written_is_no_record(tmp_path):
     assert runs.read_log(tmp_path) == []
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n5\n{"loss": 1}\n[2]\n\n{"step": 2, "lo')
     assert runs.read_log(tmp_path) == [{"step": 1, "loss": 0.5}]
+    with runs.metrics_log(tmp_path, 1) as log:
+        log({"step": 2, "loss": float("nan")})
+    assert runs.read_log(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+
+
+def test_metrics_that_cannot_be_written_name_the_file(tmp_path):
+    with runs.metrics_log(tmp_path, 0) as log:
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").mkdir()
+        with pytest.raises(runs.RunError, match=r"metrics.jsonl cannot be written .*; free some space"):
+            log({"step": 1})
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "5", '{"config": {}, "experiment": "sinusoid"}', "{"])
+def test_damaged_results_are_named_at_every_door(tmp_path, content):
+    run_dir, config = tmp_path / "a[/x]", sinusoid.with_paper_defaults(sinusoid.METHODS["maml"])  # no markup of rich
+    with runs.open_run(run_dir, config):
+        (run_dir / "results.json").write_text(content)
+        doors = [
+            lambda: runs.finish(run_dir, "sinusoid", config, None, {}, None),
+            lambda: report.add(run_dir, tmp_path),
+            lambda: compare.open_run(run_dir),
+        ]
+        for door in doors:
+            with pytest.raises(runs.RunError, match=r"results.json is damaged"):
+                door()
+        results = {"experiment": "sinusoid", "config": runs.as_json(config), "seed": 0}
+        runs.write_json(run_dir / "results.json", results)
+        assert runs.finish(run_dir, "sinusoid", config, None, {}, None) == results
+
+
+@pytest.mark.parametrize("number", ["abc", None, [3], 1.5])
+def test_settings_of_another_type_are_another_configuration(tmp_path, number):
+    config = sinusoid.with_paper_defaults(sinusoid.METHODS["maml"])
+    (tmp_path / "config.json").write_text(json.dumps(runs.as_json(config) | {"num_meta_steps": number}))
+    with pytest.raises(runs.RunError, match="num_meta_steps is"), runs.open_run(tmp_path, config):
+        pass
+
+
+def test_a_name_that_is_no_choice_is_refused(tmp_path):
+    config = runs.as_json(sinusoid.with_paper_defaults(sinusoid.METHODS["maml"]))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"outer_optimizer": "x"}))
+    with pytest.raises(runs.RunError, match="outer_optimizer 'x' is none of adam, sgd"):
+        runs.stored_config(sinusoid.METHODS, tmp_path)
 
 
 def test_a_directory_held_by_a_live_process_is_refused(tmp_path):
