@@ -1,17 +1,17 @@
-"""What a meta-step of every gradient-based method costs on Omniglot, relative to FOMAML.
+"""What a meta-step of every gradient-based method costs, relative to FOMAML, on Omniglot or on sinusoids.
 
-Each method has the settings with which `experiments.omniglot` trains it: network, inner steps, support examples. All
-have the same number of tasks. They are timed in turns; operations are counted from the program, and temporaries are
-what XLA allocates for one device.
+Each method has the settings with which `experiments.omniglot` or `experiments.sinusoid` trains it: network, inner
+steps, support examples. All have the same number of tasks. They are timed in turns; operations are counted from the
+program, and temporaries are what XLA allocates for one device.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from benchmarks import common
-from experiments import omniglot
+from experiments import omniglot, sinusoid
 from experiments.common import outer_optimizer
 from experiments.figures import title
 from maml_jax import CATALOGUE, init_meta_state, make_meta_step
@@ -24,12 +24,14 @@ REFERENCE = "fomaml"
 class Config(common.Settings):
     """What is measured."""
 
-    methods: tuple[str, ...] = tuple(name for name in omniglot.METHODS if not CATALOGUE[name].classifies)
-    """The methods; FOMAML is measured in any case."""
+    workload: Literal["omniglot", "sinusoid"] = "omniglot"
+    """The experiment whose settings are used. The results of sinusoids have files of their own."""
+    methods: tuple[str, ...] = ()
+    """The methods, by default all that take gradient steps; FOMAML is measured in any case."""
     way: int = 5
-    """Classes of an episode."""
+    """Classes of an episode on Omniglot."""
     shot: int = 1
-    """Support examples per class; methods that train with more keep their number."""
+    """Support examples per class on Omniglot; methods that train with more keep their number."""
     num_tasks: int = 8
     """Tasks of a meta-step."""
 
@@ -37,21 +39,35 @@ class Config(common.Settings):
 SHORT = Config(short=True, methods=("maml", "fomaml", "anil"), num_tasks=2, max_repetitions=3, max_seconds=3.0)
 
 
+def methods_of(config: Config) -> list[str]:
+    """The methods that are measured, FOMAML first."""
+    of_workload = {"omniglot": omniglot.METHODS, "sinusoid": sinusoid.METHODS}[config.workload]
+    every = (name for name in of_workload if name in CATALOGUE and not CATALOGUE[name].classifies)
+    return list(dict.fromkeys((REFERENCE, *(config.methods or every))))
+
+
 def prepare(name: str, config: Config) -> tuple[Any, dict[str, Any]]:
     """Compiles a meta-step. Returns a call that takes it, and its row of the result file without times."""
-    method = omniglot.METHODS[name]
-    settings = omniglot.with_paper_defaults(dataclasses.replace(method, way=config.way, shot=config.shot))
-    learner, optimizer = omniglot.make_learner(settings), outer_optimizer(settings)
-    episodes = common.random_episodes(
-        num_tasks=config.num_tasks, way=config.way, shot=settings.train_shot, query_shot=settings.query_shot
-    )
-    episodes = episodes._replace(key=jax.random.split(jax.random.key(0), config.num_tasks))
+    keys = jax.random.split(jax.random.key(0), config.num_tasks)
+    if config.workload == "sinusoid":
+        settings = sinusoid.with_paper_defaults(sinusoid.METHODS[name])
+        training = sinusoid.training_of(settings)
+        learner, episodes, shot = training.learner, jax.jit(jax.vmap(training.sample_episode))(keys), settings.shot
+    else:
+        method = omniglot.METHODS[name]
+        settings = omniglot.with_paper_defaults(dataclasses.replace(method, way=config.way, shot=config.shot))
+        learner, shot = omniglot.make_learner(settings), settings.train_shot
+        episodes = common.random_episodes(
+            num_tasks=config.num_tasks, way=config.way, shot=shot, query_shot=settings.query_shot
+        )
+        episodes = episodes._replace(key=keys)
+    optimizer = outer_optimizer(settings)
     state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
     step = make_meta_step(learner, optimizer)
     compiled, compile_seconds = common.compile_of(step.jitted, state, episodes)
     row = {
         "method": name,
-        "train_shot": settings.train_shot,
+        "train_shot": shot,
         "inner_steps": settings.hyperparameters.num_inner_steps,
         "compile_seconds": compile_seconds,
         "flops": count_flops(step.jitted, state, episodes),
@@ -63,7 +79,7 @@ def prepare(name: str, config: Config) -> tuple[Any, dict[str, Any]]:
 
 def measure(config: Config) -> list[dict[str, Any]]:
     """The rows of all methods, with times and ratios to FOMAML."""
-    names = list(dict.fromkeys((REFERENCE, *config.methods)))
+    names = methods_of(config)
     prepared = {name: prepare(name, config) for name in names}
     seconds = common.measure_alternately({name: call for name, (call, _) in prepared.items()}, config)
     reference, rows = prepared[REFERENCE][1], []
@@ -81,6 +97,8 @@ def measure(config: Config) -> list[dict[str, Any]]:
 def tables(results: dict[str, Any]) -> list[common.Table]:
     """The table of a result file."""
     config = results["config"]
+    is_sinusoid = config.get("workload") == "sinusoid"
+    task = "sinusoids" if is_sinusoid else f"Omniglot {config['way']}-way {config['shot']}-shot"
     rows = [
         [
             title(row["method"]),
@@ -96,20 +114,21 @@ def tables(results: dict[str, Any]) -> list[common.Table]:
     ]
     return [
         common.Table(
-            f"A meta-step of {config['num_tasks']} tasks, Omniglot {config['way']}-way {config['shot']}-shot",
+            f"A meta-step of {config['num_tasks']} tasks, {task}",
             ("method", "inner steps", "ms (quartiles)", "x FOMAML", "GFLOP", "x FOMAML", "temporaries MB", "x FOMAML"),
             rows,
-            "Reptile trains with 10 examples per class. All use one device.",
+            "All use one device." if is_sinusoid else "Reptile trains with 10 examples per class. All use one device.",
         )
     ]
 
 
 def run(config: Config) -> None:
     """Measures, prints and writes the results."""
-    file = common.write_results("methods", config, {"rows": measure(config)})
+    suffix = "_sinusoid" if config.workload == "sinusoid" else ""
+    file = common.write_results("methods", config, {"rows": measure(config)}, suffix=suffix)
     results = common.read_results(file)
     common.show(tables(results))
-    with common.figure("methods", config, columns=2) as (left, right):
+    with common.figure(f"methods{suffix}", config, columns=2) as (left, right):
         names = {title(row["method"]): row for row in results["rows"]}
         common.draw_bars(left, {n: row["times_fomaml"].median for n, row in names.items()}, "time, relative to FOMAML")
         common.draw_bars(

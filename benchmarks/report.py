@@ -32,17 +32,18 @@ TABLES = {
     "devices": devices.tables,
     "peers": peers.tables,
     "methods": methods.tables,
+    "methods_sinusoid": methods.tables,
     "orders": orders.tables,
     "navigation": navigation.tables,
     "surrogates": surrogates.tables,
 }
 
 
-def section(content: dict[str, Any]) -> str:
-    """The tables of one benchmark in Markdown, after the command, the device and the versions."""
+def section(name: str, content: dict[str, Any]) -> str:
+    """The tables of the result file of that name in Markdown, after the command, the device and the versions."""
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
-    parts = [f"`{content['command']}` on {content['device']}; {versions}.", f"![](results/{content['benchmark']}.png)"]
-    for table in TABLES[content["benchmark"]](content):
+    parts = [f"`{content['command']}` on {content['device']}; {versions}.", f"![](results/{name}.png)"]
+    for table in TABLES[name](content):
         cells = [[str(cell) for cell in row] for row in table.rows]
         parts += [f"{table.title}:", markdown_table(list(table.columns), cells), *table.note.splitlines()]
     return "\n\n".join(parts)
@@ -84,7 +85,7 @@ def fill(readme: Path, sections: dict[str, str]) -> None:
 def write(readme: Path, project_readme: Path | None, results_dir: Path) -> None:
     """Generates the tables of every benchmark that has a result file, and the table in the project's README."""
     found = {file.stem: common.read_results(file) for name in TABLES if (file := results_dir / f"{name}.json").exists()}
-    fill(readme, {name: section(content) for name, content in found.items()})
+    fill(readme, {name: section(name, content) for name, content in found.items()})
     if project_readme is not None and "peers" in found:
         fill(project_readme, {"speed": speed(found["peers"])})
 

@@ -109,17 +109,18 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     save(figure, file)
 
 
-def accuracy(file: Path, results: dict[str, dict], work: Mapping[str, float]) -> None:
+def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[str, float]) -> None:
     """Test accuracy against inner steps, and against the time of training.
 
     Args:
       file: the PNG to write.
-      results: by algorithm, the content of its results.json.
+      results: by algorithm, the content of results.json of every seed; means and intervals are averaged.
       work: the time of training by algorithm, in tasks of FOMAML; those of others are not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    for index, (algorithm, result) in enumerate(results.items()):
-        mean, ci = (100 * np.asarray(result["metrics"]["accuracy"][name], float) for name in ("mean", "ci95"))
+    for index, (algorithm, seeds) in enumerate(results.items()):
+        found = [result["metrics"]["accuracy"] for result in seeds]
+        mean, ci = (100 * np.mean([of_seed[name] for of_seed in found], axis=0) for name in ("mean", "ci95"))
         marker = MARKERS[index % len(MARKERS)]
         shown = np.arange(min(len(mean), 17))
         line = left.plot(shown, mean[shown], marker=marker, markersize=4, label=title(algorithm))[0]
@@ -153,6 +154,8 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
             if setting in record["accuracy"]:
                 mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
+                if record["first"]["algorithm"] == "leo":
+                    label += " (without its features)"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
                 style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
                 drawn[label] = axes.errorbar(record["minutes"][setting], mean, ci95, capsize=3, **style)

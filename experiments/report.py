@@ -78,7 +78,7 @@ def at(values: list[float | None], step: int) -> float | None:
 
 def sinusoid_table(results: list[dict], shot: int) -> str:
     """Errors after 1, 5 and 10 steps: mean over seeds, range over seeds, median, share of diverged tasks."""
-    rows = []
+    rows, of_method = [], few_shot_report.relative_costs("methods_sinusoid")
     for group in by_command(results).values():
         config, algorithm = group[0]["config"], group[0]["algorithm"]
         chosen = [e for result in group for e in result["evaluations"] if e["shot"] == shot]
@@ -99,10 +99,11 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
                 _mean_at_10(mse, "median", ".2f"),
                 _mean_at_10(mse, "diverged", ".2%"),
                 str(len(group)),
+                *few_shot_report.relative_cells(of_method.get(algorithm)),
             ]
         )
     header = ["", "rate", "1 step", "5 steps", "10 steps", "published", "median, 10 steps", "diverged", "seeds"]
-    return runs.markdown_table(header, rows)
+    return runs.markdown_table([*header, *few_shot_report.RELATIVE_COSTS], rows)
 
 
 def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
@@ -223,9 +224,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
-        "of the median over tasks. iMAML "
-        "is not here, because conjugate gradients need a curvature that is not far below zero; MAML++ neither, because "
-        "an outer rate of 0.001 is as large as the inner rates that it would learn.\n\n"
+        "of the median over tasks. Costs are those of a task of the training, measured in turns by `python -m "
+        "benchmarks.methods --workload sinusoid`. iMAML is not here, because conjugate gradients need a curvature that "
+        "is not far below zero.\n\n"
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
         "![error against inner steps](figures/sinusoid.png)\n\n"
         + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")

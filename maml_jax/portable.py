@@ -269,7 +269,9 @@ def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_ti
       one_at_a_time: see `outputs_by_step`.
 
     Returns:
-      The probability of each class, [M, N], by softmax.
+      The probability of each class, [M, N], by softmax. Learners whose outputs are cosines, as those of
+      `pretrained_classifier` by centroids or neighbours and of `memory_module`, give probabilities that are close to
+      each other.
 
     Raises:
       ValueError: if the shapes, the dtypes or the labels do not fit the learner.

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -76,6 +77,20 @@ def test_episodes_streamed_from_the_host_train_the_same_parameters(photographs, 
     assert streaming.is_streamed(images.make_samplers(images.with_paper_defaults(streamed.config))["train"])
     for one, other in zip(jax.tree.leaves(resident.params), jax.tree.leaves(streamed.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_streamed_images_are_those_of_resident_ones(photographs, monkeypatch):
+    found = []
+    for stream in (False, True):
+        config = images.with_paper_defaults(config_of("protonets", data_dir=photographs, stream=stream, train_way=3))
+        network = classification.make_network(config, None, population=True)
+        params = {"embedding": network.init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))}
+        if stream:  # nothing is put on the device as a whole
+            monkeypatch.setattr(few_shot, "make_batch_sampler", None)
+        found.append(classification.with_statistics(images.DATA, config)(params))
+    chex.assert_trees_all_close(*found, rtol=1e-5)
+    filled, start = jax.tree.leaves(found[0]), jax.tree.leaves(params)
+    assert any(np.any(leaf != other) for leaf, other in zip(filled, start, strict=True))
 
 
 def test_a_pretrained_network_is_tested_with_every_head(photographs, tmp_path):

@@ -194,9 +194,17 @@ def test_equal_meta_steps_are_compared_with_measured_costs():
     assert few_shot_report.equal_budget([*others, *equal]) == equal
     assert few_shot_report.equal_budget([]) == []
     maml, fomaml = (line.split(" | ") for line in few_shot_report.budget_table(equal).splitlines()[2:])
-    assert (maml[0], maml[1], maml[2], maml[4:6]) == ("| MAML", "70.00 ± 2.00", "2", ["1,000", "32"])
-    assert fomaml[6:] == ["1.0", "1.0", "1.0 |"]
-    assert all(float(cell.removesuffix(" |")) > 1.0 for cell in maml[6:])
+    assert (maml[:4], maml[5:7]) == (["| MAML", "70.00 ± 2.00", "1", "2"], ["1,000", "32"])
+    assert fomaml[7:] == ["1.0", "1.0", "1.0 |"]
+    assert all(float(cell.removesuffix(" |")) > 1.0 for cell in maml[7:])
+    told = few_shot_report.shorter_trainings([*equal, *others])
+    assert "MAML in 5-way 1-shot (5,000 of 60,000); MAML in 5-way 5-shot (1,000 of 60,000); FOMAML in" in told
+    assert "BOIL in 20-way 1-shot (5,000 of 60,000)" in told
+    assert "ANIL" not in told
+    assert few_shot_report.shorter_trainings([others[2]]) == ""
+    better = result("maml", 1000, seed=1) | {"metrics": {"accuracy": {"mean": [0.2, 0.8], "ci95": [0.01, 0.02]}}}
+    of_seeds = few_shot_report.budget_table([*equal, better]).splitlines()[2].split(" | ")
+    assert of_seeds[1:3] == ["75.00 (70.00–80.00)", "2"]
 
 
 def test_differences_of_domains_are_paired_by_seed():
@@ -303,7 +311,7 @@ def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
     full = ["20,000", "20,000", "4,000", "4,000"]
     for row, steps in zip(rows, (f"1,000 of {number}" for number in full), strict=True):
         assert row[1:5] == ["5.0 ± 0.2", "5.0 ± 0.2", "20.0 ± 0.2", "20.0 ± 0.2"]
-        assert row[6:] == ["alphabet", "transductive", steps, "60", "2.5", "1 min"]
+        assert row[6:] == ["alphabet", "5", "transductive", steps, "60", "2.5", "1 min"]
     # One row for the trainings of a method that has one for every setting, each with its own costs.
     maml = [
         result("maml") | {"evaluations": [{"way": 5, "shot": 1, "metrics": results[0]["metrics"]}]},
