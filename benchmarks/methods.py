@@ -105,7 +105,7 @@ def tables(results: dict[str, Any]) -> list[common.Table]:
             row["inner_steps"],
             row["seconds"],
             f"{row['times_fomaml'].median:.2f}",
-            f"{row['flops'] / 1e9:.2f}",
+            f"{row['flops'] / 1e9:.3g}",
             f"{row['flops_times_fomaml']:.2f}",
             f"{row['temporary_bytes'] / 1e6:.1f}",
             f"{row['temporary_bytes_times_fomaml']:.2f}",
