@@ -150,6 +150,19 @@ def _paired(by_algorithm: dict[str, list[dict]]) -> str:
     return runs.format_mean(found["mean"][0], found["ci95"][0])
 
 
+def hyperparameter_summary(results: list[dict]) -> str:
+    """Who wins, and what a hypergradient costs."""
+    sentences = []
+    for result in results:
+        losses = {name: method["test_loss"]["mean"] for name, method in result["methods"].items()}
+        first, second = sorted(losses, key=losses.get)[:2]
+        sentences.append(
+            f"The lowest test loss is that of {first}, {losses[first]:.4f}, before {second} with {losses[second]:.4f}. "
+            f"A run with its hypergradient takes {result['relative_flops']:.1f} times the operations of one without."
+        )
+    return " ".join(sentences)
+
+
 def hyperparameter_table(results: list[dict]) -> str:
     """The loss of every way to choose hyperparameters, the best on the test digits first."""
     rows = []
@@ -241,10 +254,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"{sections['domains']}\n\n"
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
         "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
-        "hyperparameters are chosen by the held-out loss, and the test digits were never chosen with. A run with its "
-        "hypergradient takes several times the operations of one without, so equal runs are not equal "
-        "cost; the seconds are those of learning or searching. One seed; the intervals are over training runs.\n\n"
-        f"{sections['hyperparameters']}\n\n![the learned schedules](figures/hyperparameters.png)\n\n"
+        "hyperparameters are chosen by the held-out loss, and the test digits were never chosen with. The "
+        "seconds are those of learning or searching. One seed; the intervals are over training runs. "
+        f"{hyperparameter_summary(of['hyperparameters'])}\n\n{sections['hyperparameters']}\n\n"
+        "![the learned schedules](figures/hyperparameters.png)\n\n"
         "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
         f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
     )
