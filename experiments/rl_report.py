@@ -135,7 +135,7 @@ def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence
 def mazes_table(results: Results) -> str:
     """Steps and success of both walks, one row for every size of maze that a run was tested in, and way to act."""
     rows = []
-    for result in results:
+    for result in sorted(results, key=lambda r: (r["config"]["size"], r["config"].get("start_run") or "")):
         config, larger = result["config"], result.get("larger")
         name = f"{config['size']} x {config['size']}, view {config['view']}"
         if start := config.get("start_run"):
@@ -231,10 +231,11 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     if of["mazes"]:
         parts.append(
             "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts "
-            "with the steps after which it is given up. One training, in small mazes. There the second walk is shorter "
-            "than published, and no longer than the first in as many of them. In larger mazes, which it was not "
-            "trained in, the second walk is longer than the first: memory does not pay there, as it does in the "
-            "paper.\n\n"
+            "with the steps after which it is given up. Each pair of rows is a policy. In small mazes the second walk "
+            "is shorter than published, and no longer than the first in as many of them. In larger mazes that it was "
+            "not trained in, the second walk of that policy is longer than the first: memory does not pay there, as it "
+            "does in the paper. When its training goes on in larger mazes, the second walk falls to four tenths of the "
+            "first.\n\n"
             + mazes_table(of["mazes"])
             + behaviour("mazes", "rl2", "Walks through the first mazes of the test")
         )

@@ -239,9 +239,13 @@ def start_of(experiment: Experiment, config: TrialConfig) -> ArrayTree | None:
       config: the settings, without gaps.
 
     Raises:
-      RunError: if there is no such run, or its policy has other parameters.
+      RunError: if there is no such run, it is this one, or its policy has other parameters.
     """
-    if config.start_run is None or checkpoint.latest(config.run_dir / "checkpoints") is not None:
+    if config.start_run is None:
+        return None
+    if Path(config.start_run).resolve() == config.run_dir.resolve():
+        raise RunError(f"--start-run {config.start_run} is the directory of this run too; choose another --run-dir")
+    if checkpoint.latest(config.run_dir / "checkpoints") is not None:
         return None
     _, start = load(experiment, config.start_run)
     problem = experiment.problem_of(config)

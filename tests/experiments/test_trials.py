@@ -90,6 +90,8 @@ def test_a_start_that_does_not_fit_is_refused(finished, tmp_path):
         module.run(
             dataclasses.replace(config, hyperparameters=wider, start_run=config.run_dir, run_dir=tmp_path / "run")
         )
+    with pytest.raises(runs.RunError, match="is the directory of this run too; choose another --run-dir"):
+        module.run(dataclasses.replace(config, start_run=config.run_dir))
     with pytest.raises(runs.RunError, match="nothing"):
         module.run(dataclasses.replace(config, start_run=tmp_path / "nothing", run_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
