@@ -63,8 +63,11 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
             "used"
         )
     config = module.with_paper_defaults(stored_config(module.METHODS, run_dir))
-    if config.network != "conv4":
-        raise RunError(f"{run_dir} trained the network {config.network!r}; only a run with --network conv4 can be used")
+    if config.network not in ("conv4", "multi-scale"):
+        raise RunError(
+            f"{run_dir} trained the network {config.network!r}; only a run with --network conv4 or multi-scale can be "
+            "used"
+        )
     if config.ensemble > 1:
         raise RunError(
             f"{run_dir} holds an ensemble of {config.ensemble} states; only a run with --ensemble 1 can be used"
@@ -74,6 +77,7 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
         hyperparameters=dataclasses.asdict(config.hyperparameters),
         way=config.way,
         inner_steps=config.eval_inner_steps if hasattr(config.hyperparameters, "num_inner_steps") else None,
+        network=config.network,
         features=config.filters,
         pooling=config.pooling,
         flatten=config.pooling or config.flatten or CATALOGUE[config.algorithm].classifies,

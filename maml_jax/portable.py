@@ -28,6 +28,7 @@ from maml_jax.types import (
     ArrayTree,
     Batch,
     MetaLearner,
+    Model,
     check_classes,
     check_integer,
     check_positive,
@@ -43,7 +44,7 @@ them."""
 FORMAT = 1
 """The version of the file's content that this library writes, and the newest that it reads."""
 
-_NETWORKS = ("conv4",)
+_NETWORKS = ("conv4", "multi-scale")
 _NORMS = {"batch": models.BatchStatNorm, "population": models.PopulationNorm}
 _CONFIG, _PARAMS = "config", "params/"
 _LAST_STEP = 2**31 - 1
@@ -59,9 +60,9 @@ class LearnerConfig:
       way: N, the number of classes. If the entry of the catalogue has `any_way`, it may be changed when the learner
         is built.
       inner_steps: inner gradient steps at test; None for an algorithm without them.
-      network: "conv4".
-      features: filters of each convolution, an argument of `models.conv4` as are the next two.
-      pooling: its geometry.
+      network: "conv4", or "multi-scale", which has no last layer, for algorithms that classify by embeddings.
+      features: filters of each convolution.
+      pooling: the geometry of `models.conv4`.
       flatten: whether its last layer sees all positions.
       norm: "batch" for `models.BatchStatNorm`, "population" for `models.PopulationNorm`.
       norm_scale: whether the normalisation has a scale beside its offset.
@@ -94,6 +95,8 @@ class LearnerConfig:
         """Raises ValueError for a value that cannot be; the message names it and the remedy."""
         _check_choice("algorithm", self.algorithm, CATALOGUE)
         _check_choice("network", self.network, _NETWORKS)
+        if self.network == "multi-scale" and not CATALOGUE[self.algorithm].classifies:
+            raise ValueError(f'the network "multi-scale" has no last layer, which {self.algorithm} needs; use "conv4"')
         _check_choice("norm", self.norm, _NORMS)
         check_integer("way", self.way, at_least=2)
         check_integer("features", self.features, at_least=1)
@@ -321,22 +324,27 @@ def _build(config: LearnerConfig, inner_steps: int | None) -> MetaLearner:
     """The learner with a number of inner steps."""
     norm = functools.partial(_NORMS[config.norm], scale=config.norm_scale, epsilon=config.epsilon)
     takes_context = config.algorithm == "cavia"
-    network = functools.partial(
-        models.conv4,
-        features=config.features,
-        pooling=config.pooling,
-        flatten=config.flatten,
-        norm=norm,
-        context_block=2 if takes_context else None,
-    )
+
+    def network(way: int | None) -> Model:
+        if config.network == "multi-scale":
+            return models.multi_scale(features=(config.features,) * 4, norm=norm)
+        return models.conv4(
+            way=way,
+            features=config.features,
+            pooling=config.pooling,
+            flatten=config.flatten,
+            norm=norm,
+            context_block=2 if takes_context else None,
+        )
+
     classifies = CATALOGUE[config.algorithm].classifies
     problem = Problem(
-        network(way=None if classifies else config.way),
+        network(None if classifies else config.way),
         losses.cross_entropy,
         where=None if config.adapt_norm else lambda name: "norm" not in name,
         head=lambda name: name.startswith("head"),
         norm=lambda name: "norm" in name,
-        embedding=network(way=None) if classifies else None,
+        embedding=network(None) if classifies else None,
         way=config.way,
         takes_context=takes_context,
     )

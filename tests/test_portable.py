@@ -215,7 +215,8 @@ def test_the_name_ends_in_npz(tmp_path, params):
     ("change", "message"),
     [
         ({"algorithm": "mamml"}, r"unknown algorithm 'mamml'; this version knows .*maml.*protonets"),
-        ({"network": "resnet"}, r"unknown network 'resnet'; this version knows conv4"),
+        ({"network": "resnet"}, r"unknown network 'resnet'; this version knows conv4, multi-scale"),
+        ({"network": "multi-scale"}, r'the network "multi-scale" has no last layer, which maml needs; use "conv4"'),
         ({"norm": "layer"}, r"unknown norm 'layer'; this version knows batch, population"),
         ({"way": 1}, r"way must be an integer of at least 2, got 1"),
         ({"features": 0}, r"features must be an integer of at least 1, got 0"),

@@ -70,6 +70,7 @@ def maml(tmp_path_factory):
         ("maml", {"eval_inner_steps": 1, "flatten": True, "population": True}),
         ("cavia", {"eval_inner_steps": 1}),
         ("protonets", {}),
+        ("r2d2", {}),
         ("maml", {"eval_inner_steps": 1, "module": images, "size": 16}),
         ("protonets", {"module": images, "size": 16}),
     ],
@@ -121,7 +122,7 @@ def test_a_file_is_overwritten_only_if_told_to(maml, tmp_path):
     ("settings", "message"),
     [
         ({"is_finished": False}, r"is not finished: it holds no results\.json. Run the command .* again"),
-        ({"network": "mlp"}, r"trained the network 'mlp'; only a run with --network conv4 can be used"),
+        ({"network": "mlp"}, r"trained the network 'mlp'; only a run with --network conv4 or multi-scale can be used"),
         ({"ensemble": 2}, r"holds an ensemble of 2 states; only a run with --ensemble 1 can be used"),
     ],
 )
