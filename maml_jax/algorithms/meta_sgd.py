@@ -53,16 +53,17 @@ def meta_sgd(
     References:
       Li et al., 2017, equations 2 and 3.
     """
-    low, high = inner_lr if isinstance(inner_lr, tuple) else (inner_lr, inner_lr)
+    is_drawn = isinstance(inner_lr, tuple)
+    low, high = inner_lr if is_drawn else (inner_lr, inner_lr)
     for rate in (low, high):
         check_not_negative("inner_lr", rate)
-    if low > high:
+    if is_drawn and low > high:
         raise ValueError(f"inner_lr={inner_lr} must be one rate, or the smallest and the largest one")
 
     def init(key, inputs):
         params = model.init(key, inputs)
         rates = jax.tree.map(lambda x: jnp.full_like(x, low), select(params, where)[0])
-        if low < high:
+        if is_drawn:
             leaves, tree = jax.tree.flatten(rates)
             keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
             drawn = (jax.random.uniform(k, x.shape, x.dtype, low, high) for k, x in zip(keys, leaves, strict=True))
