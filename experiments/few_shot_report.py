@@ -199,6 +199,7 @@ def all_methods_table(results: list[dict]) -> str:
         first, accuracy, trainings = record["first"], record["accuracy"], record["trainings"]
         seconds = [statistics.fmean(result["seconds"]["train"] for result in of_seeds) for of_seeds in trainings]
         flops = [of_seeds[0].get("execution", {}).get("flops") for of_seeds in trainings]
+        queries = [of[0]["protocol"].get("query_shot") or of[0]["config"]["query_shot"] for of in trainings]
         cells = [
             ", ".join(runs.format_mean(mean, ci95, scale=100, digits=1) for mean, ci95 in accuracy.get(setting, []))
             for setting in omniglot.SETTINGS
@@ -211,7 +212,7 @@ def all_methods_table(results: list[dict]) -> str:
                 *cells,
                 " / ".join(papers) if record["published"] else "",
                 protocol.get("split_by", "character"),
-                str(protocol.get("query_shot") or first["config"]["query_shot"]),
+                joined(queries, "d"),
                 "transductive" if protocol["normalisation"] == "transductive" else "inductive",
                 f"{first['meta_steps']:,} of {published_steps(first):,}",
                 joined((1000 * of_training / first["meta_steps"] for of_training in seconds), ".0f"),
