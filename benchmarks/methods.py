@@ -6,9 +6,10 @@ program, and temporaries are what XLA allocates for one device.
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
+import tyro
 
 from benchmarks import common
 from experiments import omniglot, sinusoid
@@ -26,8 +27,8 @@ class Config(common.Settings):
 
     workload: Literal["omniglot", "sinusoid"] = "omniglot"
     """The experiment whose settings are used. The results of sinusoids have files of their own."""
-    methods: tuple[str, ...] = ()
-    """The methods, by default all that take gradient steps; FOMAML is measured in any case."""
+    methods: Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="(default: all that take inner steps)")] = ()
+    """The methods; FOMAML is measured in any case."""
     way: int = 5
     """Classes of an episode on Omniglot."""
     shot: int = 1
@@ -40,9 +41,15 @@ SHORT = Config(short=True, methods=("maml", "fomaml", "anil"), num_tasks=2, max_
 
 
 def methods_of(config: Config) -> list[str]:
-    """The methods that are measured, FOMAML first."""
+    """The methods that are measured, FOMAML first.
+
+    Raises:
+      ValueError: for a name that is no such method.
+    """
     of_workload = {"omniglot": omniglot.METHODS, "sinusoid": sinusoid.METHODS}[config.workload]
-    every = (name for name in of_workload if name in CATALOGUE and not CATALOGUE[name].classifies)
+    every = [name for name in of_workload if name in CATALOGUE and not CATALOGUE[name].classifies]
+    if unknown := [name for name in config.methods if name not in every]:
+        raise ValueError(f"--methods {unknown[0]} is none of {config.workload}; choose among {', '.join(every)}")
     return list(dict.fromkeys((REFERENCE, *(config.methods or every))))
 
 

@@ -147,7 +147,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
       file: the PNG to write.
       records: as `experiments.few_shot_report.all_methods` returns them.
     """
-    figure, row = plt.subplots(1, 2, figsize=(14, 5.5), layout="constrained")
+    figure, row = plt.subplots(1, 2, figsize=(16, 5.5), layout="constrained")
     drawn = {}
     for index, record in enumerate(records):
         for axes, setting in zip(row, ((5, 1), (20, 1)), strict=True):

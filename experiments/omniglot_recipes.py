@@ -6,7 +6,8 @@ from typing import ClassVar, Literal
 
 from experiments import published
 from experiments.classification import ClassificationConfig
-from experiments.cli import methods, with_defaults
+from experiments.cli import flag, methods, with_defaults
+from experiments.runs import as_json
 from maml_jax import CATALOGUE
 from maml_jax.tasks import omniglot
 
@@ -166,8 +167,19 @@ def about() -> dict[str, str]:
         line = f"{entry.title} ({entry.reference})."
         if numbers:
             line += f" Published accuracy, % (sources: experiments/RESULTS.md): {', '.join(numbers)}."
+        if by_way := defaults_by_way(name):
+            line += f" Defaults for up to 5 classes or for more: {', '.join(by_way)}."
         lines[name] = line
     return lines
+
+
+def defaults_by_way(name: str) -> list[str]:
+    """The flags whose default depends on the number of classes, such as "--eval-inner-steps 3 or 5"."""
+    few, many = (as_json(with_paper_defaults(dataclasses.replace(METHODS[name], way=way))) for way in (5, 20))
+    unset = {setting for setting, value in as_json(METHODS[name]).items() if value is None} - {"train_way"}
+    if not hasattr(METHODS[name].hyperparameters, "num_inner_steps"):
+        unset -= {"eval_inner_steps"}
+    return [f"{flag(key)} {few[key]} or {many[key]}" for key in few if key in unset and few[key] != many[key]]
 
 
 def with_paper_defaults(config: Config) -> Config:

@@ -247,8 +247,7 @@ class MAMLPlusPlus(LearnedRates):
     num_multi_step: int = 5000
     """Meta-steps over which the losses before the last inner step lose their weight; 0 for the last loss alone."""
     num_first_order: int = 0
-    """First meta-steps that are first order (derivative-order annealing): 50 epochs of 500 in the paper, none in the
-    authors' settings for Omniglot."""
+    """First meta-steps that are first order; 25,000 in the paper, none in the authors' settings for Omniglot."""
     per_step_norm: bool = True
     """Whether each inner step has scales and offsets of the normalisation of its own."""
 

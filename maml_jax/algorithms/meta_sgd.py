@@ -54,11 +54,11 @@ def meta_sgd(
       Li et al., 2017, equations 2 and 3.
     """
     is_drawn = isinstance(inner_lr, tuple)
-    low, high = inner_lr if is_drawn else (inner_lr, inner_lr)
-    for rate in (low, high):
+    for rate in inner_lr if is_drawn else (inner_lr,):
         check_not_negative("inner_lr", rate)
-    if is_drawn and low > high:
+    if is_drawn and (len(inner_lr) != 2 or inner_lr[0] > inner_lr[1]):
         raise ValueError(f"inner_lr={inner_lr} must be one rate, or the smallest and the largest one")
+    low, high = inner_lr if is_drawn else (inner_lr, inner_lr)
 
     def init(key, inputs):
         params = model.init(key, inputs)

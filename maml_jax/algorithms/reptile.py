@@ -150,13 +150,11 @@ class ReptileDescent(InnerDescent):
     """Hyperparameters of the inner loop of Reptile."""
 
     inner_lr: float | None = 0.01
-    """Rate of the inner optimiser, for a loss that is a mean over the batch; None for the published one, if it depends
-    on the task."""
+    """Rate of the inner optimiser, for a mean loss; None for the published one, if it depends on the task."""
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
     """Inner optimiser; "adam" is without momentum (beta1 = 0), as in the paper."""
     batch_size: int | None = None
-    """Examples of an inner step, drawn from the support set; None for the published number, if it depends on the task,
-    else for all of them."""
+    """Examples of an inner step; None for the published number, if it depends on the task, or for all."""
     carry_state: bool = False
     """Whether the state of the inner optimiser is carried from task to task."""
 

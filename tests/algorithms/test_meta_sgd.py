@@ -54,7 +54,7 @@ def test_rates_are_drawn_from_an_interval():
         assert 0.098 < drawn.max() <= 0.1
         assert jnp.abs(drawn.mean() - 0.0525) < 0.005
     assert abs(jnp.corrcoef(rates["a"], rates["b"])[0, 1]) < 0.2
-    for wrong in ((0.1, 0.005), (-0.1, 0.1)):
+    for wrong in ((0.1, 0.005), (-0.1, 0.1), (0.1,)):
         with pytest.raises(ValueError, match="inner_lr="):
             meta_sgd(model, half_mse, inner_lr=wrong)
 

@@ -321,6 +321,11 @@ def test_methods_run(quick, tmp_path):
     assert 1.5 < rows["meta-sgd"]["flops_times_fomaml"] < 3  # second derivatives through one step
 
 
+def test_a_method_that_is_not_measured_is_named():
+    with pytest.raises(ValueError, match="--methods imaml is none of sinusoid; choose among maml, fomaml"):
+        methods.methods_of(methods.Config(workload="sinusoid", methods=("maml", "imaml")))
+
+
 def test_kinds_of_operations():
     def function(x, y):
         return jnp.concatenate([x, y]) @ jnp.tanh(y).T + jnp.sum(x)

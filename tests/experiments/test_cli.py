@@ -69,7 +69,7 @@ def test_help_lists_the_methods_with_their_published_numbers(experiment):
     listed = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
     words = re.sub(r"[\s│]+", " ", listed)
     assert ("98.7 ± 0.4" if experiment == "omniglot" else "0.67 / 0.38 / 0.35") in words
-    assert "--inner-lr" not in words
+    assert "--inner-lr FLOAT" not in words  # the flags are those of a method
     of_method = subprocess.run([*command, "fomaml", "--help"], capture_output=True, text=True, check=True).stdout
-    assert "--inner-lr" in of_method
+    assert "--inner-lr FLOAT" in of_method
     assert "--algorithm" not in of_method

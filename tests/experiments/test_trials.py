@@ -83,13 +83,11 @@ def test_a_run_may_start_from_another(finished, tmp_path, monkeypatch):
 
 def test_a_start_that_does_not_fit_is_refused(finished, tmp_path):
     module, config, _ = finished
-    if config.algorithm != "rl2":
-        return
-    wider = dataclasses.replace(config.hyperparameters, hidden_size=7)
-    with pytest.raises(runs.RunError, match=r"gru/hn/bias is \(6,\) there and \(7,\) here"):
-        module.run(
-            dataclasses.replace(config, hyperparameters=wider, start_run=config.run_dir, run_dir=tmp_path / "run")
-        )
+    if config.algorithm == "rl2":  # the parameters of MAML have one size
+        wider = dataclasses.replace(config.hyperparameters, hidden_size=7)
+        other = dataclasses.replace(config, hyperparameters=wider, start_run=config.run_dir, run_dir=tmp_path / "run")
+        with pytest.raises(runs.RunError, match=r"gru/hn/bias is \(6,\) there and \(7,\) here"):
+            module.run(other)
     with pytest.raises(runs.RunError, match="is the directory of this run too; choose another --run-dir"):
         module.run(dataclasses.replace(config, start_run=config.run_dir))
     with pytest.raises(runs.RunError, match="nothing"):
