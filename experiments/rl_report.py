@@ -135,13 +135,16 @@ def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence
 def mazes_table(results: Results) -> str:
     """Steps and success of both walks, one row for every size of maze that a run was tested in, and way to act."""
     rows = []
-    for result in sorted(results, key=lambda r: (r["config"]["size"], r["config"].get("start_run") or "")):
+    order = ("size", "horizon", "start_run")
+    for result in sorted(results, key=lambda r: [r["config"].get(name) or "" for name in order]):
         config, larger = result["config"], result.get("larger")
         name = f"{config['size']} x {config['size']}, view {config['view']}"
         if start := config.get("start_run"):
             name += f", started from {Path(start).name}"
-        tested = {name: result} | ({f"{name}, tested in {larger['size']} x {larger['size']}": larger} if larger else {})
-        for label, found in tested.items():
+        tested = {name: (config["horizon"], result)}
+        if larger:
+            tested[f"{name}, tested in {larger['size']} x {larger['size']}"] = larger["horizon"], larger
+        for label, (horizon, found) in tested.items():
             for how, way in {"drawn": "draws", "most probable": "most_probable"}.items():
                 metrics = {what: found["metrics"][f"{what}_of_{way}"] for what in ("steps", "success", "improved")}
                 first, second = metrics["steps"]["mean"][:2]
@@ -149,6 +152,7 @@ def mazes_table(results: Results) -> str:
                     [
                         label,
                         how,
+                        str(horizon),
                         *(runs.format_mean(metrics["steps"]["mean"][k], metrics["steps"]["ci95"][k]) for k in (0, 1)),
                         f"{second / first:.2f}",
                         " / ".join(f"{100 * share:.1f}" for share in metrics["success"]["mean"][:2]),
@@ -161,11 +165,11 @@ def mazes_table(results: Results) -> str:
         first, second = paper["steps"]
         success = " / ".join(f"{100 * share:.1f}" for share in paper["success"])
         improved = f"{100 * paper['improved']:.1f}"
-        row = [f"published, in pictures, {label}", "", str(first), str(second), f"{second / first:.2f}"]
+        row = [f"published, in pictures, {label}", "", "", str(first), str(second), f"{second / first:.2f}"]
         rows.append([*row, success, improved, "", ""])
     header = [
-        "cells", "actions", "steps, first walk", "second", "ratio", "success, %", "second no longer, %",
-        "shortest path", "meta-steps",
+        "cells", "actions", "given up after", "steps, first walk", "second", "ratio", "success, %",
+        "second no longer, %", "shortest path", "meta-steps",
     ]  # fmt: skip
     return runs.markdown_table(header, rows)
 
@@ -231,11 +235,13 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     if of["mazes"]:
         parts.append(
             "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts "
-            "with the steps after which it is given up. Each pair of rows is a policy. In small mazes the second walk "
+            "with the steps after which it is given up. Each pair of rows is a policy in "
+            "mazes of a size. In small mazes the second walk "
             "is shorter than published, and no longer than the first in as many of them. In larger mazes that it was "
             "not trained in, the second walk of that policy is longer than the first: memory does not pay there, as it "
             "does in the paper. When its training goes on in larger mazes, the second walk falls to four tenths of the "
-            "first.\n\n"
+            "first. The last pair is the policy of the pair before, whose directory was mazes-longer, with as many "
+            "time steps as that of small mazes had; nothing is trained (`--num-meta-steps 0`).\n\n"
             + mazes_table(of["mazes"])
             + behaviour("mazes", "rl2", "Walks through the first mazes of the test")
         )

@@ -123,16 +123,17 @@ def walks(steps):
 
 def test_walks_stand_beside_the_published_ones():
     larger = {"size": 9, "horizon": 400} | walks((80.0, 60.0))
-    result = {"config": {"size": 5, "view": 3}, "meta_steps": 100} | walks((20.0, 10.0))
+    result = {"config": {"size": 5, "view": 3, "horizon": 100}, "meta_steps": 100} | walks((20.0, 10.0))
     rows = rows_of(rl_report.mazes_table([result | {"larger": larger}]))
     assert [row[:2] for row in rows[:4]] == [
         [name, how]
         for name in ("5 x 5, view 3", "5 x 5, view 3, tested in 9 x 9")
         for how in ("drawn", "most probable")
     ]
-    assert rows[0][4:6] == ["0.50", "99.0 / 100.0"]
-    assert rows[2][2:5] == ["80.00 ± 0.50", "60.00 ± 0.50", "0.75"]
-    assert rows[4][2:7] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
+    assert [row[2] for row in rows[:5]] == ["100", "100", "400", "400", ""]
+    assert rows[0][5:7] == ["0.50", "99.0 / 100.0"]
+    assert rows[2][3:6] == ["80.00 ± 0.50", "60.00 ± 0.50", "0.75"]
+    assert rows[4][3:8] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
     result["config"]["start_run"] = "runs/smaller"
     rows = rows_of(rl_report.mazes_table([result]))
     assert len(rows) == 4
