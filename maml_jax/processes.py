@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -159,6 +160,8 @@ def exit_on_error(seconds: float = 30.0) -> Iterator[None]:
         message = ""
         try:
             _barrier("end", "the end after an error", seconds)
+            if jax.process_index() == 0:
+                time.sleep(1.0)  # The runtime aborts a process that sees the end of process 0 before its own.
         except ProcessError as missing:
             message = str(missing)
         _exit(message, error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)

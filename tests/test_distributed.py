@@ -211,10 +211,10 @@ def test_two_processes_save_when_one_is_asked_to_end(tmp_path, cache):
     assert (run_dir / "checkpoints" / "8").is_dir()
 
 
-def test_four_processes_take_the_steps_of_one(tmp_path, cache, one_process):
-    with Job(tmp_path, cache, slurm(4)) as job:
+def test_processes_of_a_launcher_take_the_steps_of_one(tmp_path, cache, one_process):
+    with Job(tmp_path, cache, slurm(2)) as job:
         assert "step 12/12" in job.succeed()
-    assert_same_run(tmp_path, 4, one_process)
+    assert_same_run(tmp_path, 2, one_process)
 
 
 def test_a_mistake_seen_by_process_0_ends_all_with_its_message(tmp_path, cache):

@@ -5,6 +5,7 @@ import functools
 from typing import NamedTuple
 
 import chex
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -275,10 +276,9 @@ def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
     chex.assert_trees_all_close(info.support_loss, by_hand, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("name", "num_devices"), [*((name, 2) for name in CATALOGUE), *((name, 1) for name in ("maml", "reptile", "mann"))]
-)
-def test_the_same_shapes_are_not_traced_twice(name, num_devices):
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("name", ["maml", "reptile", "mann"])
+def test_a_meta_step_is_not_traced_twice(name, num_devices):
     learner = build(name, affine_model(Affine))
     chex.clear_trace_counter()
     counted = learner._replace(objective=chex.assert_max_traces(learner.objective, n=1))
@@ -295,15 +295,22 @@ def test_the_same_shapes_are_not_traced_twice(name, num_devices):
 
 
 @EVERY_ALGORITHM
-def test_one_device_and_two_take_the_same_path(name):
+def test_one_device_and_two_take_the_same_path_that_is_traced_once(name):
     # With a larger epsilon a gradient that is zero but for rounding takes no step, as that of a bias of ProtoNets.
     learner, optimizer = build(name, affine_model(Affine)), optax.adam(1e-2, eps=1e-3)
 
     def results(num_devices):
         mesh = mesh_of(num_devices)
-        loop = make_train_loop(learner, optimizer, sampler(name), meta_batch_size=4, num_steps=3, mesh=mesh)
         state = init_meta_state(learner, optimizer, jax.random.key(0), episode(name).support.inputs)
-        state, info = loop(state, jax.random.key(1))
+        if mesh is not None:  # where the state will be after the first call
+            state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
+        # The same shapes are traced once. Where the chunk size is given, that is once for the derivative alone.
+        chex.clear_trace_counter()
+        counted = learner._replace(objective=chex.assert_max_traces(learner.objective, n=1))
+        settings = {"meta_batch_size": 4, "num_steps": 2, "chunk_size": 2, "mesh": mesh}
+        loop = make_train_loop(counted, optimizer, sampler(name), **settings)
+        for _ in range(2):
+            state, info = loop(state, jax.random.key(1))
         evaluation = evaluate(
             learner,
             state.params,
@@ -407,10 +414,23 @@ def test_labels_that_do_not_fit_are_refused(name):
         learner_at(entry.build(incomplete, entry.hyperparameters()), jnp.int32(0))
 
 
+class OneConvolution(nn.Module):
+    """What conv4 is made of. It is traced in a fraction of the time."""
+
+    @nn.compact
+    def __call__(self, inputs):
+        hidden = nn.relu(models.BatchStatNorm()(nn.Conv(4, (3, 3), strides=4)(inputs)))
+        return nn.Dense(3)(hidden.mean((1, 2)))
+
+
+ONE_CONVOLUTION = models.from_linen(OneConvolution())
+
+
 @EVERY_ALGORITHM
 def test_a_meta_step_lowers_for_cuda_and_tpu(name):
     # No accelerator is needed to see that one program serves all: StableHLO is made for each platform.
-    learner, optimizer = build(name, models.conv4(way=3, features=4), loss_fn=losses.cross_entropy), optax.adam(1e-3)
+    network = models.conv4(way=3, features=4) if name == "maml" else ONE_CONVOLUTION
+    learner, optimizer = build(name, network, loss_fn=losses.cross_entropy), optax.adam(1e-3)
     axes = (3, 3) if of_domains(name) else (3,)
     images = jax.ShapeDtypeStruct((2, *axes, 28, 28, 1), jnp.float32)
     batch = Batch(images, jax.ShapeDtypeStruct((2, *axes), jnp.int32))
@@ -430,11 +450,13 @@ def test_it_learns(name):
     # Blobs: the share of errors halves. The statistician learns without labels, so its bound of the evidence rises.
     # Two steps of 0.02 go about as far as the solution of a proximal problem of strength 1 / (2 · 0.02).
     further = {"strength": 25.0} if name == "imaml" else {}
-    network = {"features": (16, 3)} if classifies(name) else {"features": (32, 32, 1), "activation": jnp.tanh}
+    # The steps of the meta-learner LSTM are slow without optimised machine code, so its network has one layer.
+    features = (3,) if name == "meta-lstm" else (16, 3)
+    network = {"features": features} if classifies(name) else {"features": (32, 32, 1), "activation": jnp.tanh}
     learner = build(name, models.mlp(**network), inner_lr=0.02, **further)
     optimizer = optax.adam(5e-3)
     sample_episode = sampler(name, shot=10)
-    num_steps = 100 if name == "meta-lstm" else 400  # its steps are slow without optimised machine code
+    num_steps = 100 if name == "meta-lstm" else 400
     train = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=8, num_steps=num_steps, chunk_size=8)
     state = init_meta_state(learner, optimizer, jax.random.key(0), episode(name).support.inputs)
 

@@ -158,7 +158,7 @@ def result_of(name, folder):
 
 
 def test_a_language_model_needs_less_with_mixed_mode_and_less_still_with_remat(quick, monkeypatch):
-    monkeypatch.setattr(memory, "LANGUAGE_MODEL", memory.GPT(vocabulary=16, context=32, width=8, depth=4, heads=2))
+    monkeypatch.setattr(memory, "LANGUAGE_MODEL", memory.GPT(vocabulary=16, context=32, width=8, depth=2, heads=2))
     derivatives = {name: memory.DERIVATIVES[name] for name in ("reverse_over_reverse", "mixed_mode")}
     monkeypatch.setattr(memory, "DERIVATIVES", derivatives)
     rows = memory.run_language_model(memory.Config(**quick, language_model_sequences=4, depth_inner_steps=3))

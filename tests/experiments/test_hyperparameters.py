@@ -59,8 +59,9 @@ def test_hand_made_schedules():
 # The experiment
 
 
-@pytest.fixture
-def tiny(tmp_path):
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("tiny")
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 90)
     images = rng.integers(0, 100, (90, 6, 6), np.uint8)
@@ -74,7 +75,12 @@ def tiny(tmp_path):
     )  # fmt: skip
 
 
-def test_the_test_digits_choose_nothing(tiny, tmp_path):
+@pytest.fixture(scope="module")
+def finished(tiny):
+    return hyper.run(tiny)
+
+
+def test_the_test_digits_choose_nothing(tiny, finished, tmp_path):
     file = tiny.data_dir / hyper.FILE
     images, labels = (np.load(file)[name] for name in ("images", "labels"))
     order = np.random.default_rng(tiny.seed).permutation(len(images))
@@ -82,7 +88,7 @@ def test_the_test_digits_choose_nothing(tiny, tmp_path):
     (tmp_path / "other").mkdir()
     np.savez(tmp_path / "other" / hyper.FILE, images=images, labels=labels)
     other = dataclasses.replace(tiny, data_dir=tmp_path / "other", run_dir=tmp_path / "other_run")
-    found, expected = (hyper.run(config)["methods"] for config in (other, tiny))
+    found, expected = hyper.run(other)["methods"], finished["methods"]
     with pytest.raises(hyper.RunError, match="was made with other data"):
         hyper.run(dataclasses.replace(other, run_dir=tiny.run_dir))
     for name, method in expected.items():
@@ -91,8 +97,8 @@ def test_the_test_digits_choose_nothing(tiny, tmp_path):
         assert found[name]["test_loss"] != method["test_loss"]
 
 
-def test_the_experiment_learns_compares_and_draws(tiny, capsys):
-    results = hyper.run(tiny)
+def test_the_experiment_learns_compares_and_draws(tiny, finished, capsys):
+    results = finished
     assert json.loads((tiny.run_dir / "results.json").read_text()) == results
     assert set(results["methods"]) == {"before learning", "hypergradients", *hyper.BASELINES}
     for name, method in results["methods"].items():
@@ -109,6 +115,7 @@ def test_the_experiment_learns_compares_and_draws(tiny, capsys):
     assert {row["way"] for row in results["memory"]} == set(hyper.WAYS)
     drawn = {file.name for file in (tiny.run_dir / "figures").iterdir()}
     assert drawn == {f"{name}.{kind}" for name in ("learning_curve", "schedules", "memory") for kind in ("png", "pdf")}
+    assert hyper.run(tiny) == results  # found finished
     assert "linear decay" in capsys.readouterr().out
 
 

@@ -58,22 +58,30 @@ def config_of(algorithm="fomaml", **settings):
     return config
 
 
-def test_a_run_on_a_folder_is_tested_and_loaded(photographs, tmp_path):
-    results = images.run(config_of(data_dir=photographs, run_dir=tmp_path / "run"))
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+@pytest.fixture(scope="module")
+def finished(photographs, tmp_path_factory):
+    """The directory and the results of a finished run."""
+    run_dir = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(run_dir / "cache"))
+        return run_dir, images.run(config_of(data_dir=photographs, run_dir=run_dir, chunk_size=1))
+
+
+def test_a_run_on_a_folder_is_tested_and_loaded(photographs, finished):
+    run_dir, results = finished
+    assert json.loads((run_dir / "results.json").read_text()) == results
     assert len(results["metrics"]["accuracy"]["mean"]) == 2
     assert results["protocol"]["normalisation"] == "transductive"
-    learner, params, config = runs.load(tmp_path / "run")
+    learner, params, config = runs.load(run_dir)
     assert (config.algorithm, config.data_dir) == ("fomaml", str(photographs))
     sampler = images.make_samplers(images.with_paper_defaults(config_of(data_dir=photographs)))["test"]
     again = evaluate(learner, params, sampler, runs.streams(0).test, metric_fn=losses.accuracy, num_episodes=4)
     np.testing.assert_allclose(again.mean, results["metrics"]["accuracy"]["mean"], atol=1e-6)
 
 
-def test_episodes_streamed_from_the_host_train_the_same_parameters(photographs, tmp_path):
-    for name, stream in (("resident", False), ("streamed", True)):
-        images.run(config_of(data_dir=photographs, run_dir=tmp_path / name, stream=stream, chunk_size=1))
-    resident, streamed = (runs.load(tmp_path / name) for name in ("resident", "streamed"))
+def test_episodes_streamed_from_the_host_train_the_same_parameters(photographs, finished, tmp_path):
+    images.run(config_of(data_dir=photographs, run_dir=tmp_path, stream=True, chunk_size=1))
+    resident, streamed = runs.load(finished[0]), runs.load(tmp_path)
     assert streaming.is_streamed(images.make_samplers(images.with_paper_defaults(streamed.config))["train"])
     for one, other in zip(jax.tree.leaves(resident.params), jax.tree.leaves(streamed.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)

@@ -67,7 +67,7 @@ def test_the_state_of_a_run_can_be_used(finished):
     assert distribution.mean.shape == (7, 2)
 
 
-@pytest.mark.parametrize("algorithm", ["anil", "pretrained", "random", "oracle"])
+@pytest.mark.parametrize("algorithm", ["pretrained", "random", "oracle"])
 def test_a_method_runs(algorithm, tmp_path):
     settings = {"num_meta_steps": 0} if algorithm == "random" else {"outer_rule": "clipped", "surrogate": "loaded-dice"}
     results = navigation.run(config_of(algorithm, run_dir=tmp_path, **settings))

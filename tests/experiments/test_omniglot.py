@@ -101,39 +101,48 @@ def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
     assert info.observed.shape == (num_steps + 1,)
 
 
+SMALL = TINY | {"way": 2, "network": "conv4", "filters": 3, "pooling": False, "eval_inner_steps": 2}
+
+
+def run_in_settings(run_dir, algorithm, settings, **changes):
+    """The results of a run that is tested in some settings, (way, shot) each."""
+    config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=run_dir, **SMALL | changes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(omniglot, "DATA", dataclasses.replace(omniglot.DATA, settings=settings))
+        return omniglot.run(config)
+
+
+@pytest.fixture(scope="module")
+def pretrained(drawings, tmp_path_factory):
+    """The directory and the results of a pretrained network."""
+    run_dir = tmp_path_factory.mktemp("pretrained")
+    return run_dir, run_in_settings(run_dir, "pretrained-classifier", ((2, 1), (3, 1)))
+
+
 @pytest.mark.parametrize("algorithm", ["protonets", "pretrained-classifier"])
-def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, tmp_path, monkeypatch):
-    settings = ((2, 1), (2, 5), (3, 1))
-    monkeypatch.setattr(omniglot, "DATA", dataclasses.replace(omniglot.DATA, settings=settings))
-    small = TINY | {"way": 2, "network": "conv4", "filters": 3, "pooling": False, "eval_inner_steps": 2}
-    way = {} if algorithm == "pretrained-classifier" else {"train_way": 4}
-    config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=tmp_path, **small | way)
-    results = omniglot.run(config)
-    heads = ["centroid", "neighbour", "linear", "fine-tuned"] if algorithm == "pretrained-classifier" else [None]
+def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, pretrained, tmp_path):
+    settings, heads = ((2, 1), (3, 1)), ["centroid", "neighbour", "linear", "fine-tuned"]
+    run_dir, results = pretrained
+    if algorithm == "protonets":
+        settings, heads, run_dir = ((2, 1), (2, 5), (3, 1)), [None], tmp_path
+        results = run_in_settings(run_dir, algorithm, settings, train_way=4)
     described = [(e["way"], e["shot"], e.get("head")) for e in results["evaluations"]]
     assert described == [(way, shot, head) for way, shot in settings for head in heads]
     assert results["metrics"] == results["evaluations"][0]["metrics"]
     assert results["protocol"]["normalisation"] == "statistics of training images"
     # What comes out of the run has these statistics, and then no prediction depends on the other queries.
-    learner, params = omniglot.load(tmp_path)
+    learner, params = omniglot.load(run_dir)
     images = np.random.default_rng(0).random((6, 28, 28, 1), np.float32)
     task_params, _ = learner.adapt(params, Batch(images[:2], np.arange(2)))
     together, alone = learner.predict(task_params, images[2:]), learner.predict(task_params, images[2:3])
     chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, tmp_path, monkeypatch):
-    monkeypatch.setattr(omniglot, "DATA", dataclasses.replace(omniglot.DATA, settings=((2, 1), (3, 1))))
-    small = TINY | {"way": 2, "filters": 3, "pooling": False, "eval_inner_steps": 1}
-    pretrained = dataclasses.replace(
-        omniglot.METHODS["pretrained-classifier"], run_dir=tmp_path / "pretrained", **small | {"network": "conv4"}
-    )
-    omniglot.run(pretrained)
-    settings = small | {"network": "features", "train_way": 2, "query_shot": 2}
-    config = dataclasses.replace(
-        omniglot.METHODS["leo"], run_dir=tmp_path / "leo", pretrained_run=tmp_path / "pretrained", **settings
-    )
-    results = omniglot.run(config)
+def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, pretrained, tmp_path):
+    shutil.copytree(pretrained[0], tmp_path / "pretrained")
+    settings = {"network": "features", "train_way": 2, "query_shot": 2, "pretrained_run": tmp_path / "pretrained"}
+    results = run_in_settings(tmp_path / "leo", "leo", ((2, 1), (3, 1)), **settings)
+    config = dataclasses.replace(omniglot.METHODS["leo"], **SMALL | settings)
     assert len(results["metrics"]["accuracy"]["mean"]) == 1 + 5 + 5
     assert len(results["evaluations"]) == 2
     # Four rotations of 15 characters; each drawing is a vector of unit length.

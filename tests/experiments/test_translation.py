@@ -44,43 +44,54 @@ def write(directory, part, language, lines):
     (directory / f"{part}.{language}").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-@pytest.fixture(autouse=True)
-def short_validation(monkeypatch):
-    monkeypatch.setattr(translation, "VALIDATION_STEPS", 20)
+@pytest.fixture(autouse=True, scope="module")
+def short_validation():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(translation, "VALIDATION_STEPS", 20)
+        yield
 
 
 def config_of(corpus, algorithm="fomaml", **settings):
     return dataclasses.replace(translation.METHODS[algorithm], data_dir=corpus, **TINY | settings)
 
 
-@pytest.mark.parametrize(
-    ("algorithm", "settings"),
-    [
-        ("fomaml", {"pretrain_steps": 2}),
-        # The last state is not the best.
-        ("pretrained", {"network": "gru", "outer_lr": 1.0, "val_every": 1, "beam": 1}),
-    ],
-)
-def test_a_run_is_tested_and_can_be_used(corpus, algorithm, settings, tmp_path):
-    config = config_of(corpus, algorithm, run_dir=tmp_path / "run", **settings)
-    results = translation.run(config)
-    assert json.loads((tmp_path / "run" / "results.json").read_text()) == results
+RUNS = {
+    "fomaml": {"pretrain_steps": 2, "lexical": True},
+    # The last state is not the best.
+    "pretrained": {"network": "gru", "outer_lr": 1.0, "val_every": 1, "beam": 1},
+}
+
+
+@pytest.fixture(scope="module", params=RUNS)
+def finished(request, corpus, tmp_path_factory):
+    """The configuration and the results of a finished run."""
+    config = config_of(corpus, request.param, run_dir=tmp_path_factory.mktemp("finished"), **RUNS[request.param])
+    return config, translation.run(config)
+
+
+def test_a_run_is_tested_and_can_be_used(corpus, finished):
+    config, results = finished
+    algorithm, run_dir = config.algorithm, config.run_dir
+    assert json.loads((run_dir / "results.json").read_text()) == results
     selected = [row for row in results["evaluations"] if row["state"] == "selected"]
-    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), (0, 4, 8)))
-    assert [len(row["bleu"]) for row in selected] == [1, 2, 2] * 2
+    # The alignment of a lexical representation needs pairs.
+    sizes = (4, 8) if config.lexical else (0, 4, 8)
+    assert [(row["language"], row["pairs"]) for row in selected] == list(itertools.product(("xc", "xd"), sizes))
+    assert [len(row["bleu"]) for row in selected] == [1, 2, 2][-len(sizes) :] * 2
     assert len(results["examples"]) == 2 * 3
     assert results["examples"][0]["reference"] in parallel_text.Corpus(corpus).lines("test", "en")
     last = [row for row in results["evaluations"] if row["state"] == "last"]
     assert [row["step"] for row in last] == ([4] * 6 if algorithm == "pretrained" else [])  # the last of FOMAML is best
-    assert (tmp_path / "run" / "figures" / "bleu.png").exists()
+    assert (run_dir / "figures" / "bleu.png").exists()
     assert translation.run(config) == results  # found finished
-    learner, params, loaded = runs.load(tmp_path / "run")
+    learner, params, loaded = runs.load(run_dir)
     assert loaded.sources == ("xa", "xb")
     episode = translation.setup_of(config).training.sample_episode(jax.random.key(0))
     assert np.isfinite(jax.jit(learner.objective)(params, episode)[0])
-    # Without the text: the run directory is enough.
-    command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns", "kithe kiman"))
-    assert len(translation.translate(command)) == 2
+    if not config.lexical:
+        # Without the text: the run directory is enough.
+        command = translation.Translate(run=run_dir, text=("kidog kiruns", "kithe kiman"))
+        assert len(translation.translate(command)) == 2
 
 
 def test_a_network_from_scratch_is_tested_without_training(corpus, tmp_path):
@@ -90,15 +101,13 @@ def test_a_network_from_scratch_is_tested_without_training(corpus, tmp_path):
     assert results["protocol"]["pairs_trained"] == 0
 
 
-def test_a_run_translates_a_language_of_ones_own(corpus, tmp_path, capsys, monkeypatch):
-    config = config_of(corpus, lexical=True, num_meta_steps=2, num_subsets=1, sizes=(4,), run_dir=tmp_path / "run")
-    results = translation.run(config)
-    # The alignment of a lexical representation needs pairs.
-    assert [row["pairs"] for row in results["evaluations"]] == [4, 4]
+@pytest.mark.parametrize("finished", ["fomaml"], indirect=True)
+def test_a_run_translates_a_language_of_ones_own(corpus, finished, tmp_path, capsys, monkeypatch):
+    run_dir = finished[0].run_dir
     lines = [parallel_text.Corpus(corpus).lines("train", name)[:20] for name in ("xc", "en")]
     file = tmp_path / "pairs.tsv"
     file.write_text("\n".join("\t".join(pair) for pair in zip(*lines, strict=True)) + "\n\n")
-    command = translation.Translate(run=tmp_path / "run", text=("kidog kiruns",), pairs=file)
+    command = translation.Translate(run=run_dir, text=("kidog kiruns",), pairs=file)
     assert len(translation.translate(command)) == 1
     assert "fine-tuned on 18 pairs" in capsys.readouterr().out
     # Mistakes are found before a fine-tuning.

@@ -14,7 +14,7 @@ pytest.importorskip("ipykernel", reason="pip install ipykernel to run the tutori
 SMALLER = {
     "your_own_loss": {"NUM_META_STEPS = 1000": "NUM_META_STEPS = 500"},
     "your_own_model": {},
-    "your_own_environment": {"NUM_META_STEPS = 100": "NUM_META_STEPS = 60"},
+    "your_own_environment": {"NUM_META_STEPS = 100": "NUM_META_STEPS = 30"},
     "first_against_second_order": {"STEPS_PER_CALL, NUM_CALLS = 250": "STEPS_PER_CALL, NUM_CALLS = 125"},
 }
 """What a tutorial has, and what its test has instead. The assertions are the same."""

@@ -42,8 +42,14 @@ PARAMS = LEARNER.init(jax.random.key(0), jnp.zeros((1, 2)))
 EPISODES = jax.jit(jax.vmap(SAMPLER, (0, None)))(jax.random.split(jax.random.key(1), NUM_TASKS), PARAMS)
 
 
+@jax.jit
 def gradient_fn(params, episodes):
     return meta_gradient(LEARNER, params, episodes, chunk_size=1)
+
+
+def update(rule, params=PARAMS, episodes=EPISODES):
+    """One outer update, compiled."""
+    return jax.jit(lambda *args: rule.update(gradient_fn, *args))(params, episodes, rule.init(params))
 
 
 def test_the_objective_reports_returns_and_divergence():
@@ -76,15 +82,16 @@ def test_the_meta_gradient_has_the_differences_of_the_objective(num_updates, x64
     learner = rl.meta_policy(of_steps(num_updates))
     params = in_float64(learner.init(jax.random.key(0), jnp.zeros((1, 2))))
     sample = rl.make_sampler(of_steps, ENVIRONMENT, num_updates=num_updates, num_trajectories=4, horizon=5)
-    episode = in_float64(sample(jax.random.key(1), params))
-    grads = jax.grad(learner.objective, has_aux=True)(params, episode)[0]
+    episode = in_float64(jax.jit(sample)(jax.random.key(1), params))
+    grads = jax.jit(jax.grad(learner.objective, has_aux=True))(params, episode)[0]
     direction = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), params)
+    objective = jax.jit(learner.objective)
     ahead, behind = (
-        learner.objective(optax.tree.add_scale(params, sign * 1e-5, direction), episode)[0] for sign in (1.0, -1.0)
+        objective(optax.tree.add_scale(params, sign * 1e-5, direction), episode)[0] for sign in (1.0, -1.0)
     )
     np.testing.assert_allclose((ahead - behind) / 2e-5, optax.tree.vdot(grads, direction), rtol=1e-6)
     first = rl.meta_policy(of_steps(num_updates)._replace(adapt=_first_order_adapt(policy, num_updates)))
-    other = jax.grad(first.objective, has_aux=True)(params, episode)[0]
+    other = jax.jit(jax.grad(first.objective, has_aux=True))(params, episode)[0]
     assert optax.tree.norm(optax.tree.sub(other, grads)) > 1e-4 * optax.tree.norm(grads)
 
 
@@ -108,18 +115,18 @@ def test_the_step_is_the_natural_gradient_of_the_whole_fisher_matrix(x64):
     params, episodes = in_float64(PARAMS), in_float64(EPISODES)
     learner = learner_of(1, inner_grad=jax.value_and_grad)
     rule = rl.trust_region(LEARNER, max_kl=1e-3, num_cg_steps=60, damping=0.1, metric_stride=2)
-    new, _, info = jax.jit(lambda params, episodes: rule.update(gradient_fn, params, episodes, ()))(params, episodes)
+    new, _, info = update(rule, params, episodes)
     vector, unravel = jax.flatten_util.ravel_pytree(params)
 
     def outputs_of(vector, episode):
         adapted, _ = learner.adapt(unravel(vector), jax.tree.map(lambda x: x[:, ::2], episode.support))
         return learner.predict(adapted, episode.query.inputs[::2])
 
-    fisher = np.zeros((len(vector), len(vector)))
+    fisher, slopes_of = np.zeros((len(vector), len(vector))), jax.jit(jax.jacfwd(outputs_of))
     for index in range(NUM_TASKS):
         episode = jax.tree.map(lambda x, i=index: x[i], episodes)
         outputs = outputs_of(vector, episode)
-        slopes = jax.jacfwd(outputs_of)(vector, episode)  # leaves [H, N, A, P]
+        slopes = slopes_of(vector, episode)  # leaves [H, N, A, P]
         # The Fisher information of a normal: 1/σ² for each mean, 2 for each log σ.
         weight = jnp.exp(-2.0 * outputs.log_std)[..., None]
         mean, log_std = (x.reshape(-1, len(vector)) for x in (slopes.mean * jnp.sqrt(weight), slopes.log_std))
@@ -138,11 +145,12 @@ def test_the_step_is_the_natural_gradient_of_the_whole_fisher_matrix(x64):
 
 def test_more_conjugate_gradients_than_numbers_do_no_harm():
     rule = rl.trust_region(LEARNER, num_cg_steps=200, damping=0.1)
-    new, _, info = rule.update(gradient_fn, PARAMS, EPISODES, ())
+    new, _, info = update(rule)
     assert info.objective.kl > 0.0
     chex.assert_tree_all_finite(new)
 
 
+@jax.jit
 def measure(params, episodes=EPISODES):
     losses, info = jax.vmap(LEARNER.objective, (None, 0))(params, episodes)
     return losses.mean(), info.kl.mean()
@@ -151,7 +159,7 @@ def measure(params, episodes=EPISODES):
 @pytest.mark.parametrize("max_kl", [1e-4, 1e-2, 1.0])
 def test_the_divergence_stays_within_its_bound_and_the_objective_falls(max_kl):
     rule = rl.trust_region(LEARNER, max_kl=max_kl)
-    new, _, info = jax.jit(lambda params, episodes: rule.update(gradient_fn, params, episodes, ()))(PARAMS, EPISODES)
+    new, _, info = update(rule)
     loss, kl = measure(new)
     assert loss < measure(PARAMS)[0]
     assert 0.01 * max_kl < kl <= max_kl * 1.001
@@ -164,7 +172,7 @@ def test_where_nothing_can_be_gained_the_parameters_stay():
     equal = targets._replace(advantage=jnp.zeros_like(targets.advantage))
     rule = rl.trust_region(LEARNER)
     flat_episodes = EPISODES._replace(query=EPISODES.query._replace(targets=equal))
-    new, _, info = rule.update(gradient_fn, PARAMS, flat_episodes, ())
+    new, _, info = update(rule, PARAMS, flat_episodes)
     chex.assert_trees_all_equal(new, PARAMS)
     assert info.objective.kl == 0.0
     assert info.finite
@@ -174,7 +182,7 @@ def test_the_inner_gradient_may_be_differentiated_either_way(x64):
     params, episodes, found = in_float64(PARAMS), in_float64(EPISODES), []
     for inner_grad in (mixed_mode, jax.value_and_grad):
         rule = rl.trust_region(rl.meta_policy(learner_of(1, inner_grad=inner_grad)), damping=0.01, num_cg_steps=40)
-        found.append(rule.update(gradient_fn, params, episodes, ())[0])
+        found.append(update(rule, params, episodes)[0])
     assert np.any(flat(found[0]) != flat(params))
     chex.assert_trees_all_close(*found, rtol=1e-8)
 
@@ -214,7 +222,7 @@ def test_an_epoch_is_an_optax_step_and_a_bound_stops_them():
 
     def after(num_epochs, max_kl=None):
         rule = rl.clipped_epochs(optimizer, num_epochs=num_epochs, max_kl=max_kl)
-        return rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))
+        return update(rule)
 
     chex.assert_trees_all_close(after(4)[0], params, rtol=1e-4, atol=1e-6)
     assert divergences == sorted(divergences)
@@ -241,10 +249,10 @@ def test_a_later_step_that_is_not_finite_shows_in_the_norm():
 def test_minibatches_go_through_all_tasks():
     # One step of plain descent on each half, in a random order; with a rate near 0 their sum is that of a whole step.
     rule = rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1, num_minibatches=2)
-    new, state, _ = rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))
+    new, state, _ = update(rule)
     whole = gradient_fn(PARAMS, EPISODES)[1]
     np.testing.assert_allclose(flat(new) - flat(PARAMS), -2e-3 * flat(whole), rtol=0.05, atol=1e-7)
-    again, *_ = rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))
+    again, *_ = update(rule)
     chex.assert_trees_all_equal(new, again)
     assert np.any(state["key"] != rule.init(PARAMS)["key"])
     with pytest.raises(ValueError, match="num_minibatches=3 does not divide the 4 tasks of a meta-batch"):
@@ -260,10 +268,7 @@ def test_what_prepares_the_episodes_comes_first():
         return Episode(episodes.support, episodes.query._replace(targets=targets))
 
     plain, prepared = (rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1, prepare=prepare) for prepare in (None, doubled))
-    steps = [
-        flat(rule.update(gradient_fn, PARAMS, EPISODES, rule.init(PARAMS))[0]) - flat(PARAMS)
-        for rule in (plain, prepared)
-    ]
+    steps = [flat(update(rule)[0]) - flat(PARAMS) for rule in (plain, prepared)]
     np.testing.assert_allclose(2.0 * steps[0], steps[1], rtol=1e-3, atol=1e-7)
 
 
@@ -296,7 +301,7 @@ def test_a_learner_that_reports_no_divergence_is_refused():
     rule = rl.trust_region(plain)
     message = r"the objective reports InnerInfo, which has no kl; wrap the learner in rl\.meta_policy"
     with pytest.raises(ValueError, match=message):
-        rule.update(gradient_fn, PARAMS, EPISODES, ())
+        update(rule)
 
     def of_plain(params, episodes):
         return meta_gradient(plain, params, episodes, chunk_size=1)
@@ -319,7 +324,7 @@ def test_rules_that_look_at_the_episodes_are_refused_by_pmap():
 def test_a_policy_that_is_not_finite_is_reported():
     broken = jax.tree.map(lambda x: x * jnp.nan, PARAMS)
     for rule in (rl.trust_region(LEARNER), rl.clipped_epochs(optax.sgd(1.0), num_epochs=1)):
-        *_, info = rule.update(gradient_fn, broken, EPISODES, rule.init(broken))
+        *_, info = update(rule, broken, EPISODES)
         assert not info.finite
 
 
