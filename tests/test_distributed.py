@@ -40,13 +40,6 @@ def explicit(num_processes, **env):
     return [(env | {"JAX_NUM_PROCESSES": num_processes, "JAX_PROCESS_ID": i}, flag) for i in range(num_processes)]
 
 
-def slurm(num_processes, **env):
-    """What `srun --ntasks N` sets on one node; the flag keeps its default, auto."""
-    env |= {"SLURM_JOB_ID": 4242, "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": num_processes}
-    env |= {"SLURM_STEP_NUM_TASKS": num_processes, "JAX_COORDINATOR_PORT": free_port()}  # JAX's own is not random
-    return [(env | {"SLURM_PROCID": i, "SLURM_LOCALID": i}, []) for i in range(num_processes)]
-
-
 STUBS = {
     "srun": """#!/usr/bin/env bash
         while [[ $1 == --* ]]; do shift; done # its own options
@@ -209,12 +202,6 @@ def test_two_processes_save_when_one_is_asked_to_end(tmp_path, cache):
             if index == 0:
                 assert "stopped after step 8; the same command resumes from there" in out
     assert (run_dir / "checkpoints" / "8").is_dir()
-
-
-def test_processes_of_a_launcher_take_the_steps_of_one(tmp_path, cache, one_process):
-    with Job(tmp_path, cache, slurm(2)) as job:
-        assert "step 12/12" in job.succeed()
-    assert_same_run(tmp_path, 2, one_process)
 
 
 def test_a_mistake_seen_by_process_0_ends_all_with_its_message(tmp_path, cache):

@@ -142,6 +142,7 @@ def test_derivatives_are_those_of_finite_differences(name, x64):
     loss, direction = OF_EMBEDDINGS[name], jnp.asarray(rng.normal(size=EMBEDDINGS.shape))
     step = 1e-5
     for function in (loss, lambda x: jnp.vdot(jnp.cos(jnp.arange(28.0).reshape(7, 4)), jax.grad(loss)(x))):
+        function = jax.jit(function)
         _, exact = jax.jvp(function, (jnp.asarray(EMBEDDINGS),), (direction,))
         difference = (function(EMBEDDINGS + step * direction) - function(EMBEDDINGS - step * direction)) / (2 * step)
         np.testing.assert_allclose(difference, exact, rtol=1e-6, atol=1e-9)
@@ -176,14 +177,15 @@ def test_order_and_scale_of_the_embeddings_do_not_matter(name, x64):
     ],
 )
 def test_values_and_derivatives_are_finite_where_there_is_little(name, embeddings, identities):
-    value, grad = jax.value_and_grad(OF_PAIRS[name])(jnp.asarray(embeddings, jnp.float32), identities)
+    loss = jax.jit(jax.value_and_grad(lambda x: OF_PAIRS[name](x, identities)))
+    value, grad = loss(jnp.asarray(embeddings, jnp.float32))
     chex.assert_tree_all_finite((value, grad))
 
 
 def test_equal_domains_are_aligned_and_well_separated_identities_cost_nothing():
     domain = jnp.asarray(EMBEDDINGS, jnp.float32)
     np.testing.assert_allclose(losses.domain_alignment(jnp.stack([domain, 3.0 * domain])), 0.0, atol=1e-6)
-    apart = jnp.eye(3)[IDENTITIES]
+    apart = jnp.asarray(np.eye(3, dtype=np.float32)[IDENTITIES])
     assert losses.triplet(0.3)(apart, IDENTITIES) == 0.0
     assert losses.soft_classification(64.0)(apart, IDENTITIES) < 1e-6
     hard = losses.hard_pair_attention(positive_threshold=0.9, negative_threshold=0.1)

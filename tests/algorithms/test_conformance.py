@@ -21,7 +21,6 @@ from maml_jax import (
     Problem,
     check_inner_grad,
     evaluate,
-    evaluate_objective,
     init_meta_state,
     losses,
     make_meta_step,
@@ -443,30 +442,28 @@ def test_a_meta_step_lowers_for_cuda_and_tpu(name):
     assert "stablehlo.dot_general" in exported.mlir_module()
 
 
-@EVERY_ALGORITHM
+LEARN_ELSEWHERE = {"mann", "lstm", "memory-module", "neural-statistician", "meta-lstm", "leo"}
+"""Slow ones, whose own tests have them learn."""
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in LEARN_ELSEWHERE])
 def test_it_learns(name):
     # Sinusoids: the query loss after adaptation, on tasks that were not trained on, falls below that of the initial
     # parameters, and below 4.3: the variance of a sinusoid of amplitude U[0.1, 5] is E[A²] / 2 = 4.25.
-    # Blobs: the share of errors halves. The statistician learns without labels, so its bound of the evidence rises.
+    # Blobs: the share of errors halves.
     # Two steps of 0.02 go about as far as the solution of a proximal problem of strength 1 / (2 · 0.02).
     further = {"strength": 25.0} if name == "imaml" else {}
-    # The steps of the meta-learner LSTM are slow without optimised machine code, so its network has one layer.
-    features = (3,) if name == "meta-lstm" else (16, 3)
-    network = {"features": features} if classifies(name) else {"features": (32, 32, 1), "activation": jnp.tanh}
+    network = {"features": (16, 3)} if classifies(name) else {"features": (32, 32, 1), "activation": jnp.tanh}
     learner = build(name, models.mlp(**network), inner_lr=0.02, **further)
     optimizer = optax.adam(5e-3)
     sample_episode = sampler(name, shot=10)
-    num_steps = 100 if name == "meta-lstm" else 400
-    train = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=8, num_steps=num_steps, chunk_size=8)
+    train = make_train_loop(learner, optimizer, sample_episode, meta_batch_size=8, num_steps=400, chunk_size=8)
     state = init_meta_state(learner, optimizer, jax.random.key(0), episode(name).support.inputs)
 
     def errors(outputs, targets):
         return 1.0 - losses.accuracy(outputs, targets)
 
     def score(params):
-        if name == "neural-statistician":
-            found = evaluate_objective(learner, params, sample_episode, jax.random.key(2), num_episodes=200)
-            return found.mean[0]
         return evaluate(
             learner,
             params,
@@ -480,9 +477,6 @@ def test_it_learns(name):
     before = score(state.params)
     state, _ = train(state, jax.random.key(1))
     after = score(state.params)
-    if name == "neural-statistician":
-        assert after < 0.85 * before
-        return
     assert after < (0.5 if classifies(name) else 0.85) * before
     assert after < (0.2 if classifies(name) else 4.25)
 

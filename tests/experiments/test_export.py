@@ -69,9 +69,7 @@ def maml(tmp_path_factory):
         ("maml", {"eval_inner_steps": 1, "adapt_norm": True, "norm_scale": True}),
         ("maml", {"eval_inner_steps": 1, "flatten": True, "population": True}),
         ("cavia", {"eval_inner_steps": 1}),
-        ("protonets", {}),
         ("r2d2", {}),
-        ("maml", {"eval_inner_steps": 1, "module": images, "size": 16}),
         ("protonets", {"module": images, "size": 16}),
     ],
 )

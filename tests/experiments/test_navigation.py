@@ -67,14 +67,14 @@ def test_the_state_of_a_run_can_be_used(finished):
     assert distribution.mean.shape == (7, 2)
 
 
-@pytest.mark.parametrize("algorithm", ["pretrained", "random", "oracle"])
+@pytest.mark.parametrize("algorithm", ["pretrained", "oracle"])
 def test_a_method_runs(algorithm, tmp_path):
-    settings = {"num_meta_steps": 0} if algorithm == "random" else {"outer_rule": "clipped", "surrogate": "loaded-dice"}
+    settings = {"outer_rule": "clipped", "surrogate": "loaded-dice"}
     results = navigation.run(config_of(algorithm, run_dir=tmp_path, **settings))
     updates = 0 if algorithm == "oracle" else 2
     assert len(results["metrics"]["return"]["mean"]) == updates + 1
     assert len(results["rates"]) == updates
-    if algorithm in ("pretrained", "random"):
+    if algorithm == "pretrained":
         assert results["rates"][0] in navigation.FIRST_RATES
     assert (tmp_path / "figures" / "returns.png").exists()
 

@@ -29,7 +29,7 @@ def config_of(module, *, method="rl2", settings=None, **changes):
     return dataclasses.replace(config, hyperparameters=hyperparameters, **TINY | SMALL[module] | changes)
 
 
-RUNS = [*((module, "rl2") for module in SMALL), (bandits, "maml"), (mdps, "maml")]
+RUNS = [*((module, "rl2") for module in SMALL), (bandits, "maml")]
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0].__name__.split('.')[-1]}-{run[1]}")

@@ -49,12 +49,11 @@ def noisy(translator, lexical, seed=0):
     return tree.unflatten([x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
 
 
-both = pytest.mark.parametrize("lexical", [False, True])
 networks = pytest.mark.parametrize("name", ["transformer", "gru"])
+with_and_without_a_lexicon = pytest.mark.parametrize(("name", "lexical"), [("transformer", True), ("gru", False)])
 
 
-@both
-@networks
+@with_and_without_a_lexicon
 def test_one_token_at_a_time_gives_the_logits_of_all_together(name, lexical, x64):
     translator = translators(lexical)[name]
     params = noisy(translator, lexical)
@@ -67,8 +66,7 @@ def test_one_token_at_a_time_gives_the_logits_of_all_together(name, lexical, x64
         np.testing.assert_allclose(logits, together[:, index], atol=1e-12)
 
 
-@both
-@networks
+@with_and_without_a_lexicon
 def test_a_token_sees_no_later_one_and_no_filling(name, lexical, x64):
     translator = translators(lexical)[name]
     params = noisy(translator, lexical)
@@ -174,7 +172,7 @@ def test_the_transformer_is_that_of_the_equations(x64):
     np.testing.assert_allclose(found[2], expected, atol=1e-10)
 
 
-@pytest.mark.parametrize(("name", "lexical"), [("transformer", True), ("gru", False)])
+@with_and_without_a_lexicon
 def test_exact_meta_gradients_agree_and_pass_finite_differences(name, lexical, x64):
     translator = translators(lexical, depth=1)[name]
     params = noisy(translator, lexical)

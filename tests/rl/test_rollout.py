@@ -131,7 +131,7 @@ PARAMS = {"bias": jnp.array([0.3, -0.2])}
 
 @pytest.mark.parametrize("num_updates", [0, 1, 3])
 def test_every_policy_of_the_adaptation_acts_once(num_updates):
-    sample = rl.make_sampler(learner_of, counter(), num_updates=num_updates, **SETTINGS)
+    sample = jax.jit(rl.make_sampler(learner_of, counter(), num_updates=num_updates, **SETTINGS))
     episode = sample(jax.random.key(0), PARAMS)
     assert episode.support.inputs.shape == (num_updates, H, N, 1)
     assert episode.query.inputs.shape == (H, N, 1)
@@ -187,7 +187,7 @@ def test_trajectories_of_all_updates_at_once_are_refused(loss_fn):
 
 def test_adaptation_raises_the_return():
     sample = rl.make_sampler(learner_of, counter(), num_updates=3, num_trajectories=200, horizon=H)
-    episodes = jax.vmap(sample, (0, None))(jax.random.split(jax.random.key(0), 20), PARAMS)
+    episodes = jax.jit(jax.vmap(sample, (0, None)))(jax.random.split(jax.random.key(0), 20), PARAMS)
     returns = jax.vmap(rl.returns_of)(episodes.support, episodes.query).mean(0)
     assert np.all(np.diff(returns) > 0.1)
 
