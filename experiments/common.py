@@ -1,9 +1,8 @@
-"""What the experiments share: devices, the training loop with its progress bar."""
+"""What the experiments share: devices and the training loop."""
 
 import contextlib
 import math
 import os
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.progress import progress_bar
 from experiments.runs import (
     PROCESS_TIMEOUT_SECONDS,
     RunError,
     Trained,
     console,
-    device_name,
     metrics_log,
     on_signal,
     streams,
@@ -36,8 +34,6 @@ from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, Sa
 
 SAVE_SECONDS = 60.0
 """A checkpoint is written after a compiled call if the last one is older than this, besides those of validations."""
-LINE_SECONDS = 60.0
-"""Without a terminal a line is printed at every validation, and when none was for so long."""
 STOP_SECONDS = 25.0
 """How long a compiled call may go on after SIGTERM or SIGINT. Clusters kill a job 30 s or more after the signal."""
 
@@ -554,48 +550,3 @@ def selected(best: dict[str, Any]) -> ArrayTree:
         return jax.tree.map(lambda x: np.asarray(x)[0], best["params"])
     count = max(1, int(np.sum(np.isfinite(best["score"]))))
     return jax.tree.map(lambda x: np.asarray(x)[:count], best["params"])
-
-
-@contextlib.contextmanager
-def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
-    """A bar with speed, time left, loss, validation and memory. Without a terminal, a line for each validation."""
-    bar = Progress(
-        TextColumn(f"meta-steps on {device_name().partition(',')[0]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.1f}/s"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        TextColumn("loss {task.fields[loss]:.4f}"),
-        TextColumn("{task.fields[val]}"),
-        TextColumn("{task.fields[memory]}"),
-        console=console,
-        disable=console.quiet or not console.is_terminal,
-    )
-    latest = {"val": "", "time": time.monotonic()}
-
-    def show(record: dict) -> None:
-        if "val" in record:
-            latest["val"] = f"validation {record['val']:.4f}"
-        fields = {"loss": record["loss"], "speed": record["steps_per_second"], "val": latest["val"]}
-        fields["memory"] = memory_in_use()
-        bar.update(task, completed=record["step"], **fields)
-        is_due = "val" in record or record["step"] == num_steps or time.monotonic() > latest["time"] + LINE_SECONDS
-        if is_due and not console.is_terminal:
-            latest["time"] = time.monotonic()
-            left = (num_steps - record["step"]) / record["steps_per_second"] / 60
-            console.print(
-                f"step {record['step']}/{num_steps}  loss {record['loss']:.4f}  {latest['val']}  "
-                f"{record['steps_per_second']:.1f} meta-steps/s  {left:.0f} min left  {memory_in_use()}"
-            )
-
-    with bar:
-        task = bar.add_task("", total=num_steps, speed=0.0, loss=math.nan, val="", memory="")
-        yield show
-
-
-def memory_in_use() -> str:
-    """The largest memory so far: of a device if it says so, else of this process."""
-    peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-    if peak is None:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"{peak / 1e9:.1f} GB"

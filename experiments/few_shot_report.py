@@ -34,6 +34,7 @@ BELOW_PUBLISHED = """Where a number is below the published one:
 - **Siamese networks** would gain nothing by more meta-steps: their validation accuracy is 96.3 % at 7,000 and 96.4 % at
   10,000. Those of the published number were fine-tuned on the support set.
 - **The neural statistician** is far smaller than the published network, and trained without dilated images.
+
 Other differences: matching networks have a learned scale of their cosines, which their paper has not. They and R2-D2
 have an outer rate of 0.005, ProtoNets 0.001. The test of the memory module does not turn its characters, as in the
 authors' code; the other tests by alphabet do. LEO learns on the features of a pretrained classifier, whose training is

@@ -162,6 +162,16 @@ def test_an_error_ends_the_process_when_it_is_one_of_several(of_two, capsys, err
     assert ("KeyError: 'mine'" in capsys.readouterr().err) == isinstance(error, KeyError)
 
 
+@pytest.mark.parametrize(("index", "waits"), [(0, [1.0]), (1, [])])
+def test_process_zero_leaves_last_after_an_error(of_two, monkeypatch, index, waits):
+    slept = []
+    monkeypatch.setattr(processes.time, "sleep", slept.append)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    with pytest.raises(Ended), processes.exit_on_error():
+        raise SystemExit(2)
+    assert slept == waits
+
+
 def test_an_error_names_those_that_do_not_come(of_two, monkeypatch):
     def barrier(key, what, seconds):
         raise processes.ProcessError(f"{what}: process 1 is missing after {seconds:g} s")

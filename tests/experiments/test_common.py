@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import common, runs
+from experiments import common, progress, runs
 from experiments.tracking import Tracking
 from maml_jax import (
     InnerDescent,
@@ -208,7 +208,7 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, what, num
 def test_a_run_without_a_terminal_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     train(tmp_path / "short")
     assert re.findall(r"step (\d+)/12 ", capsys.readouterr().out) == ["12"]
-    monkeypatch.setattr(common, "LINE_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
     train(tmp_path / "long")
     lines = capsys.readouterr().out
     assert re.findall(r"step (\d+)/12 ", lines) == ["2", "4", "6", "8", "10", "12"]
