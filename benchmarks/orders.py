@@ -1,8 +1,8 @@
 """First against second order: what the exact meta-gradient costs, what it gains, and how far the two differ.
 
 MAML and FOMAML train for the same number of meta-steps from the same parameters on the same tasks, in turns. On the
-way both meta-gradients are computed at the parameters of MAML, on tasks that neither has seen, and compared. With
---short only the sinusoids are trained, for a thousand meta-steps.
+way both meta-gradients are computed at the parameters of MAML, on tasks that neither has seen, and compared. The
+short form (--short) only trains on sinusoids, for a thousand meta-steps.
 """
 
 import dataclasses

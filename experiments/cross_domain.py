@@ -5,8 +5,8 @@ the same episodes, of characters, digits, faces, objects, traffic signs, texture
 trained on. The result is an accuracy for each learner and data set, and the average of the learner's ranks.
 
 Methods whose parameters do not depend on the number of classes are tested as they are. A learner with a last layer of N
-outputs uses the first ones, which are exchangeable because training shuffles the labels, in tasks of up to N classes;
---ways 5 asks for tasks that a learner of 5 classes can do. What cannot be tested is listed with the reason.
+outputs uses the first ones, which are exchangeable because training shuffles the labels, in tasks of up to N classes.
+Give --ways 5 for tasks that a learner of 5 classes can do. What cannot be tested is listed with the reason.
 
 The episodes follow section 3.2 of Triantafillou et al., 2020, https://arxiv.org/abs/1903.03096, with smaller bounds:
 see `maml_jax.tasks.variable`. Omniglot has no hierarchy of alphabets here.

@@ -53,8 +53,8 @@ class Config(ClassificationConfig):
     """The folder with train, val and test, each a folder or a zip of class folders; or one folder or zip of class
     folders with a --split-file; by default $MAML_JAX_IMAGES. With --tfds the tensorflow-datasets directory."""
     split_file: Path | None = None
-    """A JSON file {"train": [class names], "val": [...], "test": [...]}, if the classes are not divided yet. With
-    --tfds one is made and kept beside the cache."""
+    """A JSON file {"train": [class names], "val": [...], "test": [...]}, if the classes are not divided yet. For
+    a data set of --tfds one is made and kept beside the cache."""
     tfds: str | None = None
     """The name of a data set of tensorflow-datasets, such as cifar100, in place of a folder."""
     size: int = 84

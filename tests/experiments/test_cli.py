@@ -61,6 +61,14 @@ def test_an_unknown_method_is_refused(arguments):
         cli.parse(omniglot.METHODS, "", arguments)
 
 
+def test_no_line_of_a_help_text_begins_with_a_flag():
+    # tyro breaks the paragraph there.
+    root = Path(cli.__file__).parents[1]
+    files = [file for folder in ("experiments", "benchmarks") for file in (root / folder).glob("*.py")]
+    assert len(files) > 40
+    assert not [file.name for file in files if re.search(r"^ *--[a-z]", file.read_text(), re.MULTILINE)]
+
+
 @pytest.mark.parametrize(("module", "published"), [(omniglot, "98.7 ± 0.4"), (sinusoid, "0.67 / 0.38 / 0.35")])
 def test_help_lists_the_methods_with_their_published_numbers(module, published, capsys):
     def help_of(*arguments):
