@@ -20,6 +20,8 @@ from maml_jax import CATALOGUE
 
 MARKERS = "osD^v<>pP*X"
 DASHES = ("-", "--", ":", "-.")
+TIMED_SETTINGS = ((5, 1), (20, 1))
+"""Way and shot of the panels of `accuracy_against_time`."""
 
 
 def title(algorithm: str) -> str:
@@ -141,16 +143,16 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
 
 
 def accuracy_against_time(file: Path, records: list[dict]) -> None:
-    """Test accuracy of every method against the minutes of its training, for two settings.
+    """Test accuracy of every method against the minutes of its training, for `TIMED_SETTINGS`.
 
     Args:
       file: the PNG to write.
       records: as `experiments.few_shot_report.all_methods` returns them.
     """
-    figure, row = plt.subplots(1, 2, figsize=(16, 5.5), layout="constrained")
+    figure, row = plt.subplots(1, len(TIMED_SETTINGS), figsize=(14, 5), layout="constrained")
     drawn = {}
     for index, record in enumerate(records):
-        for axes, setting in zip(row, ((5, 1), (20, 1)), strict=True):
+        for axes, setting in zip(row, TIMED_SETTINGS, strict=True):
             if setting in record["accuracy"]:
                 mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
@@ -164,7 +166,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
             axes.grid(alpha=0.3)
     if drawn:
         title_of_legend = "method, meta-steps"
-        figure.legend(drawn.values(), drawn, loc="outside right center", fontsize=7, title=title_of_legend)
+        figure.legend(drawn.values(), drawn, loc="outside right center", fontsize=9, title=title_of_legend)
     save(figure, file)
 
 

@@ -155,6 +155,23 @@ def test_the_published_network_without_convolutions_stands_beside_its_published_
         assert not few_shot_report.has_smaller_budget(other)
 
 
+def test_the_longest_training_of_a_method_in_each_setting_is_shown():
+    def record(name, algorithm, meta_steps, *settings, flags=(), head=""):
+        first = {"algorithm": algorithm, "meta_steps": meta_steps}
+        return {"name": name, "first": first, "accuracy": dict.fromkeys(settings), "flags": flags, "head": head}
+
+    records = [
+        record("short", "maml", 1000, (5, 1), (5, 5)),
+        record("long", "maml", 8000, (5, 1)),
+        record("changed", "maml", 60_000, (5, 1), flags=("--network mlp",)),
+        record("other setting", "maml", 400, (20, 1)),
+        record("only changed", "leo", 10, (5, 1), flags=("--dropout-rate 0",)),
+        *(record(head, "pretrained-classifier", 10, (5, 1), head=head) for head in ("linear", "centroid")),
+    ]
+    shown = few_shot_report.longest(records, [(5, 1), (20, 1)])
+    assert [kept["name"] for kept in shown] == ["long", "other setting", "only changed", "linear", "centroid"]
+
+
 def test_a_time_names_the_device_unless_it_is_a_cpu():
     assert few_shot_report.training_time({"device": "AMD EPYC, 2 cores"}, 4.6) == "5 min"
     assert few_shot_report.training_time({"device": "1 x NVIDIA H200"}, 4.6) == "5 min, 1 x NVIDIA H200"
