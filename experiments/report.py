@@ -189,10 +189,14 @@ def details(results: list[dict]) -> str:
     for line, group in by_command(results).items():
         first = group[0]
         name = next(iter(first["metrics"]))
-        versions = ", ".join(f"{package} {version}" for package, version in first["versions"].items())
+        made_on = defaultdict(list)
+        for result in group:
+            versions = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+            made_on[f"{result['device']}; {versions}"].append(str(result["seed"]))
         parts.append(
-            f"`{line}`\n\n- seeds {', '.join(str(result['seed']) for result in group)}; {first['device']}; {versions}\n"
-            f"- seconds of the first: {', '.join(f'{k} {v:.0f}' for k, v in first['seconds'].items())}\n"
+            f"`{line}`\n\n"
+            + "".join(f"- seeds {', '.join(seeds)}; {where}\n" for where, seeds in made_on.items())
+            + f"- seconds of the first: {', '.join(f'{k} {v:.0f}' for k, v in first['seconds'].items())}\n"
             f"- protocol: {', '.join(f'{k} {v}' for k, v in first['protocol'].items())}\n"
             f"- {name}, after 0, 1, ... inner steps if there are several, first seed: "
             + ", ".join(runs.format_mean(mean, digits=4) for mean in first["metrics"][name]["mean"])

@@ -242,7 +242,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         "imaml": Entry(
             "iMAML",
             "Rajeswaran et al., 2019",
-            _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps")),
+            _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping")),
             ImplicitDescent,
             # Not for sinusoids: conjugate gradients need I + H/λ positive, and the Hessian there has large eigenvalues
             # of both signs.

@@ -10,7 +10,7 @@ import jax
 import optax
 
 from maml_jax.algorithms.maml import InnerDescent
-from maml_jax.inner.implicit import check_strength, proximal_solution
+from maml_jax.inner.implicit import check_damping, check_strength, proximal_solution
 from maml_jax.types import LossFn, MetaLearner, Model, check_integer, check_model, check_optimizer, combine, select
 
 
@@ -23,12 +23,16 @@ def imaml(
     num_inner_steps: int,
     strength: float,
     num_cg_steps: int,
+    damping: float | jax.Array = 0.0,
     where: Callable[[str], bool] | None = None,
 ) -> MetaLearner:
     """Builds iMAML: min_θ E[L_Q(φ*)] with φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖².
 
     The inner problem is solved by K steps of `inner_optimizer` from θ. The meta-gradient (I + ∇²L_S(φ*)/λ)⁻¹ ∇L_Q(φ*)
     takes memory that does not depend on K. It is exact if φ_K is a solution and the conjugate gradients converge.
+
+    This is the paper's method. The authors' code differs: its K steps are on L_S alone, one step on the proximal term
+    alone follows, and the system is damped. For λ = 2 it is that of `damping=22`, with u half as long.
 
     Args:
       model: the network.
@@ -38,6 +42,7 @@ def imaml(
       num_inner_steps: K ≥ 0.
       strength: λ > 0.
       num_cg_steps: conjugate-gradient steps, at least 1.
+      damping: δ ≥ 0 of (I + H/(λ + δ)) u = v, for stability; see `proximal_solution`.
       where: `(name) -> bool`, the parameters that adapt; by default all. The others are learned through the implicit
         derivative too.
 
@@ -46,8 +51,8 @@ def imaml(
       model is deterministic in the inner problem, which must be one problem, and draws in the query pass.
 
     Raises:
-      ValueError: if `strength` is not positive, `inner_optimizer` is no optax transformation, `model` no `Model`, or a
-        count no integer in its range.
+      ValueError: if `strength` is not positive, `damping` negative, `inner_optimizer` no optax transformation, `model`
+        no `Model`, or a count no integer in its range.
 
     References:
       Rajeswaran et al., 2019, Algorithms 1 and 2.
@@ -56,6 +61,7 @@ def imaml(
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     check_integer("num_cg_steps", num_cg_steps, at_least=1)
     check_strength(strength)
+    check_damping(damping)
     check_model(model)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
@@ -72,6 +78,7 @@ def imaml(
             strength=strength,
             num_steps=num_inner_steps,
             num_cg_steps=num_cg_steps,
+            damping=damping,
             observe_fn=None if observe_fn is None else lambda adapting: observe_fn(combine(adapting, fixed)),
         )
         return combine(adapting, fixed), info
@@ -93,9 +100,12 @@ class ImplicitDescent(InnerDescent):
     """Weight λ of the squared distance to the initialisation, λ/2 ‖φ − θ‖²."""
     num_cg_steps: int = 5
     """Conjugate-gradient steps of the meta-gradient."""
+    damping: float = 0.0
+    """Added to λ in the conjugate gradients, for stability: 0 in the paper, in effect 22 in the authors' code."""
 
     def __post_init__(self):
-        """Raises ValueError for a strength that is not positive, or a count that is too small."""
+        """Raises ValueError for a strength that is not positive, a negative damping, or a count that is too small."""
         super().__post_init__()
         check_strength(self.strength)
+        check_damping(self.damping)
         check_integer("num_cg_steps", self.num_cg_steps, at_least=1)

@@ -20,6 +20,7 @@ def proximal_solution(
     strength: float | jax.Array,
     num_steps: int,
     num_cg_steps: int,
+    damping: float | jax.Array = 0.0,
     observe_fn: ObserveFn | None = None,
 ) -> tuple[chex.ArrayTree, InnerInfo]:
     """Solves φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖² approximately, and differentiates φ* exactly where it is a solution.
@@ -29,6 +30,9 @@ def proximal_solution(
     gradients on (I + H/λ) u = v. Derivatives with respect to λ, the support set and whatever `loss_fn` closes over
     follow from the same u.
 
+    Conjugate gradients need I + H/λ positive definite. The Hessian of a network has negative eigenvalues; where one
+    is below −λ they diverge, and `damping` keeps them stable.
+
     Args:
       loss_fn: `(params, support) -> scalar`, L_S.
       rule: optax transformation that minimises the proximal objective.
@@ -37,19 +41,22 @@ def proximal_solution(
       strength: λ > 0. Without the proximal term, the solution would not depend on θ.
       num_steps: K, steps of `rule`.
       num_cg_steps: steps of the conjugate gradients. They are exact if H has as many different eigenvalues.
+      damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact for δ = 0 alone.
       observe_fn: as in `inner_loop`. Its values are constants to the outer gradient.
 
     Returns:
       φ_K and an `InnerInfo`; `support_loss` [K] is L_S without the proximal term.
 
     Raises:
-      ValueError: if `strength` is a number that is not positive, or a count is no integer in its range.
+      ValueError: if `strength` is a number that is not positive, `damping` one that is negative, or a count is no
+        integer in its range.
 
     References:
       Rajeswaran et al., 2019, Meta-learning with implicit gradients, equations 3 and 6, Lemma 1.
       https://arxiv.org/abs/1909.04630
     """
     check_strength(strength)
+    check_damping(damping)
     num_cg_steps = check_integer("num_cg_steps", num_cg_steps, at_least=1)
 
     def penalty(phi):
@@ -76,7 +83,7 @@ def proximal_solution(
 
     def solve_linear(hessian_plus_strength, cotangent):
         def operator(u):
-            return jax.tree.map(lambda x: x / strength, hessian_plus_strength(u))
+            return jax.tree.map(lambda x, u: (x + damping * u) / (strength + damping), hessian_plus_strength(u), u)
 
         def solve_scaled(operator, v):
             return conjugate_gradients(operator, v, num_cg_steps)
@@ -94,6 +101,12 @@ def check_strength(strength: float | jax.Array) -> None:
             f"strength={strength} must be positive and finite: without the proximal term λ/2 ‖φ − θ‖² the solution "
             "does not depend on θ, and the implicit gradient is zero"
         )
+
+
+def check_damping(damping: float | jax.Array) -> None:
+    """Raises ValueError for a damping of conjugate gradients that is negative or not finite; traced arrays pass."""
+    if not holds_for(damping, lambda x: x >= 0):
+        raise ValueError(f"damping={damping} must be 0 or positive, and finite")
 
 
 def conjugate_gradients(

@@ -17,10 +17,10 @@ def loss(params, support):
     return half_mse(linear_model.apply(params, support.inputs), support.targets)
 
 
-def solve(theta, support, strength=STRENGTH, num_steps=2000, num_cg_steps=4, rule=None):
+def solve(theta, support, strength=STRENGTH, num_steps=2000, num_cg_steps=4, rule=None, **settings):
     rule = optax.sgd(0.3) if rule is None else rule
     return proximal_solution(
-        loss, rule, theta, support, strength=strength, num_steps=num_steps, num_cg_steps=num_cg_steps
+        loss, rule, theta, support, strength=strength, num_steps=num_steps, num_cg_steps=num_cg_steps, **settings
     )
 
 
@@ -79,6 +79,14 @@ def test_each_conjugate_gradient_step_brings_the_derivative_closer(x64):
     assert errors[-1] < 1e-8
 
 
+def test_damping_adds_to_the_strength_of_the_derivative_alone(x64):
+    support, theta = make_episode(jax.random.key(0)).support, THETA.astype(jnp.float64)
+    chex.assert_trees_all_close(solve(theta, support, damping=5.0)[0], closed_form(theta, support), rtol=1e-8)
+    jacobian = jax.jacrev(lambda theta: solve(theta, support, damping=5.0)[0])(theta)
+    expected = jnp.linalg.inv(jnp.eye(4) + Quadratic.of(support).hessian / (STRENGTH + 5.0))
+    chex.assert_trees_all_close(jacobian, expected, rtol=1e-8)
+
+
 def test_memory_does_not_grow_with_the_inner_steps():
     support = make_episode(jax.random.key(4), dim=200, num_support=50).support
 
@@ -114,6 +122,12 @@ def test_a_missing_proximal_term_is_an_error(strength):
     support = make_episode(jax.random.key(0)).support
     with pytest.raises(ValueError, match=r"strength=.* must be positive and finite: without the proximal term"):
         solve(THETA, support, strength=strength)
+
+
+@pytest.mark.parametrize("damping", [-1.0, float("inf")])
+def test_a_damping_that_cannot_be_is_an_error(damping):
+    with pytest.raises(ValueError, match=f"damping={damping} must be 0 or positive, and finite"):
+        solve(THETA, make_episode(jax.random.key(0)).support, damping=damping)
 
 
 def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_eigenvalues(x64):
