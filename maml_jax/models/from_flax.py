@@ -3,15 +3,18 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from flax.errors import InvalidRngError
 from flax.traverse_util import flatten_dict
 
 from maml_jax.types import Model
+
+if TYPE_CHECKING:
+    from flax import nnx
 
 
 def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
@@ -106,7 +109,7 @@ def _skip_dropout(next_function, args, kwargs, context):
     return next_function(*args, **kwargs)
 
 
-def from_nnx(module: nnx.Module | Callable[..., nnx.Module]) -> Model:
+def from_nnx(module: "nnx.Module | Callable[..., nnx.Module]") -> Model:
     """Makes a `Model` of an nnx module.
 
     Variables other than `nnx.Param`, and arrays made by the constructor, are constants of the model. A module with
@@ -127,6 +130,8 @@ def from_nnx(module: nnx.Module | Callable[..., nnx.Module]) -> Model:
         the running averages of `nnx.BatchNorm`. Variables that pass through `nnx.jit` or `nnx.remat` count as
         changed.
     """
+    from flax import nnx  # here, because it takes a tenth of the import of everything
+
     is_module = isinstance(module, nnx.Module)
     built = nnx.clone(module, arrays=True) if is_module else module(rngs=nnx.Rngs(0))
     name = type(built).__name__

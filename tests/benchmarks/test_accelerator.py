@@ -343,31 +343,36 @@ def data(tmp_path):
     return ["--data", str(tmp_path / "omniglot.npz")]
 
 
-def test_it_runs_without_the_packages_of_the_experiments(tmp_path, data):
-    # It is over long before; on a busy machine a part must not run out of time.
-    process = start(tmp_path, "--minutes", "30", *data)
-    printed, _ = process.communicate(timeout=1200)
+def test_a_minute_is_enough_without_the_packages_of_the_experiments(tmp_path, data):
+    # On a busy machine not everything fits into it. What does not is named.
+    process = start(tmp_path, "--minutes", "1", *data)
+    printed, _ = process.communicate(timeout=600)
     assert process.returncode == 0, printed
+    left_out = printed.partition("LEFT OUT")[2]
     found = files_of(tmp_path)
-    assert set(found) == {"sweep", "peers", *(["training"] if data else [])}
+    assert "sweep" in found, printed
     for content in found.values():
         assert content["device"]
-        assert content["command"].startswith("python -m benchmarks.accelerator --minutes 30")
+        assert content["command"].startswith("python -m benchmarks.accelerator --minutes 1")
     rows = found["sweep"]["rows"]
-    assert {row["stage"] for row in rows} == set(accelerator.STAGES)
+    for name in accelerator.CONVOLUTIONS:
+        assert name in {row["convolution"] for row in rows} or f"Omniglot, convolution {name}" in left_out
+    for stage in accelerator.STAGES:
+        assert stage in {row["stage"] for row in rows} or f"Omniglot, {stage}" in left_out
     assert all(row["seconds"]["repetitions"] >= 1 and row["peak_bytes"] > 1e4 for row in rows)
     # On a CPU the precisions are one program; convolutions and chunks only differ by rounding.
     assert max(row["deviation"] for row in rows) < 1e-3
-    plain = [row for row in found["peers"]["rows"] if row["implementation"] == accelerator.PLAIN]
-    assert [row["inner_steps"] for row in plain] == [1, 2]
-    assert max(row["deviation"] for row in plain) < 1e-3
-    _, _, table = printed.partition("WHAT TO CHANGE")
-    for advised in found["sweep"]["advice"]:
-        assert advised["advice"] in table
-    if data:
-        assert found["training"]["meta_steps"] == 300
+    peers = found["peers"]["rows"] if "peers" in found else []
+    plain = {row["inner_steps"]: row["deviation"] for row in peers if row["implementation"] == accelerator.PLAIN}
+    for inner_steps in (1, 2):
+        assert plain.get(inner_steps, 1.0) < 1e-3 or f"inner steps: {inner_steps}" in left_out
+    advice = printed.partition("WHAT TO CHANGE")[2]
+    assert all(advised["advice"] in advice for advised in found["sweep"]["advice"])
+    if data and "training" in found:
+        trained = found["training"]["meta_steps"]
+        assert trained == found["training"]["tests"][-1]["meta_steps"] > 0
     else:
-        assert "the training" in table.partition("LEFT OUT")[2]
+        assert "the training" in left_out
 
 
 def test_sigterm_keeps_what_was_finished(tmp_path):

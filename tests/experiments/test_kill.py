@@ -135,7 +135,8 @@ def test_a_full_disk_ends_the_run_and_leaves_the_earlier_state_intact(tmp_path):
     """No file may grow beyond a limit, as if the disk was full; the parameters do not fit, the settings do."""
     run_dir = tmp_path / "run"
     subprocess.run(command(run_dir, 3), env=ENVIRONMENT, check=True)
-    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": ""}
+    # It reads compiled programs, and writes none.
+    environment = ENVIRONMENT | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
     ended = subprocess.run(command(run_dir, 6, "3000"), env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert "cannot be written (File too large)" in ended.stderr, ended.stderr

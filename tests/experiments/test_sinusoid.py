@@ -81,23 +81,17 @@ def test_the_demo_trains_both_and_draws_them_together(tmp_path, monkeypatch, cap
         assert published in printed
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num-inner-steps", "-1"], "num_inner_steps must be an integer of at least 0, got -1"),
-        (["--no-such-flag", "1"], "--no-such-flag"),
-    ],
-)
-def test_mistakes_end_in_a_message_and_no_traceback(flags, message, tmp_path):
+def test_a_mistake_ends_in_a_message_and_no_traceback(tmp_path):
+    flags = ["--num-inner-steps", "-1", "--run-dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, "-m", "experiments.sinusoid", *flags, "--run-dir", str(tmp_path / "run")],
+        [sys.executable, "-m", "experiments.sinusoid", *flags],
         capture_output=True,
         text=True,
         env=os.environ | {"COLUMNS": "200", "XDG_CACHE_HOME": str(tmp_path)},
         check=False,
     )
     assert done.returncode == 2
-    assert message in done.stdout + done.stderr
+    assert "num_inner_steps must be an integer of at least 0, got -1" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 
 from maml_jax.tasks import variable
@@ -46,6 +48,46 @@ def test_an_episode_holds_the_right_number_of_different_examples_of_each_class(s
         assert len(set(support) | set(query)) == len(support) + len(query)
         assert LABELS[support].tolist() == np.repeat(selection.classes, selection.shots).tolist()
         assert LABELS[query].tolist() == np.repeat(selection.classes, 10).tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 3), min_size=2, max_size=15), min_size=2, max_size=12),
+    ways=st.sets(st.integers(2, 12), min_size=1),
+    mean_shots=st.sets(st.integers(2, 9)),
+    max_shot=st.integers(1, 9),
+    max_query_shot=st.integers(1, 5),
+    data=st.data(),
+)
+def test_any_data_set_and_any_bounds(sizes, ways, mean_shots, max_shot, max_query_shot, data):
+    """`sizes` are those of the groups of every class."""
+    ways = {way for way in ways if way <= len(sizes)} or {2}
+    max_support = data.draw(st.integers(max(ways), 40))
+    counts = [len(of_class) for of_class in sizes]
+    groups = np.repeat(np.arange(sum(counts)), np.concatenate(sizes))
+    labels = np.repeat(np.arange(len(sizes)), [sum(of_class) for of_class in sizes])
+    order = np.random.default_rng(data.draw(st.integers(0, 100))).permutation(len(labels))
+    labels, groups = labels[order], groups[order]
+    select = variable.make_selector(
+        labels,
+        groups=groups,
+        ways=ways,
+        mean_shots={1, *mean_shots},
+        max_shot=max_shot,
+        max_support=max_support,
+        max_query_shot=max_query_shot,
+    )
+    selection = select(KEYS[data.draw(st.integers(0, len(KEYS) - 1))])
+    way, chosen = len(selection.classes), np.concatenate([selection.support, selection.query])
+    assert way in ways
+    assert selection.query_shot == min(max_query_shot, min(counts) // 2)
+    assert len(set(selection.classes)) == way
+    assert len(set(groups[chosen])) == len(chosen)
+    assert 1 <= selection.shots.min() <= selection.shots.max() <= max_shot
+    assert len(selection.support) == selection.shots.sum() <= max_support
+    assert selection.shots.sum() in {way * mean for mean in {1, *mean_shots}}
+    assert labels[selection.support].tolist() == np.repeat(selection.classes, selection.shots).tolist()
+    assert labels[selection.query].tolist() == np.repeat(selection.classes, selection.query_shot).tolist()
 
 
 def test_ways_are_uniform_and_classes_too(selections):
