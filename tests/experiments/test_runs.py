@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -94,6 +96,21 @@ def test_an_interval_is_students():
     both = runs.mean_and_interval(np.stack([values, 2 * values], 1))
     np.testing.assert_allclose(both["mean"], [0.75, 1.5])
     np.testing.assert_allclose(both["ci95"], [found["ci95"][0], 2 * found["ci95"][0]])
+
+
+def test_a_read_only_run_directory_is_named_and_left_as_it_is(tmp_path, monkeypatch):
+    claim(tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def read_only_open(file, mode="r", *args, **keywords):  # as root, permissions do not hold
+        if mode != "r":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(file))
+        return open(file, mode, *args, **keywords)
+
+    monkeypatch.setattr(runs, "open", read_only_open, raising=False)
+    with pytest.raises(runs.RunError, match=r"cannot be written \(Read-only file system\).*choose another directory"):
+        claim(tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_a_line_that_is_being_written_is_no_record(tmp_path):
