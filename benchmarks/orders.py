@@ -451,7 +451,7 @@ def _draw_column(column: Sequence[Any], name: str, found: dict[str, Any]) -> Non
     places = range(len(steps))
     styles = {"second order": ("C0", "o", -0.04), "first order": ("C1", "s", 0.04)}
     scores, seconds, memory, cosine = column
-    for order, (colour, marker, shift) in styles.items():
+    for line, (order, (colour, marker, shift)) in enumerate(styles.items(), 1):
         label = f"{order} ({'MAML' if order == 'second order' else 'FOMAML'})"
         of_rows = [[training["scores"][order] for training in row["trainings"]] for row in found["rows"]]
         means = [_mean(score["mean"] for score in of_row) for of_row in of_rows]
@@ -466,6 +466,17 @@ def _draw_column(column: Sequence[Any], name: str, found: dict[str, Any]) -> Non
                 linestyle="none",
                 capsize=3,
             )
+            if diverged := sum(math.isnan(_number(score["mean"])) for score in of_row):
+                scores.annotate(
+                    f"{diverged} of {len(of_row)} diverged",
+                    (place, 1.0),
+                    xytext=(0, -11 * line),
+                    xycoords=("data", "axes fraction"),
+                    textcoords="offset points",
+                    color=colour,
+                    fontsize="small",
+                    ha="center",
+                )
         times = [row["orders"][order]["seconds"] for row in found["rows"]]
         spread = [[1e3 * (t.median - t.lower) for t in times], [1e3 * (t.upper - t.median) for t in times]]
         seconds.errorbar(
