@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -178,6 +179,20 @@ def test_the_language_model_does_not_see_later_tokens():
     changed = apply(params, tokens.at[0, 4].set(0)) - apply(params, tokens)
     np.testing.assert_array_equal(changed[:, :4], 0.0)
     assert np.all(np.any(changed[0, 4:] != 0, axis=-1))
+
+
+def test_mixed_mode_and_remat_do_not_change_the_meta_gradient_of_the_language_model(x64):
+    module = memory.GPT(vocabulary=9, context=6, width=4, depth=2, heads=2)
+    texts = jnp.array([[1, 2, 3, 4, 5, 6], [6, 8, 1, 0, 2, 7]])
+    episode = Episode(*(Batch(text[None], jnp.roll(text, -1)[None]) for text in texts))
+    params = models.from_linen(module).init(jax.random.key(0), texts[:1])
+    params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
+    plain, ours = (
+        jax.jit(memory.gradient_of(models.from_linen(module.clone(remat=remat)), 2, derivative))(params, episode)[0]
+        for remat, derivative in ((False, "reverse_over_reverse"), (True, "mixed_mode"))
+    )
+    chex.assert_trees_all_close(ours, plain, rtol=1e-9, atol=1e-12)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(plain))
 
 
 class OneBlock(nn.Module):
