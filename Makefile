@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # One more than there are cores, because some tests wait for processes of their own.
 WORKERS = $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)")
 
-.PHONY: demo test lint docs bench install playground
+.PHONY: demo test test-slow lint docs bench install playground
 install: $(STAMP)
 
 # Without --no-compile, pip compiles all modules for half a minute. Python compiles those that are imported.
@@ -20,8 +20,13 @@ demo: $(STAMP)
 playground: $(STAMP)
 	$(BIN)/python -m experiments.playground
 
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: $(STAMP)
+	$(PYTEST) -m slow
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -275,7 +275,9 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             for (log, track), record in zip(sinks, records, strict=True):
                 log(record)
                 track(record)
-            show({name: float(np.mean([record[name] for record in records])) for name in records[0]} | {"step": step})
+            means = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
+            # The log of a seed has its share of the time; what is shown is the speed of all together.
+            show(means | {"step": step, "steps_per_second": num_steps / elapsed})
             with processes.watchdog(f"the decision to go on after step {step}", PROCESS_TIMEOUT_SECONDS):
                 signalled = processes.largest(requested[0] if requested else 0)
             is_leaving = signalled > 0

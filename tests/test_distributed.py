@@ -124,9 +124,9 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def lost(tmp_path_factory, cache):
-    """Jobs that lose a process, begun before the other tests so that their waiting is over after them."""
+    """Jobs that lose a process, begun together, because they wait most of the time."""
     folder = tmp_path_factory.mktemp("lost")
     jobs = {
         fault: Job(
@@ -215,6 +215,7 @@ def test_a_mistake_seen_by_process_0_ends_all_with_its_message(tmp_path, cache):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_processes_with_different_flags_end(tmp_path, cache):
     first, second = explicit(2)
     with Job(tmp_path, cache, [first, (second[0], [*second[1], "--seed", "1"])]) as job:
@@ -225,6 +226,7 @@ def test_processes_with_different_flags_end(tmp_path, cache):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_stopped_process_is_missed(lost):
     # It sends no heartbeats any more.
     status, _, err = lost["stop"].wait()
@@ -232,6 +234,7 @@ def test_a_stopped_process_is_missed(lost):
     assert "Task 1 heartbeat timeout" in err or "stopped sending heartbeats):\n1" in err, err
 
 
+@pytest.mark.slow
 def test_a_hanging_process_is_named_and_ended(lost):
     # It sends heartbeats, and is missed where the processes meet.
     status, _, err = lost["hang"].wait()

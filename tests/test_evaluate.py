@@ -278,6 +278,7 @@ def test_one_query_at_a_time_sees_the_support_set_and_no_other_query():
             chex.assert_trees_all_close(single[e, k], jnp.stack(expected), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_hundred_evaluations_with_fresh_learners_and_samplers_do_not_grow():
     def once(seed):
         # A learner and a sampler that close over arrays of their own; compiled in a few milliseconds.

@@ -180,7 +180,7 @@ def another(value):
         return {"sgd": "adam", "adam": "sgd", "linear": "centroid", "fine-tuned": "centroid"}[value]
     if isinstance(value, bool):
         return not value
-    return value + 1 if isinstance(value, int) else value / 2
+    return value + 1 if isinstance(value, int) else value / 2 or 0.5
 
 
 @EVERY_ALGORITHM

@@ -259,6 +259,7 @@ def test_a_signal_ends_it_between_two_calls(clock, slow_compiler):
 # The training
 
 
+@pytest.mark.slow
 def test_training_is_tested_on_the_way():
     # Every class has one image, so the task is to tell images apart.
     rng = np.random.default_rng(0)
@@ -375,6 +376,7 @@ def test_a_minute_is_enough_without_the_packages_of_the_experiments(tmp_path, da
         assert "the training" in left_out
 
 
+@pytest.mark.slow
 def test_sigterm_keeps_what_was_finished(tmp_path):
     process = start(tmp_path, "--minutes", "30", "--parts", "sweep", "peers")
     while not files_of(tmp_path):

@@ -158,6 +158,7 @@ def result_of(name, folder):
     return common.read_results(folder / f"{name}.json")
 
 
+@pytest.mark.slow
 def test_a_language_model_needs_less_with_mixed_mode_and_less_still_with_remat(quick, monkeypatch):
     monkeypatch.setattr(memory, "LANGUAGE_MODEL", memory.GPT(vocabulary=16, context=32, width=8, depth=2, heads=2))
     derivatives = {name: memory.DERIVATIVES[name] for name in ("reverse_over_reverse", "mixed_mode")}
@@ -349,6 +350,7 @@ def test_kinds_of_operations():
     assert {"dot", "reduce"} <= set(kinds.values()) <= set(breakdown.KINDS)
 
 
+@pytest.mark.slow
 def test_breakdown_runs(quick, tmp_path):
     # The profile names operations only with a flag of XLA that is set before it starts.
     command = [sys.executable, "-m", "benchmarks.breakdown", "--max-repetitions", "1", "--max-seconds", "1"]
@@ -413,6 +415,7 @@ def test_sinusoid_runs(quick, tmp_path):
     assert rows[sinusoid.OURS]["ops_per_step"] > 10
 
 
+@pytest.mark.slow
 def test_navigation_runs(quick, tmp_path):
     sizes = {"meta_batch_size": 2, "num_trajectories": 3, "horizon": 6, "metric_stride": 2}
     navigation.run(navigation.Config(**quick, **sizes))
@@ -449,6 +452,7 @@ def test_what_is_wrong_in_pytorch_is_found(monkeypatch, name, wrong, found):
     assert navigation.distances(torch_navigation, settings)[found] > 1e-3
 
 
+@pytest.mark.slow
 def test_surrogates_runs(tmp_path):
     sizes = {"horizon": (6,), "num_states": 3, "num_actions": 3, "hidden_size": 4, "num_estimates": 4000}
     surrogates.run(surrogates.Config(results_dir=tmp_path, num_processes=1, **sizes))

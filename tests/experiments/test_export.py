@@ -68,8 +68,8 @@ def maml(tmp_path_factory):
     [
         ("maml", {"eval_inner_steps": 1, "adapt_norm": True, "norm_scale": True}),
         ("maml", {"eval_inner_steps": 1, "flatten": True, "population": True}),
-        ("cavia", {"eval_inner_steps": 1}),
-        ("r2d2", {}),
+        pytest.param("cavia", {"eval_inner_steps": 1}, marks=pytest.mark.slow),
+        pytest.param("r2d2", {}, marks=pytest.mark.slow),
         ("protonets", {"module": images, "size": 16}),
     ],
 )

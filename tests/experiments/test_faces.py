@@ -30,7 +30,7 @@ def characters(monkeypatch):
     return images
 
 
-@pytest.mark.parametrize(("algorithm", "name"), [("erm", "cdt"), ("mldg", "mfr")])
+@pytest.mark.parametrize(("algorithm", "name"), [pytest.param("erm", "cdt", marks=pytest.mark.slow), ("mldg", "mfr")])
 def test_a_run_is_tested_and_can_be_used(characters, algorithm, name, tmp_path):
     config = config_of(algorithm, losses=name, run_dir=tmp_path / "run")
     results = faces.run(config)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from experiments import decoding, finetuning, lexical, parallel_text
 from maml_jax import losses
@@ -21,6 +22,7 @@ def small_translator():
     return translator, tree.unflatten([x + jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]), source  # noqa: B905
 
 
+@pytest.mark.slow
 def test_a_beam_that_holds_everything_finds_the_most_probable_translation():
     translator, params, source = small_translator()
     length, vocabulary = 3, 6

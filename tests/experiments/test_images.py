@@ -101,6 +101,7 @@ def test_statistics_of_streamed_images_are_those_of_resident_ones(photographs, m
     assert any(np.any(leaf != other) for leaf, other in zip(filled, start, strict=True))
 
 
+@pytest.mark.slow
 def test_a_pretrained_network_is_tested_with_every_head(photographs, tmp_path):
     settings = {"data_dir": photographs, "run_dir": tmp_path / "run", "shot": 1, "augment": True}
     results = images.run(config_of("pretrained-classifier", **settings))

@@ -67,7 +67,7 @@ def test_the_state_of_a_run_can_be_used(finished):
     assert distribution.mean.shape == (7, 2)
 
 
-@pytest.mark.parametrize("algorithm", ["pretrained", "oracle"])
+@pytest.mark.parametrize("algorithm", [pytest.param("pretrained", marks=pytest.mark.slow), "oracle"])
 def test_a_method_runs(algorithm, tmp_path):
     settings = {"outer_rule": "clipped", "surrogate": "loaded-dice"}
     results = navigation.run(config_of(algorithm, run_dir=tmp_path, **settings))
@@ -165,6 +165,7 @@ def test_a_policy_that_is_not_finite_stops_the_run_and_keeps_the_last_state(fini
         navigation.run(config_of(run_dir=tmp_path, shot=2))
 
 
+@pytest.mark.slow
 def test_seeds_are_trained_in_one_program(tmp_path):
     results = navigation.run(config_of(run_dir=tmp_path, seeds=2, eval_inner_steps=1))
     assert results["seeds"] == [0, 1]

@@ -63,7 +63,7 @@ def finished(drawings, tmp_path_factory):
 
 
 # The conformance tests try every algorithm; these have recipes and parameters of different kinds.
-@pytest.mark.parametrize("algorithm", ["maml", "maml++"])
+@pytest.mark.parametrize("algorithm", ["maml", pytest.param("maml++", marks=pytest.mark.slow)])
 def test_an_algorithm_runs(algorithm, finished, tmp_path):
     config, results = finished
     if algorithm != "maml":

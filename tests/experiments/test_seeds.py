@@ -1,5 +1,6 @@
 """Several seeds in one program, against the same seeds one after the other."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import commands, report, runs, seeds, sinusoid
+from experiments import commands, common, report, runs, seeds, sinusoid
 from maml_jax import checkpoint
 
 TINY = {
@@ -91,7 +92,12 @@ def test_seeds_that_were_saved_at_different_steps_go_on_from_the_last_common_one
     monkeypatch.undo()
     steps = [checkpoint.latest(tmp_path / f"seed-{seed}" / "checkpoints") for seed in (3, 4, 5, 6)]
     assert steps == [4, 4, 2, 2]
+    shown = []
+    monkeypatch.setattr(common, "progress_bar", lambda num_steps: contextlib.nullcontext(shown.append))
     summary = sinusoid.run(config)
+    # The time left is that of all seeds; a seed's own record has its share of the time.
+    record = json.loads((tmp_path / "seed-3" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert (shown[-1]["step"], 4 * shown[-1]["steps_per_second"]) == (6, pytest.approx(record["steps_per_second"]))
     assert summary["metrics"] == together[1]["metrics"]
     for seed in (3, 6):
         assert logged(tmp_path / f"seed-{seed}") == logged(together[0] / f"seed-{seed}")

@@ -29,7 +29,11 @@ def config_of(module, *, method="rl2", settings=None, **changes):
     return dataclasses.replace(config, hyperparameters=hyperparameters, **TINY | SMALL[module] | changes)
 
 
-RUNS = [*((module, "rl2") for module in SMALL), (bandits, "maml")]
+RUNS = [
+    (bandits, "maml"),
+    (mdps, "rl2"),
+    *(pytest.param((module, "rl2"), marks=pytest.mark.slow) for module in (bandits, mazes)),
+]
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=lambda run: f"{run[0].__name__.split('.')[-1]}-{run[1]}")

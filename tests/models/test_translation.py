@@ -172,7 +172,9 @@ def test_the_transformer_is_that_of_the_equations(x64):
     np.testing.assert_allclose(found[2], expected, atol=1e-10)
 
 
-@with_and_without_a_lexicon
+@pytest.mark.parametrize(
+    ("name", "lexical"), [("transformer", True), pytest.param("gru", False, marks=pytest.mark.slow)]
+)
 def test_exact_meta_gradients_agree_and_pass_finite_differences(name, lexical, x64):
     translator = translators(lexical, depth=1)[name]
     params = noisy(translator, lexical)

@@ -195,7 +195,9 @@ def rules(mesh):
     }
 
 
-@pytest.mark.parametrize("name", rules(None))
+@pytest.mark.parametrize(
+    "name", ["trust region", *(pytest.param(n, marks=pytest.mark.slow) for n in ("clipped epochs", "minibatches"))]
+)
 def test_one_device_and_several_take_the_same_path(name):
     found = []
     for mesh in (None, parallel.task_mesh(jax.devices()[:2])):

@@ -385,6 +385,7 @@ def write_original_zips(directory):
                 archive.writestr(f"{folder}/{label:04d}_{drawers[label]:02d}.png", example["image"])
 
 
+@pytest.mark.slow
 @needs_data
 def test_all_of_omniglot_is_prepared_from_the_zips(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
