@@ -22,7 +22,8 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 - The column of meta-steps has those of the training and those of the recipe. A recipe of 20,000 is ours, because those
   papers stop early, have no episodes or do not say.
 - Times are of two cores that often did other work too, unless a GPU is named. Compare operations where they were
-  counted. The figure has the longest training of each method on a CPU."""
+  counted. The figure has the longest training of each method on a CPU. Its bars go from the smallest to the largest
+  seed; with one seed they are the interval."""
 BELOW_PUBLISHED = """Where a number is below the published one:
 
 - **The training is a part of the recipe** in most rows; see the column of meta-steps. The published numbers are those
@@ -466,8 +467,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
         "### Equal meta-steps\n\n5-way 1-shot, the same recipes with fewer meta-steps. Each method has the rates, the "
         "schedule and the meta-batch of its paper, so equal numbers of meta-steps are not equal numbers of tasks, and "
         "part of a difference may be the rate. The accuracy is the mean over seeds, with the smallest and largest in "
-        "parentheses; with one seed it has its 95 % interval over test episodes. Costs are those of one task, measured "
-        "in turns by `python -m benchmarks.methods`.\n\n"
+        "parentheses; with one seed it has its 95 % interval over test episodes. The bars of the figure are the same. "
+        "Costs are those of one task, measured in turns by `python -m benchmarks.methods`.\n\n"
         f"{of_name['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
         "### Variations\n\nShort runs that differ in one setting. The default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{of_name['omniglot-variations']}\n\n"

@@ -111,24 +111,39 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     save(figure, file)
 
 
+def mean_and_bar(of_seeds: Sequence[tuple[float, float]]) -> tuple[float, np.ndarray]:
+    """The mean over seeds, and how far its bar goes below and above, [2, 1] as matplotlib takes it.
+
+    Args:
+      of_seeds: mean and half-width of the 95 % interval of every seed.
+
+    Returns:
+      The bar of several seeds ends at the smallest and the largest, that of one at its interval.
+    """
+    means, intervals = np.transpose(of_seeds)
+    mean = means.mean()
+    ends = (mean - means.min(), means.max() - mean) if len(means) > 1 else (intervals[0], intervals[0])
+    return float(mean), np.reshape(ends, (2, 1))
+
+
 def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[str, float]) -> None:
     """Test accuracy against inner steps, and against the time of training.
 
     Args:
       file: the PNG to write.
-      results: by algorithm, the content of results.json of every seed; means and intervals are averaged.
+      results: by algorithm, the content of results.json of every seed; see `mean_and_bar`.
       work: the time of training by algorithm, in tasks of FOMAML; those of others are not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
     for index, (algorithm, seeds) in enumerate(results.items()):
         found = [result["metrics"]["accuracy"] for result in seeds]
-        mean, ci = (100 * np.mean([of_seed[name] for of_seed in found], axis=0) for name in ("mean", "ci95"))
+        mean = 100 * np.mean([of_seed["mean"] for of_seed in found], axis=0)
         marker = MARKERS[index % len(MARKERS)]
         shown = np.arange(min(len(mean), 17))
         line = left.plot(shown, mean[shown], marker=marker, markersize=4, label=title(algorithm))[0]
         if algorithm in work:
-            place = work[algorithm] / 1000, mean[-1]
-            right.errorbar(*place, ci[-1], fmt=marker, color=line.get_color(), capsize=3)
+            last, bar = mean_and_bar([(100 * of_seed["mean"][-1], 100 * of_seed["ci95"][-1]) for of_seed in found])
+            right.errorbar(work[algorithm] / 1000, last, bar, fmt=marker, color=line.get_color(), capsize=3)
     left.set(xlabel="inner steps at test", ylabel="test accuracy, %")
     right.set(xlabel="time of training, in thousands of FOMAML's tasks", ylabel="test accuracy after the last step, %")
     right.set_xscale("log")
@@ -154,13 +169,13 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
     for index, record in enumerate(records):
         for axes, setting in zip(row, TIMED_SETTINGS, strict=True):
             if setting in record["accuracy"]:
-                mean, ci95 = (100 * np.mean(values) for values in zip(*record["accuracy"][setting], strict=True))
+                mean, bar = mean_and_bar([(100 * mean, 100 * ci95) for mean, ci95 in record["accuracy"][setting]])
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
                 if record["first"]["algorithm"] == "leo":
                     label += " (without its features)"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
                 style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
-                drawn[label] = axes.errorbar(record["minutes"][setting], mean, ci95, capsize=3, **style)
+                drawn[label] = axes.errorbar(record["minutes"][setting], mean, bar, capsize=3, **style)
             axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log")
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
             axes.grid(alpha=0.3)

@@ -32,7 +32,7 @@ def imaml(
     takes memory that does not depend on K. It is exact if φ_K is a solution and the conjugate gradients converge.
 
     This is the paper's method. The authors' code differs: its K steps are on L_S alone, one step on the proximal term
-    alone follows, and the system is damped. For λ = 2 it is that of `damping=22`, with u half as long.
+    alone follows, and the system is damped. For λ = 2 its meta-gradient is half that of `damping=22`.
 
     Args:
       model: the network.
@@ -42,7 +42,8 @@ def imaml(
       num_inner_steps: K ≥ 0.
       strength: λ > 0.
       num_cg_steps: conjugate-gradient steps, at least 1.
-      damping: δ ≥ 0 of (I + H/(λ + δ)) u = v, for stability; see `proximal_solution`.
+      damping: δ ≥ 0. The meta-gradient is (I + ∇²L_S(φ*)/(λ + δ))⁻¹ ∇L_Q(φ*), exact for δ = 0; see
+        `proximal_solution`.
       where: `(name) -> bool`, the parameters that adapt; by default all. The others are learned through the implicit
         derivative too.
 

@@ -30,8 +30,8 @@ def proximal_solution(
     gradients on (I + H/λ) u = v. Derivatives with respect to λ, the support set and whatever `loss_fn` closes over
     follow from the same u.
 
-    Conjugate gradients need I + H/λ positive definite. The Hessian of a network has negative eigenvalues; where one
-    is below −λ they diverge, and `damping` keeps them stable.
+    Conjugate gradients need I + H/λ positive definite. The Hessian of a network has negative eigenvalues. With one
+    below −λ the steps may diverge. `damping` moves this bound to −(λ + δ).
 
     Args:
       loss_fn: `(params, support) -> scalar`, L_S.

@@ -80,7 +80,6 @@ def finished(tiny):
     return hyper.run(tiny)
 
 
-@pytest.mark.slow
 def test_the_test_digits_choose_nothing(tiny, finished, tmp_path):
     file = tiny.data_dir / hyper.FILE
     images, labels = (np.load(file)[name] for name in ("images", "labels"))

@@ -8,17 +8,25 @@ from pathlib import Path
 
 import chex
 import jax
+import numpy as np
 import optax
 import PIL.Image
 import PIL.ImageDraw
 import pytest
 
 import maml_jax
-from experiments import cli, commands, common, few_shot_report, omniglot, published, report, runs, sinusoid
+from experiments import cli, commands, common, few_shot_report, figures, omniglot, published, report, runs, sinusoid
 from maml_jax import models, tasks
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results"
+
+
+def test_the_bar_of_several_seeds_ends_at_the_smallest_and_the_largest():
+    mean, bar = figures.mean_and_bar([(63.0, 1.8), (64.0, 1.9), (41.0, 1.9)])
+    np.testing.assert_allclose((mean, *bar.ravel()), (56.0, 15.0, 8.0))
+    mean, bar = figures.mean_and_bar([(63.0, 1.8)])
+    np.testing.assert_allclose((mean, *bar.ravel()), (63.0, 1.8, 1.8))
 
 
 def test_report_and_pages_are_those_of_the_committed_results(tmp_path):

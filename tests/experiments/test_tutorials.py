@@ -32,15 +32,7 @@ def no_settings(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.slow)
-        if name in ("your_own_environment", "first_against_second_order")
-        else name
-        for name in tutorials.NOTEBOOKS
-    ],
-)
+@pytest.mark.parametrize("name", tutorials.NOTEBOOKS)
 def test_every_cell_runs_and_its_assertions_hold(name, no_settings):
     notebook = tutorials.read(name)
     assert sum(cell.source.count("assert") for cell in code_cells(notebook)) >= 3
