@@ -31,7 +31,8 @@ def proximal_solution(
     follow from the same u.
 
     Conjugate gradients need I + H/λ positive definite. The Hessian of a network has negative eigenvalues. With one
-    below −λ the steps may diverge. `damping` moves this bound to −(λ + δ).
+    near −λ or below it a step may end far away, so the iterate with the smallest residual is taken. `damping` moves
+    this bound to −(λ + δ).
 
     Args:
       loss_fn: `(params, support) -> scalar`, L_S.
@@ -114,19 +115,23 @@ def conjugate_gradients(
 ) -> chex.ArrayTree:
     """Solves operator(u) = target for a symmetric positive operator by a fixed number of steps from u = 0.
 
-    A step that finds a zero residual changes nothing.
+    A step that finds a zero residual changes nothing. The residual may grow for a while. If the operator is not
+    positive definite, or nearly singular, one step may multiply residual and solution by any factor.
 
     Args:
       operator: linear, symmetric and positive definite.
       target: a pytree of floating arrays.
       num_steps: the number of products with `operator`.
 
+    Returns:
+      The iterate with the smallest residual ‖target − operator(u)‖, u = 0 included.
+
     References:
       Hestenes and Stiefel, 1952, Methods of conjugate gradients for solving linear systems, section 3.
     """
 
     def step(carry, _):
-        solution, residual, direction, squared = carry
+        solution, residual, direction, squared, best, least = carry
         product = operator(direction)
         curvature = optax.tree.vdot(direction, product)
         rate = jnp.where(squared > 0, squared / jnp.where(squared > 0, curvature, 1), 0)
@@ -134,8 +139,10 @@ def conjugate_gradients(
         residual = optax.tree.add_scale(residual, -rate, product)
         next_squared = optax.tree.norm(residual, squared=True)
         ratio = jnp.where(squared > 0, next_squared / jnp.where(squared > 0, squared, 1), 0)
-        return (solution, residual, optax.tree.add_scale(residual, ratio, direction), next_squared), None
+        direction = optax.tree.add_scale(residual, ratio, direction)
+        best = optax.tree.where(next_squared < least, solution, best)
+        return (solution, residual, direction, next_squared, best, jnp.fmin(next_squared, least)), None
 
-    start = (optax.tree.zeros_like(target), target, target, optax.tree.norm(target, squared=True))
-    (solution, *_), _ = jax.lax.scan(step, start, length=num_steps)
-    return solution
+    zero, squared = optax.tree.zeros_like(target), optax.tree.norm(target, squared=True)
+    (*_, best, _), _ = jax.lax.scan(step, (zero, target, target, squared, zero, squared), length=num_steps)
+    return best

@@ -130,6 +130,25 @@ def test_a_damping_that_cannot_be_is_an_error(damping):
         solve(THETA, make_episode(jax.random.key(0)).support, damping=damping)
 
 
+@pytest.mark.parametrize("eigenvalues", [(1.0, -0.5, 3.0), (2.0, 1e-7, 3.0), (1.0, 0.0, 3.0), (-1.0, -2.0, -4.0)])
+def test_conjugate_gradients_take_the_iterate_with_the_smallest_residual(eigenvalues, x64):
+    diagonal, target = jnp.array(eigenvalues), jnp.array([1.0, 1.4, 0.9])
+
+    # The iterates u_k minimise ½ uᵀAu − bᵀu, or are its stationary point, over the span of b, Ab, ..., A^(k−1) b.
+    iterates = [jnp.zeros(3)]
+    for k in (1, 2):
+        basis = jnp.linalg.qr(jnp.stack([diagonal**i * target for i in range(k)], axis=1))[0]
+        iterates.append(basis @ jnp.linalg.lstsq(basis.T @ (diagonal[:, None] * basis), basis.T @ target)[0])
+    residuals = [float(jnp.linalg.norm(target - diagonal * u)) for u in iterates]
+    ours = conjugate_gradients(lambda u: diagonal * u, target, 2)
+    chex.assert_trees_all_close(ours, iterates[int(np.argmin(residuals))], rtol=1e-9)
+
+
+def test_conjugate_gradients_survive_a_direction_without_curvature(x64):
+    diagonal, target = jnp.array([1.0, -1.0]), jnp.array([1.0, 1.0])
+    chex.assert_trees_all_equal(conjugate_gradients(lambda u: diagonal * u, target, 3), jnp.zeros(2))
+
+
 def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_eigenvalues(x64):
     rng = np.random.default_rng(0)
     basis, _ = np.linalg.qr(rng.normal(size=(6, 6)))
