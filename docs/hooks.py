@@ -2,6 +2,7 @@
 
 - Markdown pages and figures of experiments/ and benchmarks/ keep their paths, so their links to each other work.
 - Notebooks become pages.
+- Links of a page of docs/ are those of the repository. On the site, docs/ is the root, and notebooks are pages.
 - In a page of docs/, a line `{{ section: FILE # HEADING }}` becomes that section of a file of the repository.
 """
 
@@ -48,8 +49,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fills in the sections of other files."""
+    """Turns links of the repository into those of the site, and fills in the sections of other files."""
     depth = page.file.src_uri.count("/")
+    if Path(config.docs_dir, page.file.src_uri).is_file():
+        markdown = markdown.replace("](../" + "../" * depth, "](" + "../" * depth).replace(".ipynb)", ".md)")
     return _SECTION.sub(lambda match: section(ROOT / match[1], match[2], "../" * depth), markdown)
 
 

@@ -121,6 +121,22 @@ def test_internal_links_resolve(site, pages):
     assert num_checked > 500
 
 
+def test_links_between_files_of_the_repository_resolve():
+    files = [
+        *ROOT.glob("*.md"),
+        *(file for folder in ("docs", "experiments", "benchmarks") for file in (ROOT / folder).rglob("*.md")),
+    ]
+    num_checked = 0
+    for file in files:
+        for link in re.findall(r"\]\(([^)\s]+)\)", file.read_text(encoding="utf-8")):
+            if not urlsplit(link).scheme and urlsplit(link).path:
+                assert (file.parent / unquote(urlsplit(link).path)).exists(), (
+                    f"{file.relative_to(ROOT)} links to {link}"
+                )
+                num_checked += 1
+    assert num_checked > 100
+
+
 def test_every_public_name_is_in_the_api(site, pages):
     anchors = set().union(*(found.anchors for page, found in pages.items() if page.parent == site / "api"))
     wanted = {f"maml_jax.{name}" for name in maml_jax.__all__}
