@@ -1,4 +1,4 @@
-"""A meta-iteration of 2D navigation: collection, the exact meta-gradient, and a trust-region step.
+"""A meta-step of 2D navigation: collection, the exact meta-gradient, and a trust-region step.
 
 PyTorch is measured beside it if it is installed, written as its ports of MAML write it. The benchmark first checks in
 float64 that both have the same advantages, meta-gradient and trust-region step on the same trajectories.
@@ -35,7 +35,7 @@ class Config(common.Settings):
     max_seconds: float = 60.0
     """Seconds of rounds. A call longer than a quarter of it only runs in the first."""
     meta_batch_size: int = 20
-    """Goals of a meta-iteration."""
+    """Goals of a meta-step."""
     num_trajectories: int = 20
     """Trajectories before the update, and after it."""
     horizon: int = 100
@@ -62,7 +62,7 @@ def start_of(settings: navigation.Config) -> tuple[Any, Any]:
 
 
 def training(settings: navigation.Config, mesh: Any) -> tuple[Callable, float]:
-    """Compiles a meta-iteration. Returns a call that takes one, and the seconds of compilation."""
+    """Compiles a meta-step. Returns a call that takes one, and the seconds of compilation."""
     learner, _ = start_of(settings)
     rule = navigation.outer_rule_of(settings, learner, mesh)
     state = init_meta_state(learner, rule, jax.random.key(0), inputs=jnp.zeros((1, 2)))
@@ -80,7 +80,7 @@ def training(settings: navigation.Config, mesh: Any) -> tuple[Callable, float]:
 
 
 def collection(settings: navigation.Config) -> tuple[Callable, float]:
-    """Compiles the collection of all trajectories of a meta-iteration, on one device."""
+    """Compiles the collection of all trajectories of a meta-step, on one device."""
     _, params = start_of(settings)
     sample_episode = navigation.sampler_of(settings)
     keys = task_keys(jax.random.key(1), settings.meta_batch_size)
@@ -228,7 +228,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
-    """The times of a meta-iteration and of its collection."""
+    """The times of a meta-step and of its collection."""
     config, found = content["config"], content["distances"]
     note = "The metric of the trust region sees every time step, but for the row that says otherwise."
     if found is not None:
@@ -240,7 +240,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
         common.Table(
             f"{config['meta_batch_size']} goals, {config['num_trajectories']} trajectories of {config['horizon']} time "
             f"steps before and after the update: {content['environment_steps']:,} environment steps",
-            ["", "ms a meta-iteration (quartiles)", "times ours (quartiles)", "compile s", "collection alone, ms",
+            ["", "ms a meta-step (quartiles)", "times ours (quartiles)", "compile s", "collection alone, ms",
              "environment steps/s"],
             [
                 [

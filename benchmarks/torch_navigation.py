@@ -1,4 +1,4 @@
-"""A meta-iteration of 2D navigation written with PyTorch: MAML with a trust region, as its PyTorch ports have it.
+"""A meta-step of 2D navigation written with PyTorch: MAML with a trust region, as its PyTorch ports have it.
 
 Collection is a loop over tasks and time steps, with all trajectories of a task in one array. The meta-gradient and the
 Fisher products differentiate through the inner step by `create_graph`.
@@ -15,7 +15,7 @@ Weights = dict[str, Tensor]
 
 
 class Settings(NamedTuple):
-    """What a meta-iteration needs; see `experiments.navigation`."""
+    """What a meta-step needs; see `experiments.navigation`."""
 
     num_trajectories: int
     horizon: int

@@ -52,7 +52,7 @@ class Config:
     json: bool = False
     """Print JSON in place of a table."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
 
 class Queries(NamedTuple):

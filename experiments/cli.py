@@ -89,7 +89,7 @@ class RunConfig:
     chunk_size: int | None = None
     """Tasks of a device that are vmapped together; by default chosen for the device."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
     seed: int = 0
     """Seed of initial parameters, tasks and evaluation."""
     seeds: int = 1

@@ -55,7 +55,7 @@ class Config:
     json: bool = False
     """Print JSON in place of tables. It holds the score of every episode."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""

@@ -70,7 +70,7 @@ class Config:
     data_dir: Path | None = None
     """Where Omniglot is, as in experiments.omniglot; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
     run_dir: Path | None = None
     """Where results.json and the figure are written; by default runs/cross-domain-SEED."""
 

@@ -27,7 +27,7 @@ class Config:
     seed: int = 0
     """Seed of initial parameters, tasks and evaluation."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
 
 def run(config: Config) -> dict[str, dict]:

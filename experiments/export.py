@@ -33,7 +33,7 @@ class Config:
     overwrite: bool = False
     """Whether an existing file is replaced."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
 
 def run(config: Config) -> Path:

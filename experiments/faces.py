@@ -75,7 +75,7 @@ class Config(RunConfig):
     negative_threshold: float = 0.1
     """Pairs of two people above this cosine are hard, with --losses mfr."""
     margin: float = 0.3
-    """Of the triplets, with --losses cdt."""
+    """Margin of the triplet losses, with --losses cdt."""
     identities: int = 16
     """Identities of each source domain in a meta-step."""
     shot: int = 2

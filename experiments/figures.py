@@ -325,7 +325,7 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
 
     Args:
       file: the figure to write.
-      cells: by title of the panel and label, the sum of the regrets up to each pull. The curves of learnt policies are
+      cells: by title of the panel and label, the sum of the regrets up to each pull. The curves of learned policies are
         wide, so that they can be seen below others.
     """
     labels = list(dict.fromkeys(label for curves in cells.values() for label in curves))

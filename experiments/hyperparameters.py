@@ -12,7 +12,7 @@ segments of which only the starting point is stored; everything else is computed
 The result is compared with other ways to spend the same number of training runs: the best of a grid of constant rates,
 the best of a grid of starting points of a linear decay to zero, and random search over ten numbers that describe a
 schedule. Hyperparameters are chosen by the loss on held-out digits, and every method is scored on a third set of
-digits which nothing was chosen with.
+digits, which no choice used.
 
 Maclaurin, Duvenaud and Adams, 2015, Gradient-based hyperparameter optimization through reversible learning.
 https://arxiv.org/abs/1502.03492
@@ -100,7 +100,7 @@ class Config:
     chunk_size: int | None = None
     """Training runs of a device that are vmapped together; by default chosen for the device."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
     seed: int = 0
     """Seed of the division of the digits, of the training runs and of the random search."""
     data_dir: Path | None = None

@@ -245,7 +245,7 @@ def read(settings: TextSettings) -> Text:
     """Reads a corpus, learns its subwords, and divides its English.
 
     The last lines of "train" are the pool that the few sentences of a low-resource language are drawn from. No training
-    pair of a source language has their English. Subwords, and the vectors of a lexical representation, are learnt from
+    pair of a source language has their English. Subwords, and the vectors of a lexical representation, are learned from
     the text alone of every language, the low-resource ones and all English of "train" included.
 
     Raises:

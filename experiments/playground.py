@@ -56,7 +56,7 @@ class Config:
     open_browser: bool = True
     """Whether to open the page in the browser, where there is a screen."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a port that cannot be."""

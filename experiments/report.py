@@ -233,8 +233,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         verification = (
             "\n\n## Verification in unseen domains\n\nTrue accept rate in % at a false accept rate of 1 %, mean over "
             "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
-            "seed. All methods are selected on other identities of the source domains. Nothing that is published can "
-            f"be compared.\n\n{faces.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
+            "seed. All methods are selected on other identities of the source domains. No published number can be "
+            f"compared with these.\n\n{faces.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
         )
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -244,8 +244,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "of the median over tasks. Costs are those of a task of the training, measured in turns by `python -m "
         "benchmarks.methods --workload sinusoid`. iMAML is not here, because conjugate gradients need a curvature that "
         "is not far below zero; MAML++ neither, because the rates of its five steps, 0.01 at first, grow by the outer "
-        "rate of 0.001 a meta-step. Of five trainings one was not finite by meta-step 2,000, with clipped "
-        "meta-gradients too.\n\n"
+        "rate of 0.001 a meta-step until training is no longer finite.\n\n"
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
         "![error against inner steps](figures/sinusoid.png)\n\n"
         + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")
@@ -260,7 +259,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"{sections['domains']}\n\n"
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
         "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
-        "hyperparameters are chosen by the held-out loss, and the test digits were never chosen with. The "
+        "hyperparameters are chosen by the held-out loss, and no choice used the test digits. The "
         "seconds are those of learning or searching. One seed; the intervals are over training runs. "
         f"{hyperparameter_summary(of['hyperparameters'])}\n\n{sections['hyperparameters']}\n\n"
         "![the learned schedules](figures/hyperparameters.png)\n\n"

@@ -195,10 +195,10 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             f"{of['navigation'][0]['evaluations'][-1]['optimum']:.2f}. MAML and "
             "FOMAML train one update, at the authors' rate of 0.5. Later rates and the state were chosen on 40 other "
             "goals; for policies that were not trained to adapt, so was the first rate. The published pretraining used "
-            "the authors' rates. With chosen rates it is close to MAML after two updates and ahead after three on the "
-            "fresh goals. Loaded DiCE, whose second derivative is exact for unbiased advantages, is not better here "
-            "after two updates and more, with one seed; its policy is still noisier. The last layer of our policies "
-            "starts at a tenth, also that of the random ones. "
+            "the authors' rates. Ours, one seed with chosen rates, is close to MAML after two updates and ahead after "
+            "three on the fresh goals. Loaded DiCE, whose second derivative is exact for unbiased advantages, is not "
+            "better here after two updates and more, with one seed; its policy is still noisier. The last layer of our "
+            "policies starts at a tenth, also that of the random ones. "
             '"std" is the standard deviation of the policy; that of the authors\' policy is 0.47.\n\n'
             f"{navigation_table(of['navigation'], flags_of)}\n\n![return against updates](figures/navigation.png)"
             + behaviour("navigation", "maml", "Paths of MAML at the first published goals")
@@ -207,13 +207,13 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
         parts.append(
             "### Bandits\n\nMean total reward, with its 95 % interval over bandits. The policies take their most "
             "probable action where nothing else is said. MAML takes an inner step after every pull; its rates, and the "
-            "temperature of the policy that acts, are learnt unless a flag says otherwise. The published MAML "
+            "temperature of the policy that acts, are learned unless a flag says otherwise. The published MAML "
             "(Mishra et al., 2018) learns neither. "
-            "The parameters of strategies were chosen on other bandits; the published numbers but those of MAML have "
-            "standard errors of 0.06 with 10 pulls and 0.4 with 100. Every row is one training. With 100 pulls, RL² "
-            "stays below the index strategies, UCB1 and Gittins. Of 10 arms, units that start with a long memory and, "
-            "by `--associate`, products of the inputs, which bind a reward to its arm, bring it within a point of "
-            "its published number.\n\n"
+            "The parameters of strategies were chosen on other bandits; the published numbers, except those of MAML, "
+            "have standard errors of 0.06 with 10 pulls and 0.4 with 100. Every row is one training. With 100 pulls, "
+            "RL² stays below the index strategies, UCB1 and Gittins. With 10 arms, RL² comes within a point of its "
+            "published number with units that start with a long memory (`--memory 100`) and with products of the "
+            "inputs, which bind a reward to its arm (`--associate`).\n\n"
             + strategies_table(of["bandits"], flags_of, published.BANDITS, BANDIT_SIZES)
             + "\n\nWhat is lost against the best arm, added up over the pulls:\n\n![regret](figures/regret.png)"
         )

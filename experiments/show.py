@@ -46,7 +46,7 @@ class Config:
     out: Path | None = None
     """The directory for the figures; by default figures/ in the run directory."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""

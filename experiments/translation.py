@@ -108,7 +108,7 @@ class Config(RunConfig):
     network: Literal["transformer", "gru"] = "transformer"
     """A transformer of --depth layers on each side, or gated recurrent units with attention."""
     width: int = 64
-    """Of all vectors in the network; 512 in the paper."""
+    """Size of all vectors in the network; 512 in the paper."""
     depth: int = 2
     """Layers of the encoder and of the decoder; 6 in the paper."""
     lexical: bool = False
@@ -531,7 +531,7 @@ class Translate:
     seed: int = 0
     """Which pairs stop the fine-tuning."""
     precision: Precision = "float32"
-    """Of matrix products, on devices that have a choice."""
+    """Precision of matrix products, on devices that have a choice."""
 
 
 def translate(config: Translate) -> list[str]:

@@ -29,18 +29,18 @@ def section(results: Sequence[dict[str, Any]], flags_of: FlagsFn) -> str:
     first = next(iter(by_label.values()))
     protocol, config = first["protocol"], first["config"]
     return (
-        "\n\n## Translation from few sentences\n\nA network that has learnt to translate "
+        "\n\n## Translation from few sentences\n\nA network that has learned to translate "
         f"{', '.join(config['sources'])} to English is fine-tuned on few sentence pairs of a language that it has not "
         "seen. BLEU of greedy translations in %, and in brackets the dev loss in nats per token: means over "
         f"{config['num_subsets']} draws of the pairs. The state is selected by the {protocol['selection']}; "
         f"{config['validation']} is neither trained on nor tested. The last states have seen equally many sentence "
         "pairs, for which the exact meta-gradient takes more operations than first order. "
-        "No training pair has the English of the pairs of a held-out language; subwords are learnt from the text of "
+        "No training pair has the English of the pairs of a held-out language; subwords are learned from the text of "
         f"all languages. BLEU is `{protocol['bleu']}` on {protocol['test_sentences']:,} "
         "captions; the published numbers are those of news and parliament, and cannot be compared. With `--lexical`, "
-        "subword vectors are learnt from the text of each language and rotated onto the English ones with the sentence "
-        "pairs. Without pairs there is no rotation, so its column of 0 pairs is empty. The texts of these languages "
-        "are translations of each other, which makes their vectors more alike than those of unrelated texts would "
+        "subword vectors are learned from the text of each language and rotated onto the English ones with the "
+        "sentence pairs. Without pairs there is no rotation, so its column of 0 pairs is empty. The texts of these "
+        "languages are translations of each other, which makes their vectors more alike than those of unrelated texts would "
         f"be.\n\n{_scores(by_label)}\n\n"
         "### Does the meta-learned start help?\n\nDifferences from pretraining, paired by language, number of pairs "
         "and draw; negative losses and positive BLEU are in favour of the method. The first two intervals are over the "

@@ -53,7 +53,7 @@ class TrialTraining:
     entropy_weight: float = 0.02
     """Weight of the entropy of the policy in the objective."""
     value_weight: float = 0.5
-    """Weight of the squared error of the values in the objective."""
+    """Weight of half the squared error of the values in the objective."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a number that cannot be."""
@@ -93,7 +93,7 @@ class DescentTraining(TrialTraining):
     inner_lr: float = 2.0
     """All rates of the inner steps at the start."""
     baseline: float = 0.5
-    """What a reward is compared with at the start; it is learnt."""
+    """What a reward is compared with at the start; it is learned."""
     learn_rates: bool = True
     """Learn a rate for each parameter. Otherwise all rates stay at --inner-lr, as in MAML."""
     learn_temperature: bool = True

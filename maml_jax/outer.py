@@ -163,7 +163,8 @@ def make_meta_step(
     Args:
       learner: the algorithm, or a function from the meta-step to it.
       optimizer: the outer optax optimiser, or an `OuterRule`.
-      chunk_size: see `meta_gradient`; it counts the tasks of one device.
+      chunk_size: the tasks of one device that are vmapped together; None chooses by the device and the memory of a
+        task. The result does not depend on it, but for rounding.
       mesh: from `parallel.task_mesh`, to divide the tasks over devices; None for one device.
       donate: whether the state passed in is donated: its buffers are reused, and it must not be used again. False
         under `jax.vmap`, which cannot reuse buffers. A state made by hand must not hold an array twice.
@@ -216,7 +217,8 @@ def pmap_meta_step(
     Args:
       learner: the algorithm, or a function from the meta-step to it.
       optimizer: the outer optax optimiser, or an `OuterRule`.
-      chunk_size: see `meta_gradient`; it counts the tasks of one device.
+      chunk_size: the tasks of one device that are vmapped together; None chooses by the device and the memory of a
+        task. The result does not depend on it, but for rounding.
       devices: D devices of this process; by default all of them.
 
     Returns:
@@ -275,7 +277,8 @@ def make_train_loop(
         constants of it.
       meta_batch_size: T, tasks a meta-step.
       num_steps: meta-steps a call.
-      chunk_size: see `meta_gradient`; it counts the tasks of one device.
+      chunk_size: the tasks of one device that are vmapped together; None chooses by the device and the memory of a
+        task. The result does not depend on it, but for rounding.
       mesh: from `parallel.task_mesh`; every device draws its own tasks. None for one device.
       donate: see `make_meta_step`.
 

@@ -73,6 +73,10 @@ def pretrained_classifier(
     Raises:
       ValueError: if a count is out of its range, the head is unknown or lacks its `inner_optimizer`, or `embedding` is
         no `Model`; when it is used, if embeddings are no [S, D] or labels do not fit.
+
+    References:
+      Vinyals et al., 2016, section 4.1, for the neighbours and fine-tuning; Chen et al., 2019, "Baseline", for the
+      linear layer.
     """
     check_model(embedding)
     num_classes = check_integer("num_classes", num_classes, at_least=1)

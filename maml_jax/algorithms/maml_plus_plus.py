@@ -67,8 +67,8 @@ def maml_plus_plus(
       that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, or a count no integer in its range; when
-        it is used, if `per_step` or `where` selects no parameter.
+      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, a count no integer in its range, or
+        `step_weights` not K weights; when it is used, if `per_step` or `where` selects no parameter.
 
     References:
       Antoniou et al., 2019, section 4: multi-step loss, per-step normalisation weights, per-layer per-step rates.

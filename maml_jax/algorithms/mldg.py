@@ -151,6 +151,9 @@ def erm(model: Model, loss_fn: LossFn, *, across_fn: AcrossFn | None = None) -> 
 
     Raises:
       ValueError: if `model` is no `Model`. The objective raises it if the support set is not [D, B, ...].
+
+    References:
+      Li et al., 2018, the baseline "Deep-All" of the experiments.
     """
     outputs_of = _outputs_by_domain(model)
 

@@ -43,6 +43,9 @@ def pretrained(
     Raises:
       ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
         range.
+
+    References:
+      Finn et al., 2017, section 5.1 and appendix C.
     """
     fine_tuned = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=num_inner_steps, where=where)
     plain = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=0)

@@ -55,8 +55,8 @@ def reptile(
       inner_optimizer: any optax transformation; the paper's is `optax.adam(1e-3, b1=0)`.
       num_inner_steps: K ≥ 0. With K = 1 Reptile is training on all tasks at once.
       batch_size: examples of each inner step, drawn from the support set without replacement until it is used up,
-        and then anew, by the key of `adapt`. A support set that is not larger is used whole, without a key. None
-        for the whole support set in each step.
+        and then anew, by the key of `adapt`; without one, in the same order in every call. A support set that is not
+        larger is used whole. None for the whole support set in each step.
       carry_state: whether the state of the inner optimiser is carried from task to task, as in the authors' code. It
         is then a part of the meta-parameters, and the outer optimiser is wrapped in `replace_inner_state`. With
         several tasks in a meta-batch the next state is the mean of theirs.

@@ -234,6 +234,9 @@ def transformer_translator(
       heads: of each attention.
       lexicon: the universal tokens of a lexical representation; by default source tokens have a table.
 
+    Returns:
+      A `Translator`.
+
     Raises:
       ValueError: if a number does not fit.
 
@@ -318,6 +321,9 @@ def gru_translator(
       target_vocabulary: V, the number of target tokens, `PAD` included.
       width: the units of every part.
       lexicon: the universal tokens of a lexical representation; by default source tokens have a table.
+
+    Returns:
+      A `Translator`.
 
     Raises:
       ValueError: if a number does not fit.

@@ -1,4 +1,4 @@
-"""MAML within a trial: a policy that takes a policy-gradient step after every reward, and whose start is learnt.
+"""MAML within a trial: a policy that takes a policy-gradient step after every reward, and whose start is learned.
 
 The current parameters φ are the state of a recurrent policy, and an inner step is its transition. Data and adaptation
 therefore alternate once per time step, and whole trials are trained as those of RL². The derivative passes through
@@ -44,7 +44,7 @@ def maml_policy(
     The advantage of an action is its own reward minus b. That is right for bandits. Elsewhere it leaves out what an
     action changes in later rewards: the inner step is then biased, and the outer objective is not.
 
-    θ, the rates α (one per parameter, which may become negative), b and β are learnt, together with the values.
+    θ, the rates α (one per parameter, which may become negative), b and β are learned, together with the values.
 
     Args:
       model: the network, from observations [S, D] to logits [S, A].
@@ -66,6 +66,9 @@ def maml_policy(
     Raises:
       ValueError: if `model` is no `Model`, a count no positive integer, `inner_lr` not positive or `baseline` not
         finite. `init` and `step` raise it if inputs or logits have another size.
+
+    References:
+      Finn et al., 2017, section 3.3. https://arxiv.org/abs/1703.03400
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     observation_size = check_integer("observation_size", observation_size, at_least=1)
@@ -101,8 +104,8 @@ def maml_policy(
         observation, action, reward, _ = jnp.split(
             inputs, [observation_size, observation_size + num_actions, observation_size + num_actions + 1]
         )
-        learnt = {"rates": learn_rates, "inverse_temperature": learn_temperature}
-        params = params | {name: jax.lax.stop_gradient(params[name]) for name, learns in learnt.items() if not learns}
+        learned = {"rates": learn_rates, "inverse_temperature": learn_temperature}
+        params = params | {name: jax.lax.stop_gradient(params[name]) for name, learns in learned.items() if not learns}
         task_params = jax.tree.map(jnp.add, params["start"], carry["change"])
         seen = carry["observation"][None, None]
         acted = Transition(

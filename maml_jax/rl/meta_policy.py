@@ -57,6 +57,9 @@ def meta_policy(learner: MetaLearner, query_loss_fn: LossFn = ratio_surrogate) -
 
     Raises:
       ValueError: if `learner` is no `MetaLearner`.
+
+    References:
+      Finn et al., 2017, section 5.3. https://arxiv.org/abs/1703.03400
     """
     check_learner(learner)
 

@@ -92,6 +92,9 @@ def scaled_start(model: Model, where: Callable[[str], bool], factor: float) -> M
       where: `(name) -> bool`, the parameters to multiply, by their path such as "dense_2/kernel".
       factor: by what.
 
+    Returns:
+      A `Model` whose `apply` is that of `model`.
+
     Raises:
       ValueError: if `model` is no `Model`; from `init`, if `where` is false for all parameters.
     """

@@ -1,4 +1,4 @@
-"""RL²: a recurrent policy whose state carries what it has learnt of a task from one episode to the next.
+"""RL²: a recurrent policy whose state carries what it has learned of a task from one episode to the next.
 
 A trial is several episodes of one task. The policy sees what it did last, what that earned, and whether an episode has
 just ended. Its state is zero at the start of a trial and is kept at the ends of episodes. Whole trials are trained with
@@ -111,6 +111,10 @@ def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = 
       memory: the time steps that units remember at the start, at most; None for what the zero biases of `models.gru`
         give, about two.
 
+    Returns:
+      A `RecurrentPolicy` with inputs [..., O + A + 2] for any O: the observation, the last action, its reward, and
+      whether an episode has ended.
+
     Raises:
       ValueError: if a number is no positive integer, or `memory` below 2.
     """
@@ -148,6 +152,9 @@ def associative_policy(
       observation_size: O, of an observation that is one flat array.
       hidden_size: the number of units.
       memory: as in `gru_policy`.
+
+    Returns:
+      A `RecurrentPolicy` with inputs [..., O + A + 2], as those of `gru_policy`.
 
     Raises:
       ValueError: if a number is no positive integer, or `memory` below 2. `init` raises it if inputs have another size.
@@ -298,15 +305,15 @@ def rl2(
 ) -> MetaLearner:
     """Builds RL²: the inner loop is the recurrent policy itself, and the outer one trains it on whole trials.
 
-    The objective of one trial is its `clipped_surrogate`, plus the squared error of the values, minus the entropy. Each
-    is a sum over the time steps of the trial, divided by the most that it may have, L. So every time step counts the
-    same, in short trials as in long ones.
+    The objective of one trial is its `clipped_surrogate`, plus `value_weight` times half the squared error of the
+    values, minus `entropy_weight` times the entropy. Each is a sum over the time steps of the trial, divided by the
+    most that it may have, L. So every time step counts the same, in short trials as in long ones.
 
     Args:
       policy: the recurrent policy.
       clip: ε of the clipped ratio.
-      value_weight: of half the squared error of the values.
-      entropy_weight: of the entropy, in nats.
+      value_weight: weight of half the squared error of the values.
+      entropy_weight: weight of the entropy, in nats.
 
     Returns:
       A `MetaLearner` for `make_trial_sampler`. `adapt` reads a trial [L, ...] and gives {"params": θ, "carry": the
@@ -315,6 +322,10 @@ def rl2(
 
     Raises:
       ValueError: if a weight is negative, or `clip` not positive.
+
+    References:
+      Duan et al., 2016. https://arxiv.org/abs/1611.02779
+      Schulman et al., 2017, equation 9. https://arxiv.org/abs/1707.06347
     """
     surrogate = clipped_surrogate(clip)
     check_not_negative("value_weight", value_weight)

@@ -83,7 +83,7 @@ def test_committed_outputs_are_complete_and_small_and_of_no_machine(name):
 
 
 @pytest.mark.parametrize("name", tutorials.NOTEBOOKS)
-def test_a_tutorial_says_what_is_learnt_and_what_to_read_next(name):
+def test_a_tutorial_says_what_is_learned_and_what_to_read_next(name):
     cells = tutorials.read(name).cells
     assert cells[0].cell_type == cells[-1].cell_type == "markdown"
     assert "You will learn" in cells[0].source

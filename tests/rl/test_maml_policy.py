@@ -143,7 +143,7 @@ def test_the_meta_gradient_is_that_of_the_expected_reward_of_a_trial(loss_fn):
         assert jnp.max(jnp.abs(first["start"]["dense_0"]["bias"] - exact["start"]["dense_0"]["bias"])) > 1e-3
 
 
-def test_what_is_not_learnt_has_no_gradient():
+def test_what_is_not_learned_has_no_gradient():
     policy = policy_of(learn_rates=False, learn_temperature=False)
     params = params_of(policy, jnp.float32)
     inputs = as_inputs([0, 1, 1], [1.0, 0.0, 1.0]).astype(jnp.float32)

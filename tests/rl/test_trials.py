@@ -184,7 +184,7 @@ def train(num_steps, mesh=None):
 
 
 def test_it_learns_to_find_the_action_that_pays_and_to_keep_to_it():
-    # Nothing but the reward tells the tasks apart, so what it earns late in a trial it has learnt in the trial.
+    # Nothing but the reward tells the tasks apart, so what it earns late in a trial it has learned in the trial.
     state, info = train(150)
     assert np.all(info.finite)
     tasks = jnp.arange(300) % A
