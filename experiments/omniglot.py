@@ -15,7 +15,6 @@ from experiments.classification import DataSet, make_learner, make_network, make
 from experiments.cli import main
 from experiments.omniglot_recipes import METHODS, SETTINGS, Config, about, with_paper_defaults
 from maml_jax.tasks import omniglot
-from maml_jax.tasks.augment import augmented
 from maml_jax.types import ArrayTree, MetaLearner, SampleEpisodeFn
 
 __all__ = ["METHODS", "SETTINGS", "make_learner", "make_network", "make_tester", "with_paper_defaults"]
@@ -34,13 +33,6 @@ def turned(config: Config, split: str) -> dict[str, bool]:
     }
 
 
-def dilated(config: Config, sample_episode: SampleEpisodeFn) -> SampleEpisodeFn:
-    """With --dilate, the task distribution with strokes that are thicker at random."""
-    if not config.dilate:
-        return sample_episode
-    return augmented(sample_episode, flip=False, max_shift=0, dilate=True, jitter=0.0)
-
-
 DATA = DataSet(
     name="omniglot",
     title="Omniglot",
@@ -50,7 +42,7 @@ DATA = DataSet(
     split_by=("split_by",),
     input_shape=lambda config: (28, 28, 1),
     turned=turned,
-    augmented=dilated,
+    augmented=lambda config, sample_episode: sample_episode,
     settings=SETTINGS,
 )
 

@@ -1,4 +1,4 @@
-"""Random changes to the images of an episode: reflections, shifts, dilations and colours."""
+"""Random changes to the images of an episode: reflections, shifts and colours."""
 
 import dataclasses
 
@@ -9,26 +9,18 @@ from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integ
 
 
 def augmented(
-    sample_episode: SampleEpisodeFn,
-    *,
-    flip: bool = True,
-    max_shift: int = 8,
-    dilate: bool = False,
-    jitter: float = 0.4,
+    sample_episode: SampleEpisodeFn, *, flip: bool = True, max_shift: int = 8, jitter: float = 0.4
 ) -> SampleEpisodeFn:
     """Changes every image of every episode at random, support and query set alike.
 
     Each image is changed on its own: it is reflected with probability 1/2, shifted by up to `max_shift` pixels in both
-    directions (what comes in from outside repeats the border), it is dilated, and its brightness, contrast and
-    saturation, in this order, are multiplied by numbers drawn uniformly from [1 − jitter, 1 + jitter]. Results are
-    clipped to [0, 1].
+    directions (what comes in from outside repeats the border), and its brightness, contrast and saturation, in this
+    order, are multiplied by numbers drawn uniformly from [1 − jitter, 1 + jitter]. Results are clipped to [0, 1].
 
     Args:
       sample_episode: `(key) -> Episode` with images [S, H, W, channels] in [0, 1].
       flip: whether left and right may be exchanged.
       max_shift: the largest shift, in pixels; 0 for none.
-      dilate: whether each pixel becomes the maximum of itself and of a random subset of its neighbours to the left,
-        above, and left above. Strokes of ink, 1 on 0, become up to a pixel thicker.
       jitter: the largest relative change of the colours, in [0, 1); 0 for none.
 
     Returns:
@@ -42,7 +34,7 @@ def augmented(
     if not 0 <= jitter < 1:
         raise ValueError(f"jitter={jitter} must be in [0, 1); 0.4 changes colours by up to 40 %")
     function, data = function_and_data(sample_episode)
-    return jax.tree_util.Partial(_Augmented(function, flip, max_shift, dilate, float(jitter)), data)
+    return jax.tree_util.Partial(_Augmented(function, flip, max_shift, float(jitter)), data)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +44,6 @@ class _Augmented:
     function: SampleEpisodeFn
     flip: bool
     max_shift: int
-    dilate: bool
     jitter: float
 
     def __call__(self, data: tuple, key: PRNGKey) -> Episode:
@@ -71,7 +62,6 @@ class _Augmented:
 
     def _change(self, key: PRNGKey, image: jax.Array) -> jax.Array:
         flip_key, shift_key, colour_key = jax.random.split(key, 3)
-        dilate_key = jax.random.fold_in(key, 3)
         if self.flip:
             image = jnp.where(jax.random.bernoulli(flip_key), image[:, ::-1], image)
         if self.max_shift:
@@ -79,11 +69,6 @@ class _Augmented:
             margin = (self.max_shift, self.max_shift)
             padded = jnp.pad(image, (margin, margin, (0, 0)), mode="edge")
             image = jax.lax.dynamic_slice(padded, (row, column, 0), image.shape)
-        if self.dilate:
-            neighbours = jnp.pad(image, ((1, 0), (1, 0), (0, 0)))
-            neighbours = jnp.stack([neighbours[1:, :-1], neighbours[:-1, 1:], neighbours[:-1, :-1]])
-            is_taken = jax.random.bernoulli(dilate_key, shape=(3, 1, 1, 1))
-            image = jnp.maximum(image, jnp.where(is_taken, neighbours, image[None]).max(0))
         if self.jitter:
             brightness, contrast, saturation = jax.random.uniform(
                 colour_key, (3,), minval=1 - self.jitter, maxval=1 + self.jitter
