@@ -145,6 +145,7 @@ METHODS["neural-statistician"] = dataclasses.replace(
         "query_shot": 1,
         "split_by": "character",
         "outer_schedule": "constant",
+        "num_meta_steps": 40_000,
     },
 )
 # Every class is shown six times. The rate is that of ProtoNets; the authors have 1e-4, without normalisation. The test

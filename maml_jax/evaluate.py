@@ -167,9 +167,22 @@ def _program(score, learner, is_built, sample_episode, chunk_size, mesh) -> Call
         def score_one(key):
             return score_fn(built, params, draw_episode(sample, key, params), *settings)
 
-        return jax.lax.map(score_one, keys, batch_size=chunk_size if chunk_size > 1 else None)
+        return _map_in_chunks(score_one, keys, chunk_size)
 
     return jax.jit(scores) if mesh is None else parallel.each_task(scores, mesh)
+
+
+def _map_in_chunks(function: Callable, xs: jax.Array, size: int) -> ArrayTree:
+    """`jax.lax.map` with `batch_size=size`, which fails if an output is an empty array."""
+    if size == 1:
+        return jax.lax.map(function, xs)
+    rest = len(xs) % size
+    num_whole = len(xs) - rest
+    parts = [jax.vmap(function)(xs[num_whole:])] if rest else []
+    if num_whole:
+        chunks = jax.lax.map(jax.vmap(function), xs[:num_whole].reshape(-1, size))
+        parts.insert(0, jax.tree.map(lambda y: y.reshape(num_whole, *y.shape[2:]), chunks))
+    return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
 
 
 @jax.jit

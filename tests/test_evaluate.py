@@ -241,6 +241,17 @@ def test_the_objective_and_its_info_may_be_evaluated():
     assert distance > 0
 
 
+@pytest.mark.parametrize("chunk_size", [1, 2, 3, 8, 20])
+def test_the_objective_of_a_learner_without_inner_steps_may_be_evaluated_in_chunks(chunk_size):
+    learner = maml(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=0)
+    evaluation = evaluate_objective(learner, THETA, make_episode, KEY, num_episodes=8, chunk_size=chunk_size)
+    loss, info = evaluation.per_episode
+    episodes = [make_episode(jax.random.fold_in(KEY, i)) for i in range(8)]
+    expected = jnp.stack([half_mse(linear_model.apply(THETA, e.query.inputs), e.query.targets) for e in episodes])
+    chex.assert_trees_all_close(loss, expected, rtol=1e-5)
+    chex.assert_shape(info.support_loss, (8, 0))
+
+
 def test_tasks_may_depend_on_the_parameters():
     def on_policy(key, params):
         return make_episode(key)._replace(query=Batch(jnp.eye(4), params))

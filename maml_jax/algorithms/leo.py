@@ -312,7 +312,8 @@ def _split(key: PRNGKey | None, num: int) -> list[PRNGKey | None]:
 class LatentDescent:
     """Hyperparameters of gradient descent on codes and then on the weights that they decode to.
 
-    The defaults are those of the authors' code for 1-shot miniImageNet.
+    The defaults are those of the authors' code for 1-shot miniImageNet. Its inner losses are sums over the classes,
+    and ours are means: its initial rates are N times these.
     """
 
     num_latent: int = 64

@@ -155,8 +155,9 @@ def _map_named(function: Callable, params: ArrayTree, named: Callable[[str], boo
 def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_steps: int) -> jax.Array:
     """The weights of the query losses after each inner step, annealed towards the last one.
 
-    All start at 1/K. Those before the last fall linearly over `num_annealing_steps` to 0.03/K, and the last takes the
-    rest. (The authors' code anneals once an epoch of 500 meta-steps.)
+    All start at 1/K. Those before the last fall linearly over `num_annealing_steps`, to no less than 0.03/K, and the
+    last takes the rest. From then on the last has all weight. (The authors' code anneals once an epoch of 500
+    meta-steps.)
 
     Args:
       step: the meta-step.
@@ -172,7 +173,7 @@ def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_step
     check_integer("num_inner_steps", num_inner_steps, at_least=1)
     check_integer("num_annealing_steps", num_annealing_steps, at_least=1)
     progress = jnp.clip(step / num_annealing_steps, 0.0, 1.0)
-    early = jnp.maximum(1.0 - progress, 0.03) / num_inner_steps
+    early = jnp.where(progress < 1, jnp.maximum(1.0 - progress, 0.03), 0.0) / num_inner_steps
     weights = jnp.full(num_inner_steps, early)
     return weights.at[-1].set(1.0 - early * (num_inner_steps - 1))
 

@@ -7,7 +7,7 @@ https://www.cs.toronto.edu/~rsalakhu/papers/oneshot1.pdf
 import jax
 import jax.numpy as jnp
 
-from maml_jax.inner.embedding import best_of_class, embed, embedding_size
+from maml_jax.inner.embedding import embed, embedding_size
 from maml_jax.inner.learner import observed_once
 from maml_jax.types import MetaLearner, Model, check_classes, check_integer, check_model
 
@@ -17,12 +17,12 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
 
     The objective is the logistic loss over all pairs of different examples of an episode, support and query together.
     Pairs of one class and pairs of two have the same weight in total, however many they are; a kind without a pair
-    counts as zero. Labels of the episode
-    serve only to tell whether two examples have the same class. The output for class n is the largest logit of its
-    support examples, so parameters that were trained with one `way` can be tested with another.
+    counts as zero. Labels of the episode serve only to tell whether two examples have the same class. The output for
+    class n is the mean logit of a query with the support examples of the class, so parameters that were trained with
+    one `way` can be tested with another.
 
-    Koch et al. train on random pairs of images of 105x105, with a larger network. The published few-shot
-    numbers are a re-implementation of Vinyals et al., 2016, whose training is not described.
+    Koch et al. train on random pairs of images of 105x105, with a larger network. The published few-shot numbers are a
+    re-implementation of Vinyals et al., 2016, whose training and test with several examples are not described.
 
     Args:
       embedding: a network from inputs [S, ...] to embeddings [S, D].
@@ -61,7 +61,8 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
     def predict(task_params, inputs):
         params = task_params["params"]
         pairs = logits(params, embed(embedding, params["embedding"], inputs), task_params["support"])
-        return best_of_class(pairs, task_params["one_hot"])
+        is_class = task_params["one_hot"].astype(pairs.dtype)
+        return pairs @ is_class / jnp.sum(is_class, 0)[None]
 
     def objective(meta_params, episode):
         inputs, targets = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), *episode[:2])

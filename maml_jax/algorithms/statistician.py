@@ -54,7 +54,7 @@ def neural_statistician(
 
     The statistic network is a layer on the embeddings, a mean over the set, to which the size of the set is appended,
     and two more layers. `adapt` infers q(c | D) for every class, from the probabilities of the pixels. The outputs of
-    `predict` are −KL(q(c | x) ‖ q(c | D_n)), with the set of the query image alone.
+    `predict` are −KL(q(c | D_n) ‖ q(c | x)), with the set of the query image alone.
 
     The networks have dense layers with ELU and no normalisation. There is one layer of latents, as in the paper's
     model of Omniglot; that has 512 context variables, batch normalisation everywhere and a convolutional decoder.
@@ -138,7 +138,7 @@ def neural_statistician(
         alone = infer_contexts(task_params["params"], embedded)
         of_query = jax.tree.map(lambda x: x[:, None], alone)
         of_class = jax.tree.map(lambda x: x[None], task_params["contexts"])
-        return -kl_divergence(of_query, of_class)
+        return -kl_divergence(of_class, of_query)
 
     def objective(meta_params, episode):
         if episode.key is None:

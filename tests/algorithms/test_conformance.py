@@ -334,6 +334,7 @@ def test_the_key_of_the_episode_reaches_the_model(name):
         return outputs if key is None else outputs + jax.random.normal(key, outputs.shape)
 
     learner = build(name, Model(affine.init, apply, stochastic=True))
+    without_noise = build(name, Model(affine.init, lambda *args, key=None: affine.apply(*args), stochastic=True))
     meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
 
     @jax.jit
@@ -344,6 +345,9 @@ def test_the_key_of_the_episode_reaches_the_model(name):
     values = [float(objective(key)) for key in (first, first, jax.random.key(1), jax.random.key(2))]
     assert values[0] == values[1]
     assert len(set(values)) == 3
+    # A learner that draws itself has other objectives too if its model gets no key.
+    plain = jax.jit(without_noise.objective)(meta_params, episode(name)._replace(key=jax.random.key(1)))[0]
+    assert abs(float(plain) - values[2]) > 1e-3
 
 
 def test_inner_gradients_of_the_networks_are_differentiated_exactly(x64):

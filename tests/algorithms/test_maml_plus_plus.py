@@ -86,8 +86,9 @@ def test_the_objective_is_the_weighted_sum_of_the_losses_of_the_steps(x64):
 def test_weights_are_annealed_to_the_last_step():
     np.testing.assert_allclose(multi_step_weights(0, 5, 100), np.full(5, 0.2), rtol=1e-6)
     np.testing.assert_allclose(multi_step_weights(50, 5, 100), [0.1] * 4 + [0.6], rtol=1e-6)
-    for late in (100, 10_000):  # the floor of 0.03 / K
-        np.testing.assert_allclose(multi_step_weights(late, 5, 100), [0.006] * 4 + [0.976], rtol=1e-6)
+    np.testing.assert_allclose(multi_step_weights(99, 5, 100), [0.006] * 4 + [0.976], rtol=1e-6)  # 0.03 / K
+    for late in (100, 10_000):
+        np.testing.assert_array_equal(multi_step_weights(late, 5, 100), [0, 0, 0, 0, 1])
     np.testing.assert_allclose(multi_step_weights(7, 1, 100), [1.0])
 
 

@@ -182,7 +182,7 @@ def test_contexts_and_outputs_by_hand(x64):
     for image, row in zip(inputs[:2], outputs, strict=True):
         m, v = context(image[None])
         for (mean, log), output in zip(expected, row, strict=True):
-            divergence = 0.5 * np.sum(log - v + (np.exp(v) + (m - mean) ** 2) / np.exp(log) - 1)
+            divergence = 0.5 * np.sum(v - log + (np.exp(log) + (m - mean) ** 2) / np.exp(v) - 1)
             np.testing.assert_allclose(output, -divergence, rtol=1e-10)
     # An image that is the only one of its class has that class's context.
     assert learner.predict(task_params, inputs[3:4])[0, 2] == 0
