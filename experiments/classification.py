@@ -233,7 +233,9 @@ def make_sampler(data: DataSet, config: Any, split: str, way: int, shot: int) ->
         else:
             sampler = source.make_sampler(images, way=way, shot=shot, query_shot=config.query_shot, **turned)
     except ValueError as error:
-        raise RunError(f"split {split!r} of {data.title}: {error}") from error
+        own = "train_" if split == "train" and (way, shot) != (config.way, config.shot) else ""
+        flags = f"{flag(own + 'way')} and {flag(own + 'shot')}"
+        raise RunError(f"split {split!r} of {data.title}: {error} ({flags} are {way} and {shot})") from error
     return data.augmented(config, sampler) if split == "train" else sampler
 
 
@@ -338,10 +340,19 @@ def tested_settings(config: Any, settings: Sequence[tuple[int, int]]) -> list[tu
 
 
 def tests(data: DataSet, config: Any) -> Iterator[tuple[dict[str, Any], MetaLearner, SampleEpisodeFn]]:
-    """What a training is tested on: a description, the learner, the tasks. The first is that of --way and --shot."""
+    """What a training is tested on: a description, the learner, the tasks. The first is that of --way and --shot.
+
+    Published settings that need more classes or images than the split has are left out, and named.
+    """
     heads = get_args(Head) if config.algorithm == "pretrained-classifier" else (None,)
     for way, shot in tested_settings(config, data.settings):
-        sampler = make_sampler(data, config, "test", way, shot)
+        try:
+            sampler = make_sampler(data, config, "test", way, shot)
+        except RunError as error:
+            if (way, shot) == (config.way, config.shot):
+                raise
+            console.print(f"the {way}-way {shot}-shot test is left out: {error}", markup=False)
+            continue
         for head in sorted(heads, key=lambda head: head != getattr(config.hyperparameters, "head", None)):
             described = {"way": way, "shot": shot} | ({} if head is None else {"head": head})
             yield described, make_tester(config, way, **({} if head is None else {"head": head})), sampler
@@ -447,7 +458,7 @@ def run(data: DataSet, config: Any) -> dict:
             "query_shot": config.query_shot,
             "episodes": config.eval_episodes,
             "split": "test",
-            **{name: getattr(config, name) for name in data.split_by},
+            **{name: value for name, value in runs.as_json(config).items() if name in data.split_by},
             "selection": "highest validation accuracy on split val",
             "selected_step": trained.best_step,
             "ensemble": config.ensemble if config.ensemble == 1 else len(jax.tree.leaves(trained.params)[0]),

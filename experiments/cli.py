@@ -7,6 +7,8 @@ import inspect
 import itertools
 import math
 import os
+import re
+import signal
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -135,6 +137,16 @@ class RunConfig:
                 f"--outer-lr-end {self.outer_lr_end} must be between 0 and --outer-lr {self.outer_lr}; the schedules "
                 "only lower the rate"
             )
+        unused = {
+            "outer_lr_end": self.outer_schedule not in ("linear", "cosine"),
+            "outer_half_life": self.outer_schedule != "halved",
+        }
+        for name, is_unused in unused.items():
+            if is_unused and getattr(self, name) != getattr(RunConfig, name):
+                raise ValueError(
+                    f"{flag(name)} {getattr(self, name)} has no effect with --outer-schedule {self.outer_schedule}; "
+                    f"leave it at {getattr(RunConfig, name)}, or choose another schedule"
+                )
         if self.val_every % self.log_every:
             raise ValueError(
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
@@ -201,14 +213,13 @@ def parse(
 
 def _grouped(config: Any) -> Any:
     """The settings in groups, as --help shows them: a dataclass of dataclasses with the values of `config`."""
-    types, texts = get_type_hints(type(config), include_extras=True), _field_texts(type(config))
     of_group: dict[str, list[str]] = {group: [] for group in GROUPS}
     for name in (field.name for field in dataclasses.fields(config) if field.name not in _OWN_GROUPS):
         group = next((group for group, members in GROUPS.items() if name in members), "task")
         of_group[group].append(name)
 
-    def described(name: str) -> tuple[str, Any, Any]:
-        value, hint = getattr(config, name), types[name]
+    def described(record: Any, types: dict[str, Any], texts: dict[str, str], name: str) -> tuple[str, Any, Any]:
+        value, hint = getattr(record, name), types[name]
         rest = [kind for kind in get_args(hint) if kind is not type(None)]
         settings: dict[str, Any] = {"help": " ".join(texts.get(name, "").split())}
         if value is None:  # the text says what that means
@@ -217,29 +228,51 @@ def _grouped(config: Any) -> Any:
             settings |= {"metavar": _METAVARS[rest[0]]}
         return name, Annotated[hint, tyro.conf.arg(**settings)], dataclasses.field(default=value)
 
-    def as_group(group: str, members: list[str]) -> tuple[str, type, Any]:
-        kind = dataclasses.make_dataclass(group, [described(name) for name in members], frozen=True)
+    def as_group(group: str, record: Any, members: list[str], text: str | None = None) -> tuple[str, type, Any]:
+        hints = get_type_hints(type(record), include_extras=True), _field_texts(type(record))
+        fields = [described(record, *hints, name) for name in members]
+        kind = dataclasses.make_dataclass(group, fields, frozen=True, namespace={"__doc__": text})
         return group, kind, dataclasses.field(default=kind())
 
-    task, *others = [as_group(group, members) for group, members in of_group.items() if members]
-    records = {name: getattr(config, field, None) for name, field in _RECORDS.items()}
-    # An experiment that is no algorithm of the catalogue may have neither.
+    task, *others = [as_group(group, config, members) for group, members in of_group.items() if members]
+    # An experiment that is no algorithm of the catalogue may have neither record.
     method, tracking = (
-        [(name, type(record), dataclasses.field(default=record))] if dataclasses.is_dataclass(record) else []
-        for name, record in records.items()
+        [as_group(name, record, [field.name for field in dataclasses.fields(record)], type(record).__doc__)]
+        if dataclasses.is_dataclass(record := getattr(config, attribute, None))
+        else []
+        for name, attribute in _RECORDS.items()
     )
     algorithm = ("algorithm", Annotated[str, tyro.conf.Suppress], dataclasses.field(default=config.algorithm))
     return dataclasses.make_dataclass(config.algorithm, [algorithm, task, *method, *others, *tracking], frozen=True)()
 
 
 def _ungrouped(parsed: Any, configs: Mapping[str, ConfigT]) -> ConfigT:
-    """The inverse of `_grouped`."""
-    values = {field: getattr(parsed, name) for name, field in _RECORDS.items() if hasattr(parsed, name)}
-    for field in dataclasses.fields(parsed):
-        if field.name in GROUPS:
-            group = getattr(parsed, field.name)
-            values |= {member.name: getattr(group, member.name) for member in dataclasses.fields(group)}
-    return dataclasses.replace(configs[parsed.algorithm], **values)
+    """The inverse of `_grouped`.
+
+    Raises:
+      ValueError: for a setting that cannot be, by its flag.
+    """
+    config, values = configs[parsed.algorithm], {}
+    for group in (field.name for field in dataclasses.fields(parsed) if field.name != "algorithm"):
+        settings = vars(getattr(parsed, group))
+        if group in _RECORDS:
+            with _named_by_flags(settings):
+                record = dataclasses.replace(getattr(config, _RECORDS[group]), **settings)
+            settings = {_RECORDS[group]: record}
+        values |= settings
+    return dataclasses.replace(config, **values)
+
+
+@contextlib.contextmanager
+def _named_by_flags(settings: Mapping[str, Any]) -> Iterator[None]:
+    """Names settings by their flags in the message of a ValueError."""
+    try:
+        yield
+    except ValueError as error:
+        message = str(error)
+        for name in settings:
+            message = re.sub(rf"\b{name}(=|\b)", lambda found, name=name: flag(name) + " " * len(found[1]), message)
+        raise ValueError(message) from error
 
 
 def _field_texts(kind: type) -> dict[str, str]:
@@ -297,9 +330,14 @@ def main(
 
 @contextlib.contextmanager
 def mistakes_in_one_paragraph() -> Iterator[None]:
-    """Ends the process with a paragraph and the code 2 where a mistake was found; see `main`."""
+    """Ends the process with a paragraph and the code 2 where a mistake was found, or 130 after Ctrl-C; see `main`."""
     try:
         yield
+    except KeyboardInterrupt:
+        if os.environ.get("MAML_JAX_TRACEBACK"):
+            raise
+        Console(stderr=True).print("stopped; a run goes on from its last checkpoint with the same command")
+        sys.exit(128 + signal.SIGINT)
     except (RunError, ValueError, OSError, processes.ProcessError) as error:
         if os.environ.get("MAML_JAX_TRACEBACK"):
             raise

@@ -225,7 +225,7 @@ def classification_test(run: Run) -> Test:
 
     is_transductive = classification.normalisation(config) == "transductive"
     protocol = {
-        **{name: getattr(config, name) for name in data.split_by},
+        **{name: value for name, value in runs.as_json(config).items() if name in data.split_by},
         "way": config.way,
         "shot": config.shot,
         "query_shot": config.query_shot,

@@ -13,7 +13,7 @@ from experiments import images, omniglot, runs
 from experiments.classification import ClassificationConfig
 from experiments.cli import Precision, main
 from experiments.commands import changed_flags
-from experiments.runs import RunError, console, read_json, stored_config
+from experiments.runs import RunError, console, read_json, read_results, stored_config
 from maml_jax import CATALOGUE
 from maml_jax.portable import INK, PHOTOGRAPH, LearnerConfig, save_learner
 from maml_jax.types import ArrayTree
@@ -105,10 +105,8 @@ def made_by(run_dir: Path, config: ClassificationConfig) -> str:
     stored = read_json(run_dir / "config.json")
     made = {"experiment": config.experiment, "algorithm": config.algorithm, "config": stored}
     line = " ".join([f"python -m experiments.{config.experiment}", config.algorithm, *changed_flags(made)])
-    results = run_dir / "results.json"
-    if not results.is_file():
+    if (content := read_results(run_dir)) is None:
         return line
-    content = read_json(results)
     accuracy = content["metrics"]["accuracy"]["mean"][-1]
     return f"{line} (test accuracy {100 * accuracy:.1f} %; normalisation: {content['protocol']['normalisation']})"
 

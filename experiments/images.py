@@ -196,8 +196,10 @@ def read_classes(config: Config, split: str) -> ClassImages:
     shots = {
         "train": config.train_shot or config.shot,
         "val": config.shot,
-        "test": max(shot for _, shot in classification.tested_settings(config, DATA.settings)),
+        "test": config.shot,
     }
+    if config.leave_out_small:
+        shots["test"] = max(shot for _, shot in classification.tested_settings(config, DATA.settings))
     needed = 1 if is_pretraining(config, split) else shots[split] + config.query_shot
     if not config.leave_out_small:
         return image_folder.check_examples(found, needed)

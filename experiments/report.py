@@ -48,11 +48,17 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     Raises:
       FileNotFoundError: if the run has no results.json.
       RunError: if the directory holds no run, or several seeds.
-      ValueError: if other results have that name.
+      ValueError: if other results have that name, or the tables have no place for these.
     """
     if (results := runs.finite(runs.read_results(run_dir))) is None:
         runs.check_is_run(run_dir)
         raise FileNotFoundError(f"{run_dir} has no results.json; finish it, by the command that began it")
+    config = results["config"]
+    if results["experiment"] == "images" and (config["way"] != 5 or config["tfds"] or config["split_file"]):
+        raise ValueError(
+            f"{run_dir} was trained on other tasks than those of the table of photographs, which are 5-way and on "
+            "the data that $MAML_JAX_IMAGES names; experiments.compare shows runs side by side"
+        )
     if results["experiment"] == "cross_domain":
         flags = []
         ways = "-".join(map(str, results["config"]["ways"]))

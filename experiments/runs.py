@@ -132,6 +132,8 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
         return None
     found = read_record(file)
     wanted = {"experiment": str, "config": dict, "seed": int}
+    if found.get("experiment") in EXPERIMENTS:
+        wanted |= {"algorithm": str, "protocol": dict, "metrics": dict}
     if lacking := [name for name, kind in wanted.items() if not isinstance(found.get(name), kind)]:
         raise RunError(f"{file} is damaged: it lacks {', '.join(lacking)}; delete it and repeat the command of the run")
     return found
@@ -183,11 +185,16 @@ def load(run_dir: str | Path) -> Loaded:
     return Loaded(*module.load(run_dir), stored_config(module.METHODS, Path(run_dir)))
 
 
+def seed_directories(run_dir: Path) -> list[str]:
+    """The names of the runs in a directory of several seeds."""
+    return sorted(config.parent.name for config in run_dir.glob("seed-*/config.json"))
+
+
 def check_is_run(run_dir: Path) -> None:
     """Raises RunError if a directory does not hold the settings of one run."""
     if (run_dir / "config.json").exists():
         return
-    if several := sorted(directory.name for directory in run_dir.glob("seed-*")):
+    if several := seed_directories(run_dir):
         raise RunError(f"{run_dir} holds several seeds; name one of its directories {', '.join(several)}")
     raise RunError(f"{run_dir} is no run directory: it holds no config.json")
 
@@ -365,6 +372,11 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
                 f"the run directory {run_dir} is in use by a running process; wait for it to end, or choose "
                 "another --run-dir"
             ) from None
+        if several := seed_directories(run_dir):
+            raise RunError(
+                f"{run_dir} holds several seeds ({', '.join(several)}); give --seeds to go on with them, or choose "
+                "another --run-dir"
+            )
         wanted = as_json(config)
         config_file = run_dir / "config.json"
         if config_file.exists():

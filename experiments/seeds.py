@@ -12,6 +12,25 @@ from rich.table import Table
 from experiments import figures
 from experiments.common import Member, Training, train_together
 from experiments.runs import RunError, console, curve, finite, format_mean, mean_and_interval, open_run, write_json
+from maml_jax import checkpoint
+
+
+def _unfinished(members: list[Member]) -> list[Member]:
+    """The seeds that are still to be trained; all of them if none is.
+
+    Raises:
+      RunError: if they are so far apart that those ahead have no checkpoint where the last one is.
+    """
+    found = [(checkpoint.latest(member.run_dir / "checkpoints") or 0, member) for member in members]
+    found = [(step, member) for step, member in found if step < member.config.num_meta_steps] or found
+    (least, last), (most, first) = (choose(found, key=lambda pair: pair[0]) for choose in (min, max))
+    if most - least > last.config.val_every:
+        raise RunError(
+            f"{first.run_dir} is at meta-step {most} and {last.run_dir} at {least}: too far apart to train together. "
+            f"Bring the latter forward by the same command with --seed {last.config.seed} --run-dir {last.run_dir} and "
+            "without --seeds"
+        )
+    return [member for _, member in found]
 
 
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:
@@ -23,7 +42,8 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
       config: the settings. The seeds are `config.seed`, `config.seed + 1`, ...
 
     Raises:
-      RunError: if there are several processes, or if --wandb is given.
+      RunError: if there are several processes, --wandb is given, the directory holds one run, or the unfinished seeds
+        have no checkpoint in common.
 
     Returns:
       The content of seeds.json in the run directory: "seeds", their "results", "metrics" with the mean over seeds and
@@ -33,6 +53,10 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         raise RunError(f"--seeds {config.seeds} trains in one process; start a job with its own --seed for each seed")
     if config.tracking.wandb:
         raise RunError("--wandb follows one seed; start a run with its own --seed for each seed, or leave it out")
+    if (config.run_dir / "config.json").exists():
+        raise RunError(
+            f"{config.run_dir} holds one run; leave --seeds out to go on with it, or choose another --run-dir"
+        )
     seeds = range(config.seed, config.seed + config.seeds)
     configs = [
         dataclasses.replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}") for seed in seeds
@@ -42,7 +66,7 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         for of_seed, training in zip(configs, trainings, strict=True):
             stack.enter_context(open_run(of_seed.run_dir, of_seed, training.data_digest))
         members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
-        together = train_together(members, trainings[0])
+        together = train_together(_unfinished(members), trainings[0])
     results = [run(of_seed) for of_seed in configs]
     # null, which stands for a number that is not finite, becomes NaN
     metrics = {

@@ -285,6 +285,11 @@ def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_ti
                 f"{name} must be floating images of shape {list(loaded.config.input_shape)} "
                 f"({loaded.config.input_values}), got {images.dtype}{list(jnp.shape(images))}"
             )
+    if jnp.shape(support.targets) != jnp.shape(support.inputs)[:1]:
+        raise ValueError(
+            f"the support set must have one class index for each of its {len(support.inputs)} images, got targets of "
+            f"shape {list(jnp.shape(support.targets))}"
+        )
     check_classes(loaded.config.way, support.targets)
     outputs = outputs_by_step(loaded.learner, loaded.params, support, inputs, one_at_a_time=one_at_a_time)
     return jax.nn.softmax(outputs[-1])

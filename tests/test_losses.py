@@ -65,6 +65,11 @@ def test_accuracy_is_the_share_of_right_answers():
     assert value.dtype == outputs.dtype
 
 
+@pytest.mark.parametrize("target", [-1, 3])
+def test_accuracy_of_a_class_that_there_is_not_is_no_number(target):
+    assert jnp.isnan(losses.accuracy(jnp.eye(3), jnp.array([0, 1, target])))
+
+
 def test_accuracy_of_half_precision_has_all_its_digits():
     outputs = jnp.eye(3, dtype=jnp.bfloat16)
     value = losses.accuracy(outputs, jnp.array([0, 1, 0]))

@@ -131,6 +131,7 @@ def test_outputs_are_given_before_the_first_and_after_every_inner_step(file):
 @pytest.mark.parametrize(
     ("support", "queries", "message"),
     [
+        (SUPPORT._replace(targets=np.arange(3)), QUERIES, r"one class index for each of its 6 images, got .* \[3\]"),
         (SUPPORT._replace(targets=np.zeros(6, np.int32)), QUERIES, r"has no example of class 1 of way=3"),
         (
             SUPPORT,

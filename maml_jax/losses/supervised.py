@@ -101,7 +101,8 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       targets: integer class indices [...].
 
     Returns:
-      A scalar of at least float32; not a number if an output is not. It is a metric and has no useful gradient.
+      A scalar of at least float32; not a number if an output is not, or if a target is not in 0, ..., N - 1. It is a
+      metric and has no useful gradient.
 
     Raises:
       ValueError: if the shapes do not fit or the targets are not integers.
@@ -109,4 +110,5 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     check_class_scores(outputs, targets, "accuracy")
     dtype = jnp.promote_types(jnp.result_type(outputs), jnp.float32)
     is_right = (jnp.argmax(outputs, axis=-1) == targets).astype(dtype)
-    return jnp.mean(jnp.where(jnp.isnan(outputs).any(axis=-1), jnp.nan, is_right))
+    is_wrong = jnp.isnan(outputs).any(axis=-1) | (targets < 0) | (targets >= outputs.shape[-1])
+    return jnp.mean(jnp.where(is_wrong, jnp.nan, is_right))

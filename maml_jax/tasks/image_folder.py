@@ -239,6 +239,8 @@ def _list_classes_of_folder(where: Path) -> tuple[dict[str, list[_File]], list[s
         classes[folder.name] = []
         for file in within.others:
             check_image_name(file)
+            if not file.exists():
+                raise ValueError(f"{file} is a link to a file that does not exist; remove it")
             status = file.stat()
             if not stat.S_ISREG(status.st_mode):
                 raise ValueError(f"{file} is no file; remove it")

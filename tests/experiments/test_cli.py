@@ -50,6 +50,21 @@ def test_no_experiment_with_methods_is_forgotten():
     assert named == {module.__name__.split(".")[-1] for module in WITH_METHODS}
 
 
+def test_a_setting_that_cannot_be_is_named_by_its_flag():
+    with pytest.raises(ValueError, match=r"^--inner-lr -1\.0 must be a positive number"):
+        cli.parse(omniglot.METHODS, "", ["maml", "--inner-lr", "-1"])
+    for name in ("--outer-lr-end", "--outer-half-life"):
+        with pytest.raises(ValueError, match=f"^{name} .* has no effect with --outer-schedule constant; leave it at"):
+            cli.parse(omniglot.METHODS, "", ["maml", name, "0.0005" if name == "--outer-lr-end" else "5"])
+
+
+def test_an_interruption_ends_in_a_sentence(capsys):
+    with pytest.raises(SystemExit) as ended, cli.mistakes_in_one_paragraph():
+        raise KeyboardInterrupt
+    assert ended.value.code == 130
+    assert "a run goes on from its last checkpoint with the same command" in capsys.readouterr().err
+
+
 def test_without_a_method_it_is_maml():
     assert cli.parse(omniglot.METHODS, "", ["--way", "20"]).algorithm == "maml"
     assert cli.parse(sinusoid.METHODS, "", []) == sinusoid.METHODS["maml"]

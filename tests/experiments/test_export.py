@@ -51,6 +51,10 @@ def make_run(run_dir, algorithm="maml", *, module=omniglot, is_finished=True, **
         runs.write_json(
             run_dir / "results.json",
             {
+                "experiment": config.experiment,
+                "algorithm": config.algorithm,
+                "config": runs.as_json(config),
+                "seed": 0,
                 "metrics": {"accuracy": {"mean": [0.2, 0.987]}},
                 "protocol": {"normalisation": "transductive"},
             },

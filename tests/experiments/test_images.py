@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import chex
 import jax
@@ -79,8 +80,22 @@ def test_a_run_on_a_folder_is_tested_and_loaded(photographs, finished):
     np.testing.assert_allclose(again.mean, results["metrics"]["accuracy"]["mean"], atol=1e-6)
 
 
-def test_episodes_streamed_from_the_host_train_the_same_parameters(photographs, finished, tmp_path):
-    images.run(config_of(data_dir=photographs, run_dir=tmp_path, stream=True, chunk_size=1))
+@pytest.fixture
+def pool(photographs, tmp_path):
+    """The same photographs in one folder of classes, and the split file that divides them."""
+    folder = tmp_path / "pool"
+    for split in SIZES:
+        shutil.copytree(photographs / split, folder, dirs_exist_ok=True)
+    file = tmp_path / "split.json"
+    file.write_text(
+        json.dumps({split: [f"{split}_{index}" for index in range(len(sizes))] for split, sizes in SIZES.items()})
+    )
+    return {"data_dir": folder, "split_file": file}
+
+
+def test_episodes_streamed_from_the_host_train_the_same_parameters(pool, finished, tmp_path):
+    results = images.run(config_of(**pool, run_dir=tmp_path, stream=True, chunk_size=1))
+    assert results["protocol"]["split_file"] == str(pool["split_file"])
     resident, streamed = runs.load(finished[0]), runs.load(tmp_path)
     assert streaming.is_streamed(images.make_samplers(images.with_paper_defaults(streamed.config))["train"])
     for one, other in zip(jax.tree.leaves(resident.params), jax.tree.leaves(streamed.params), strict=True):
@@ -128,6 +143,20 @@ def test_small_classes_are_refused_by_name_or_left_out(photographs, tmp_path, ca
     said = " ".join(capsys.readouterr().out.split())
     assert "split 'train': 1 classes with fewer than 5 images are left out" in said
     assert "split 'test': 1 classes" in said
+
+
+def test_published_settings_that_the_classes_do_not_allow_are_left_out(photographs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(images, "DATA", dataclasses.replace(images.DATA, settings=((2, 1), (4, 1), (2, 3))))
+    settings = {"data_dir": photographs, "run_dir": tmp_path / "run", "way": 2, "shot": 1, "train_way": 2}
+    config = images.with_paper_defaults(config_of("protonets", **settings))
+    assert [test["way"] for test, *_ in classification.tests(images.DATA, config)] == [2]
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the 4-way 1-shot test is left out: split 'test' of photographs: way=4 exceeds the 3 classes" in said
+    assert "the 2-way 3-shot test is left out" in said
+    with pytest.raises(
+        runs.RunError, match=r"way=9 exceeds the 4 classes .*\(--train-way and --train-shot are 9 and 1\)"
+    ):
+        images.make_samplers(dataclasses.replace(config, train_way=9))
 
 
 def test_classes_that_are_too_small_for_a_later_test_are_left_out(photographs, tmp_path, monkeypatch):

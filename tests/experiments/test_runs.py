@@ -145,6 +145,10 @@ def test_damaged_results_are_named_at_every_door(tmp_path, content):
                 door()
         results = {"experiment": "sinusoid", "config": runs.as_json(config), "seed": 0}
         runs.write_json(run_dir / "results.json", results)
+        with pytest.raises(runs.RunError, match=r"damaged: it lacks algorithm, protocol, metrics; delete it"):
+            report.add(run_dir, tmp_path)
+        results |= {"algorithm": "maml", "protocol": {}, "metrics": {}}
+        runs.write_json(run_dir / "results.json", results)
         assert runs.finish(run_dir, "sinusoid", config, None, {}, None) == results
 
 

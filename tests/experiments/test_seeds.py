@@ -103,6 +103,30 @@ def test_seeds_that_were_saved_at_different_steps_go_on_from_the_last_common_one
         assert logged(tmp_path / f"seed-{seed}") == logged(together[0] / f"seed-{seed}")
 
 
+def test_more_seeds_leave_those_that_are_finished_as_they_are(together, tmp_path):
+    shutil.copytree(together[0], tmp_path, dirs_exist_ok=True)
+    summary = sinusoid.run(config_of(tmp_path, seeds=5))
+    assert summary["seeds"] == [3, 4, 5, 6, 7]
+    assert summary["results"][:4] == together[1]["results"]
+    assert summary["execution"].get("seeds", 1) == 1
+    assert logged(tmp_path / "seed-3") == logged(together[0] / "seed-3")
+    assert [step for step, _ in logged(tmp_path / "seed-7")] == [2, 4, 6]
+
+
+def test_seeds_that_are_far_apart_are_not_trained_together(together, tmp_path):
+    shutil.copytree(together[0] / "seed-3", tmp_path / "seed-3")
+    with pytest.raises(runs.RunError, match=r"seed-3 is at meta-step 6 and .*seed-4 at 0: .* --seed 4 --run-dir"):
+        sinusoid.run(config_of(tmp_path, seeds=2, num_meta_steps=8))
+    assert len(logged(tmp_path / "seed-3")) == 3
+
+
+def test_a_directory_is_one_run_or_several_seeds(together):
+    with pytest.raises(runs.RunError, match=r"holds several seeds .*seed-3, .* give --seeds to go on with them"):
+        sinusoid.run(config_of(together[0]))
+    with pytest.raises(runs.RunError, match="holds one run; leave --seeds out"):
+        sinusoid.run(config_of(together[0] / "seed-3", seeds=2))
+
+
 def test_a_directory_of_a_seed_that_is_in_use_is_refused(tmp_path):
     config = config_of(tmp_path, seeds=2)
     of_seed = sinusoid.with_paper_defaults(dataclasses.replace(config, seed=4, seeds=1, run_dir=tmp_path / "seed-4"))

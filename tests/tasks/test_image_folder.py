@@ -251,6 +251,14 @@ def test_members_that_leave_the_zip_are_refused(tmp_path, split_file, name, prob
     assert refused(pool, split_file=split_file).startswith(f"{name!r} in {pool} {problem}")
 
 
+def test_a_link_to_nothing_is_refused_by_name(tmp_path, split_file):
+    (tmp_path / "pool" / "cat").mkdir(parents=True)
+    (tmp_path / "pool" / "cat" / "a.png").symlink_to(tmp_path / "gone.png")
+    assert refused(tmp_path / "pool", split_file=split_file).endswith(
+        "a.png is a link to a file that does not exist; remove it"
+    )
+
+
 def test_links_bombs_and_encrypted_members_are_refused(tmp_path, split_file):
     pool = tmp_path / "pool.zip"
     with zipfile.ZipFile(pool, "w") as archive:
