@@ -122,6 +122,7 @@ class DataSet:
       turned: `(config, split) -> arguments` of `few_shot.make_sampler` that say how classes are rotated.
       augmented: `(config, sample_episode) -> sample_episode`, for training.
       settings: way and shot of the published tables.
+      is_any_size: whether it may be too small for some of them, which are then left out; otherwise that is an error.
     """
 
     name: str
@@ -134,6 +135,7 @@ class DataSet:
     turned: Callable[[Any, str], dict[str, bool]]
     augmented: Callable[[Any, SampleEpisodeFn], SampleEpisodeFn]
     settings: tuple[tuple[int, int], ...]
+    is_any_size: bool = False
 
 
 def make_network(config: Any, way: int | None, *, population: bool = False) -> Model:
@@ -339,19 +341,21 @@ def tested_settings(config: Any, settings: Sequence[tuple[int, int]]) -> list[tu
     return list(dict.fromkeys([(config.way, config.shot), *settings]))
 
 
-def tests(data: DataSet, config: Any) -> Iterator[tuple[dict[str, Any], MetaLearner, SampleEpisodeFn]]:
+def tests(
+    data: DataSet, config: Any, say: Callable[[str], object]
+) -> Iterator[tuple[dict[str, Any], MetaLearner, SampleEpisodeFn]]:
     """What a training is tested on: a description, the learner, the tasks. The first is that of --way and --shot.
 
-    Published settings that need more classes or images than the split has are left out, and named.
+    Published settings that a set of any size does not allow are left out, and passed to `say`.
     """
     heads = get_args(Head) if config.algorithm == "pretrained-classifier" else (None,)
     for way, shot in tested_settings(config, data.settings):
         try:
             sampler = make_sampler(data, config, "test", way, shot)
         except RunError as error:
-            if (way, shot) == (config.way, config.shot):
+            if not data.is_any_size or (way, shot) == (config.way, config.shot):
                 raise
-            console.print(f"the {way}-way {shot}-shot test is left out: {error}", markup=False)
+            say(f"the {way}-way {shot}-shot test is left out: {error}")
             continue
         for head in sorted(heads, key=lambda head: head != getattr(config.hyperparameters, "head", None)):
             described = {"way": way, "shot": shot} | ({} if head is None else {"head": head})
@@ -383,7 +387,7 @@ def training_of(data: DataSet, config: Any) -> Training:
     """
     learner, tester = make_learner(config), make_tester(config)
     samplers = make_samplers(data, config)
-    for _ in tests(data, config):
+    for _ in tests(data, config, functools.partial(console.print, markup=False)):
         pass
     common.mesh_for(config.eval_episodes)
     complete = with_statistics(data, config)
@@ -432,7 +436,7 @@ def run(data: DataSet, config: Any) -> dict:
 
     def test(params: ArrayTree) -> dict:
         params, evaluations = complete(params), []
-        for described, learner, sample_episode in tests(data, config):
+        for described, learner, sample_episode in tests(data, config, lambda text: None):
             of_members = ensemble(learner) if config.ensemble > 1 else learner
             accuracy = runs.as_metric(score(config, of_members, params, sample_episode, key))
             evaluations.append(described | {"metrics": {"accuracy": accuracy}})

@@ -30,10 +30,9 @@ BELOW_PUBLISHED = """Where a number is below the published one:
   of full trainings.
 - **MAML++**: the published number is that of an ensemble of five states, with pooling. Ours has stride 2. Its test has
   one state, because 1,000 meta-steps have one validation.
-- **iMAML** unlearns much of what it had now and then, when its meta-gradient is up to a hundred times the usual one.
-  One of three seeds is at 41 % after that. Its conjugate gradients need I + H/λ positive definite, and the Hessian H of
-  a network has negative eigenvalues. With `--damping 22`, in effect that of the authors' code, one seed is steady for
-  750 meta-steps, and then has such a moment too.
+- **iMAML**: the conjugate gradients of the paper need I + H/λ positive definite, and the Hessian H of a network has
+  negative eigenvalues. One step of them may then end far away, with a meta-gradient a hundred times too large. Ours
+  return the iterate with the smallest residual. The authors' code damps, in effect as `--damping 22`.
 - **ProtoNets** were published after a training for each shot. Ours of one shot is tested with all. Users of the
   authors' code report 98.4 / 99.6 / 94.9 / 98.6 (issue 2 of jakesnell/prototypical-networks).
 - **R2-D2** has the highest validation accuracy, in 5-way 1-shot, at 4,500 of its 20,000 meta-steps. With 20 classes and

@@ -230,6 +230,7 @@ DATA = DataSet(
     turned=lambda config, split: {},
     augmented=lambda config, sampler: augmented(sampler, max_shift=config.size // 10) if config.augment else sampler,
     settings=SETTINGS,
+    is_any_size=True,
 )
 
 

@@ -343,7 +343,7 @@ def test_of_other_experiments_settings_and_numbers_are_shown(tmp_path, capsys):
         runs.write_json(directory / "config.json", runs.as_json(config))
         reward = {"mean": [100.0 + seed], "ci95": [1.5]}
         results = {"experiment": "mdps", "config": runs.as_json(config), "seed": seed, "metrics": {"reward": reward}}
-        results["protocol"] = {"episodes": 1000}
+        results |= {"algorithm": "rl2", "protocol": {"episodes": 1000}}
         runs.write_json(directory / "results.json", results)
     compared = compare.run(compare.Config(runs=tuple(directories), episodes=0))
     assert compared["settings"] == {"seed": [0, 1]}

@@ -38,7 +38,8 @@ def make_run(run_dir, algorithm="protonets", **settings):
     params = jax.tree.map(lambda leaf: leaf + 0.1, state.params)
     saved["best"] = common.keep_best(saved["best"], params, 0.5, 1, always=True)
     checkpoint.save(run_dir / "checkpoints", 1, saved)
-    results = {"metrics": {"accuracy": {"mean": [0.2, 0.987]}}, "protocol": {"normalisation": "transductive"}}
+    results = {"experiment": "omniglot", "algorithm": algorithm, "config": runs.as_json(config), "seed": 0}
+    results |= {"metrics": {"accuracy": {"mean": [0.2, 0.987]}}, "protocol": {"normalisation": "transductive"}}
     runs.write_json(run_dir / "results.json", results)
     return run_dir
 

@@ -52,7 +52,8 @@ def saved(drawings, tmp_path_factory):
         untrained(where / algorithm, config, learner, np.zeros((5, num_inputs), np.float32))
     # The rate of the oracle is chosen in its test.
     of_test = {"shot": 5, "inner_lr": 0.3, "metrics": {"mse": {}}}
-    results = {"experiment": "sinusoid", "config": {}, "seed": 0, "evaluations": [of_test]}
+    results = {"experiment": "sinusoid", "algorithm": "oracle", "config": {}, "seed": 0, "evaluations": [of_test]}
+    results |= {"protocol": {}, "metrics": of_test["metrics"]}
     runs.write_json(where / "oracle" / "results.json", results)
     of_images = {"fomaml": {"network": "mlp"}, "protonets": {"train_way": 3, "filters": 2, "pooling": False}}
     for algorithm, settings in of_images.items():
