@@ -91,7 +91,7 @@ def test_a_mistake_ends_in_a_message_and_no_traceback(tmp_path):
         check=False,
     )
     assert done.returncode == 2
-    assert "num_inner_steps must be an integer of at least 0, got -1" in done.stdout + done.stderr
+    assert "error: --num-inner-steps must be an integer of at least 0, got -1" in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
