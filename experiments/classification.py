@@ -236,8 +236,9 @@ def make_sampler(data: DataSet, config: Any, split: str, way: int, shot: int) ->
             sampler = source.make_sampler(images, way=way, shot=shot, query_shot=config.query_shot, **turned)
     except ValueError as error:
         own = "train_" if split == "train" and (way, shot) != (config.way, config.shot) else ""
-        flags = f"{flag(own + 'way')} and {flag(own + 'shot')}"
-        raise RunError(f"split {split!r} of {data.title}: {error} ({flags} are {way} and {shot})") from error
+        sizes = {own + "way": way, own + "shot": shot, "query_shot": config.query_shot}
+        flags = " ".join(f"{flag(name)} {size}" for name, size in sizes.items())
+        raise RunError(f"split {split!r} of {data.title}: {error} (with {flags})") from error
     return data.augmented(config, sampler) if split == "train" else sampler
 
 

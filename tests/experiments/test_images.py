@@ -155,7 +155,7 @@ def test_published_settings_that_the_classes_do_not_allow_are_left_out(photograp
     assert "the 4-way 1-shot test is left out: split 'test' of photographs: way=4 exceeds the 3 classes" in said[0]
     assert "the 2-way 3-shot test is left out" in said[1]
     with pytest.raises(
-        runs.RunError, match=r"way=9 exceeds the 4 classes .*\(--train-way and --train-shot are 9 and 1\)"
+        runs.RunError, match=r"way=9 exceeds the 4 classes .*\(with --train-way 9 --train-shot 1 --query-shot 2\)"
     ):
         images.make_samplers(dataclasses.replace(config, train_way=9))
 
