@@ -39,6 +39,7 @@ BELOW_PUBLISHED = """Where a number is below the published one:
   one image its test is 0.4 below the published number, more than the interval.
 - **Siamese networks**: those of the published number were fine-tuned on the support set. The validation accuracy of
   ours is 96.3 % at 7,000 meta-steps and 96.4 % at 10,000. The rate, halved every 2,000, is small by then.
+- **The memory module** of the paper has pooling, and reaches 98.4 / 99.6 / 95.0 / 98.6. Ours has stride 2.
 - **The neural statistician** is far smaller than the published network, and trained without dilated images.
 
 Other differences: images are 28x28 by nearest neighbour, as in MAML's code. Those of MANN and the LSTM are reduced to
