@@ -463,7 +463,7 @@ def run(data: DataSet, config: Any) -> dict:
             "query_shot": config.query_shot,
             "episodes": config.eval_episodes,
             "split": "test",
-            **{name: value for name, value in runs.as_json(config).items() if name in data.split_by},
+            **split_settings(data, config),
             "selection": "highest validation accuracy on split val",
             "selected_step": trained.best_step,
             "ensemble": config.ensemble if config.ensemble == 1 else len(jax.tree.leaves(trained.params)[0]),
@@ -476,6 +476,11 @@ def run(data: DataSet, config: Any) -> dict:
             )
     show(data, results)
     return results
+
+
+def split_settings(data: DataSet, config: Any) -> dict[str, Any]:
+    """The settings that say which classes are in which split, as they are stored."""
+    return {name: value for name, value in runs.as_json(config).items() if name in data.split_by}
 
 
 def normalisation(config: Any) -> str:

@@ -271,7 +271,7 @@ def _named_by_flags(settings: Mapping[str, Any]) -> Iterator[None]:
     except ValueError as error:
         message = str(error)
         for name in settings:
-            message = re.sub(rf"\b{name}(=|\b)", lambda found, name=name: flag(name) + " " * len(found[1]), message)
+            message = re.sub(rf"\b{name}\b", flag(name), message).replace(f"{flag(name)}=", f"{flag(name)} ")
         raise ValueError(message) from error
 
 

@@ -225,7 +225,7 @@ def classification_test(run: Run) -> Test:
 
     is_transductive = classification.normalisation(config) == "transductive"
     protocol = {
-        **{name: value for name, value in runs.as_json(config).items() if name in data.split_by},
+        **classification.split_settings(data, config),
         "way": config.way,
         "shot": config.shot,
         "query_shot": config.query_shot,

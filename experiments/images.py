@@ -64,7 +64,8 @@ class Config(ClassificationConfig):
     augment: bool = False
     """Reflect, shift and recolour the training images at random."""
     leave_out_small: bool = False
-    """Leave out classes with fewer than shot + query images. By default they are an error."""
+    """Leave out classes with fewer than shot + query images. By default they are an error, and for a later published
+    test the test is left out."""
 
     stream: bool = False
     """Leave the images on the host, for data larger than the device. Those of a meta-step are gathered ahead, except

@@ -21,7 +21,7 @@ class Config(ClassificationConfig):
     query_shot: int | None = None
     """Query examples per class; by default as many as --shot, as in the paper."""
     num_meta_steps: int | None = 60_000
-    """Outer updates, by default those of the recipe: of the paper, or 20,000 where it gives none for a few-shot
+    """Outer updates, by default those of the recipe: of the paper, or ours where it gives none for a few-shot
     setting. A run with a constant rate may be continued with a larger number."""
     meta_batch_size: int | None = None
     """Episodes per meta-step; by default those of MAML's paper, 32, or 16 with more than 5 classes."""

@@ -1,6 +1,5 @@
 """The inner loop and how it is differentiated."""
 
-from maml_jax.inner.embedding import best_of_class as best_of_class
 from maml_jax.inner.embedding import class_means as class_means
 from maml_jax.inner.embedding import embed as embed
 from maml_jax.inner.embedding import embedding_size as embedding_size
@@ -23,7 +22,6 @@ from maml_jax.inner.recurrent import split_inputs as split_inputs
 
 __all__ = [
     "LSTMState",
-    "best_of_class",
     "check_inner_grad",
     "checkpointed",
     "class_means",

@@ -34,19 +34,6 @@ def class_means(embedded: jax.Array, targets: jax.Array, way: int) -> jax.Array:
     return one_hot.T @ embedded / jnp.sum(one_hot, 0)[:, None]
 
 
-def best_of_class(scores: jax.Array, is_class: jax.Array) -> jax.Array:
-    """The largest score with an example of each class.
-
-    Args:
-      scores: [M, S], of M queries with S examples.
-      is_class: booleans [S, N], whether an example is of a class.
-
-    Returns:
-      [M, N]; -inf for a class without an example.
-    """
-    return jnp.max(scores[:, :, None], axis=1, initial=-jnp.inf, where=is_class[None])
-
-
 def squared_distances(embedded: jax.Array, others: jax.Array) -> jax.Array:
     """|a - b|² for every pair of [M, D] and [S, D], as [M, S]."""
     return jnp.sum(jnp.square(embedded[:, None] - others[None]), -1)
