@@ -244,9 +244,11 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Rajeswaran et al., 2019",
             _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping")),
             ImplicitDescent,
-            # Not for sinusoids: conjugate gradients need I + H/λ positive, and the Hessian there has large eigenvalues
-            # of both signs.
-            {"omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16)},
+            {
+                # Not in the paper. The Hessian has large eigenvalues of both signs here, which a larger λ bounds.
+                "sinusoid": ImplicitDescent(inner_lr=1e-3, num_inner_steps=10, strength=20.0),
+                "omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16),
+            },
         ),
         "cavia": Entry(
             "CAVIA",
