@@ -244,11 +244,8 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Rajeswaran et al., 2019",
             _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping")),
             ImplicitDescent,
-            {
-                # Not in the paper. The Hessian has large eigenvalues of both signs here, which a larger λ bounds.
-                "sinusoid": ImplicitDescent(inner_lr=1e-3, num_inner_steps=10, strength=20.0),
-                "omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16),
-            },
+            # Not for sinusoids: the meta-gradient does not see the inner steps, and nothing keeps them stable there.
+            {"omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16)},
         ),
         "cavia": Entry(
             "CAVIA",

@@ -338,8 +338,8 @@ def test_methods_run(quick, tmp_path):
 
 
 def test_a_method_that_is_not_measured_is_named():
-    with pytest.raises(ValueError, match=r"--methods maml\+\+ is none of sinusoid; choose among maml, fomaml"):
-        methods.methods_of(methods.Config(workload="sinusoid", methods=("maml", "maml++")))
+    with pytest.raises(ValueError, match="--methods imaml is none of sinusoid; choose among maml, fomaml"):
+        methods.methods_of(methods.Config(workload="sinusoid", methods=("maml", "imaml")))
 
 
 def test_kinds_of_operations():
