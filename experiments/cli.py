@@ -120,33 +120,17 @@ class RunConfig:
             "log_every": 1,
             "chunk_size": 1,
             "outer_half_life": 1,
-            "seed": 0,
             "seeds": 1,
         }
         for name, smallest in least.items():
             if getattr(self, name) is not None:
                 check_integer(flag(name), getattr(self, name), at_least=smallest)
-        if self.seed >= 2**32:
-            raise ValueError(f"--seed {self.seed} does not fit into 32 bits; choose a smaller one")
+        check_seed(self.seed)
         if not (self.outer_lr > 0 and math.isfinite(self.outer_lr)):
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
         if self.outer_clip is not None:
             check_positive("--outer-clip", self.outer_clip)
-        if not 0 <= self.outer_lr_end <= self.outer_lr:
-            raise ValueError(
-                f"--outer-lr-end {self.outer_lr_end} must be between 0 and --outer-lr {self.outer_lr}; the schedules "
-                "only lower the rate"
-            )
-        unused = {
-            "outer_lr_end": self.outer_schedule not in ("linear", "cosine"),
-            "outer_half_life": self.outer_schedule != "halved",
-        }
-        for name, is_unused in unused.items():
-            if is_unused and getattr(self, name) != getattr(RunConfig, name):
-                raise ValueError(
-                    f"{flag(name)} {getattr(self, name)} has no effect with --outer-schedule {self.outer_schedule}; "
-                    f"leave it at {getattr(RunConfig, name)}, or choose another schedule"
-                )
+        check_outer_lr_end(self.outer_lr_end, self.outer_lr)
         if self.val_every % self.log_every:
             raise ValueError(
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
@@ -157,6 +141,21 @@ class RunConfig:
 def flag(name: str) -> str:
     """The flag of a setting."""
     return "--" + name.replace("_", "-")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that `jax.random.key` would cut off."""
+    check_integer("--seed", seed, at_least=0)
+    if seed >= 2**32:
+        raise ValueError(f"--seed {seed} does not fit into 32 bits; choose a smaller one")
+
+
+def check_outer_lr_end(end: float, start: float) -> None:
+    """Raises ValueError for a schedule that would not lower the outer rate from `start`."""
+    if not 0 <= end <= start:
+        raise ValueError(
+            f"--outer-lr-end {end} must be between 0 and --outer-lr {start}; the schedules only lower the rate"
+        )
 
 
 def methods(experiment: str, config_type: type[ConfigT]) -> dict[str, ConfigT]:
@@ -260,7 +259,21 @@ def _ungrouped(parsed: Any, configs: Mapping[str, ConfigT]) -> ConfigT:
                 record = dataclasses.replace(getattr(config, _RECORDS[group]), **settings)
             settings = {_RECORDS[group]: record}
         values |= settings
-    return dataclasses.replace(config, **values)
+    given = dataclasses.replace(config, **values)
+    _check_schedule(given, config)
+    return given
+
+
+def _check_schedule(given: Any, default: Any) -> None:
+    """Raises ValueError for a setting of an outer schedule that was not chosen, unless it is that of the method."""
+    schedules = {"outer_lr_end": ("linear", "cosine"), "outer_half_life": ("halved",)}
+    for name, used_by in schedules.items():
+        value = getattr(given, name, None)
+        if value is not None and value != getattr(default, name) and given.outer_schedule not in used_by:
+            raise ValueError(
+                f"{flag(name)} {value} has no effect with --outer-schedule {given.outer_schedule}; leave it at "
+                f"{getattr(default, name)}, or choose another schedule"
+            )
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import math
 import os
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tyro
 
 from experiments.progress import progress_bar
 from experiments.runs import (
@@ -134,6 +136,7 @@ class Training(NamedTuple):
       inputs: inputs of one support set, of which only shapes and dtypes matter; by default those that `sample_episode`
         draws. A task distribution that depends on the parameters needs them.
       data_digest: a checksum of the data, see `runs.digest`; None if the settings say everything.
+      keep: `(run_dir) -> None`, writes what the run needs besides its settings into a directory that is claimed.
     """
 
     learner: LearnerOrSchedule
@@ -143,6 +146,7 @@ class Training(NamedTuple):
     make_optimizer: Callable[[jax.sharding.Mesh | None], optax.GradientTransformation | OuterRule] | None = None
     inputs: ArrayTree = None
     data_digest: str | None = None
+    keep: Callable[[Path], None] | None = None
 
     def optimizer(self, config: Any, mesh: jax.sharding.Mesh | None) -> optax.GradientTransformation | OuterRule:
         """The outer optimiser or rule at some settings."""
@@ -208,7 +212,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
         train_seconds = np.asarray(seconds["train"], np.float32)
         for index, member in enumerate(members):
             checkpoints = member.run_dir / "checkpoints"
-            if not is_alone and (checkpoint.latest(checkpoints) or 0) >= step:
+            last = checkpoint.latest(checkpoints)
+            if not is_alone and last is not None and last >= step:
                 continue  # of several seeds, some had saved this step when the process was killed
             content = {"state": of_member(state, index), "best": best[index], "train_seconds": train_seconds}
             checkpoint.save(checkpoints, step, content)
@@ -259,7 +264,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 num_calls += 1
             infos = [of_member(info, index) for index in range(len(members))]
             for of_seed, member in zip(infos, members, strict=True):
-                check_finite(of_seed, step, member.run_dir, is_skipped=is_skipped)
+                check_finite(of_seed, step, member.run_dir, config, is_skipped=is_skipped)
             seconds["train"] += elapsed / len(members)
             step += num_steps
             records = [record_of(of_seed, step, elapsed / len(members), is_skipped) for of_seed in infos]
@@ -288,6 +293,12 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 goes_on = "resumes from there" if step < config.num_meta_steps else "does the test"
                 console.print(f"stopped after step {step}; the same command {goes_on}")
                 raise SystemExit(128 + signalled)
+    if step == 0 and not np.isfinite(best[0]["score"][0]):  # nothing is trained: the initial parameters are the result
+        for index in range(len(members)):
+            params = jax.tree.map(np.asarray, of_member(state.params, index))
+            # Any score of a later validation is higher.
+            best[index] = keep_best(best[index], params, np.finfo(np.float32).min, 0, always=True)
+        save()
     first = of_member(state, 0)
     if programs:  # what was trained by another call had devices of its own
         execution["devices"] = 1 if mesh is None else mesh.size
@@ -413,13 +424,14 @@ def load_params(
     return selected(best)
 
 
-def check_finite(info: MetaInfo, step: int, run_dir: Path, *, is_skipped: bool = False) -> None:
+def check_finite(info: MetaInfo, step: int, run_dir: Path, config: Any, *, is_skipped: bool = False) -> None:
     """Raises RunError naming the first meta-step after `step` that is not finite, and where it ceased to be.
 
     Args:
       info: of the meta-steps of one compiled call.
       step: the meta-steps before the call.
       run_dir: the directory of the run.
+      config: its settings, for what can be changed.
       is_skipped: whether meta-gradients that are not finite are left out. Then only a call without any other raises,
         and a finite meta-gradient with a loss or parameters that are not finite.
     """
@@ -437,15 +449,34 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path, *, is_skipped: bool =
     norms = ", ".join(f"{norm:g}" for norm in info.grad_norm[max(0, first - 3) : first + 1])
     raise RunError(
         f"{what} not finite at meta-step {step + first} (loss {info.loss[first]:g}, norms of the meta-gradient up to "
-        f"it {norms}). {_inner_losses(info.objective, first)}If the inner optimiser is adaptive, set its eps_root to "
-        "1e-8; else lower --inner-lr or --outer-lr, or bound the meta-gradient by --outer-clip. "
-        + ("" if is_skipped else "--on-nonfinite skip leaves such meta-steps out. ")
+        f"it {norms}). {_inner_losses(info.objective, first)}{_remedies(config, is_skipped)}"
         + (
             f"The checkpoints in {run_dir} are from before; choose another --run-dir for other settings"
             if checkpoint.latest(run_dir / "checkpoints") is not None
             else f"There is no checkpoint in {run_dir} yet; choose another --run-dir for other settings"
         )
     )
+
+
+def _remedies(config: Any, is_skipped: bool) -> str:
+    """What helps against a loss that is not finite, by the flags that the experiment has."""
+
+    def has(name: str) -> bool:
+        for record in (config, getattr(config, "hyperparameters", None)):
+            hint = typing.get_type_hints(type(record), include_extras=True).get(name)
+            if hint is not None:
+                return tyro.conf.Suppress not in getattr(hint, "__metadata__", ())
+        return False
+
+    rates = [f"--{name.replace('_', '-')}" for name in ("inner_lr", "initial_rate", "outer_lr") if has(name)]
+    bounds = [f"--{name.replace('_', '-')}" for name in ("outer_clip", "max_norm") if has(name)]
+    text = f"lower {' or '.join(rates)}"
+    if bounds:
+        text += f", or bound the meta-gradient by {bounds[0]}"
+    if has("inner_lr"):
+        text = f"if the inner optimiser is adaptive, set its eps_root to 1e-8; else {text}"
+    skip = "--on-nonfinite skip leaves such meta-steps out. " if has("on_nonfinite") and not is_skipped else ""
+    return f"{text[0].upper()}{text[1:]}. {skip}"
 
 
 def _inner_losses(objective: Any, first: int) -> str:
@@ -507,8 +538,8 @@ def stop_requests(reached: Callable[[], int]) -> Iterator[list[int]]:
 
     def give_up() -> None:
         console.print(
-            f"the compiled call after step {reached()} takes too long; stopped without it. The same command resumes "
-            "from the last checkpoint. A smaller --log-every makes calls shorter"
+            f"the compiled call or the validation after step {reached()} takes too long; stopped without it. The same "
+            "command resumes from the last checkpoint. A smaller --log-every makes calls shorter"
         )
         os._exit(128 + requested[0])
 

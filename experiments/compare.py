@@ -27,7 +27,7 @@ from rich.table import Table
 
 from experiments import classification, domains, figures, pictures, runs, sinusoid
 from experiments.classification import DataSet
-from experiments.cli import Precision, main
+from experiments.cli import Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
 from experiments.runs import RunError, console, format_mean
 from maml_jax import checkpoint, evaluate, losses
@@ -61,8 +61,7 @@ class Config:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         if check_integer("--episodes", self.episodes, at_least=0) == 1:
             raise ValueError("--episodes 1 gives no interval; choose 0 or at least 2")
-        if check_integer("--seed", self.seed, at_least=0) >= 2**32:
-            raise ValueError(f"--seed {self.seed} does not fit into 32 bits; choose a smaller one")
+        check_seed(self.seed)
         if self.figure is not None:
             pictures.check_suffix("--figure", self.figure)
 
@@ -148,7 +147,7 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
 
     Args:
       run_dirs: their directories.
-      needs_checkpoint: whether each must hold a checkpoint.
+      needs_checkpoint: whether each must hold a checkpoint, if the experiment has tests that can be repeated.
 
     Raises:
       RunError: if there are fewer than two, one is given twice, is no run directory or holds no checkpoint, or they are
@@ -171,7 +170,7 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
                 f"{opened[0].run_dir} is a run of experiments.{opened[0].experiment} and {run.run_dir} one of "
                 f"experiments.{run.experiment}; compare runs of one experiment"
             )
-    if needs_checkpoint:
+    if needs_checkpoint and opened[0].experiment in METRICS:
         for run in opened:
             check_checkpoint(run.run_dir)
     return opened
@@ -356,6 +355,13 @@ def compare(config: Config) -> dict[str, Any]:
       same episodes), "pairs" and "figure".
     """
     opened = open_runs(config.runs, needs_checkpoint=config.episodes > 0)
+    if config.figure is not None:
+        try:  # before the tests, which take minutes
+            config.figure.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RunError(
+                f"--figure {config.figure} cannot be written ({error.strerror}); name another file"
+            ) from error
     names = [run.name for run in opened]
     of_runs = {run.name: tests(run) for run in opened}
     found: dict[tuple[str, int], np.ndarray] = {}
@@ -487,9 +493,17 @@ def describe(run: Run, of_run: Sequence[Test]) -> dict[str, Any]:
     """One run as a record: where it stands, and what it has reported."""
     records, results = runs.read_log(run.run_dir), run.results or {}
     reported = [(test.task, test.metric.name, test.reported) for test in of_run if test.reported]
-    if not of_run:
-        reported = [(name, name, metric) for name, metric in results.get("metrics", {}).items()]
     protocol = results.get("protocol", {})
+    count = protocol.get("episodes", protocol.get("examples"))
+    if not of_run:
+        # The metrics of a run are those of its first evaluation, which has a count of its own.
+        first = (results.get("evaluations") or [{}])[0]
+        count = first.get("count", first.get("identities", count))
+        where = first.get("goals", first.get("domain"))
+        reported = [
+            (name if where is None else f"{name}, {where}", name, metric)
+            for name, metric in results.get("metrics", {}).items()
+        ]
     return {
         "name": run.name,
         "run_dir": str(run.run_dir),
@@ -503,7 +517,7 @@ def describe(run: Run, of_run: Sequence[Test]) -> dict[str, Any]:
             {
                 "task": task,
                 "metric": name,
-                "episodes": protocol.get("episodes", protocol.get("examples")),
+                "episodes": count,
                 "mean": metric["mean"][-1],
                 "ci95": metric["ci95"][-1],
             }

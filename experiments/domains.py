@@ -187,6 +187,13 @@ def pacs(config: Config) -> Examples:
             f"{file} holds domains {', '.join(names)}, {len(classes)} classes and images {images.shape}; it must hold "
             f"{', '.join(DOMAINS['pacs'])}, {PACS_CLASSES} classes and [n, 32, 32, 3]"
         )
+    for name, indices, count in (("domains", of_domain, len(names)), ("labels", labels, PACS_CLASSES)):
+        is_index = indices.shape == (len(images),) and np.issubdtype(indices.dtype, np.integer)
+        if not is_index or images.dtype != np.uint8 or set(np.unique(indices)) - set(range(count)):
+            raise ValueError(
+                f"{file} holds {images.dtype} images {list(images.shape)} and {indices.dtype} {name} "
+                f"{list(indices.shape)}; it must hold uint8 images and as many {name}, integers below {count}"
+            )
     rng = np.random.default_rng(SPLIT_SEED)
     train, val, test = [], [], None
     for index, name in enumerate(DOMAINS["pacs"]):
@@ -246,6 +253,7 @@ def training_of(config: Config, examples: Examples | None = None) -> Training:
         learner,
         domains.make_sampler(examples.train, batch_size=config.shot),
         lambda params: float(score(learner, params, validation).mean()),
+        data_digest=runs.digest([batch.inputs] for batch in (*examples.train, *examples.val, examples.test)),
     )
 
 
@@ -271,8 +279,7 @@ def run(config: Config) -> dict:
             "source_validation": {"accuracy": runs.mean_and_interval(score(training.learner, params, validation))},
         }
 
-    batches = (*examples.train, *examples.val, examples.test)
-    with runs.open_run(config.run_dir, config, runs.digest([batch.inputs] for batch in batches)) as run_dir:
+    with runs.open_run(config.run_dir, config, training.data_digest) as run_dir:
         trained = common.train(run_dir, config, training)
         what = "test drawings" if config.data == "rotated-omniglot" else "all examples"
         protocol = {

@@ -268,6 +268,24 @@ def examples_of(config: Config) -> Examples:
             f"--identities {config.identities} exceeds the {smallest} training identities of a source domain of "
             f"{config.data}; choose a smaller number"
         )
+    fewest = min(len(images) for people in found.train.values() for images in people)
+    if config.shot > fewest:
+        raise ValueError(
+            f"--shot {config.shot} exceeds the {fewest} images of a training identity of {config.data}; choose a "
+            "smaller number"
+        )
+    num_sources, num_meta_test = len(found.train), getattr(config.hyperparameters, "num_held_out", 0)
+    if num_meta_test >= num_sources:
+        raise ValueError(
+            f"--num-held-out {num_meta_test} leaves none of the {num_sources} source domains for meta-train; choose a "
+            "smaller number, or let --held-out have fewer domains"
+        )
+    if num_sources < 2 and (config.losses == "cdt" or config.across_weight):
+        without = "" if config.losses == "cdt" else ", or set --across-weight 0"
+        raise ValueError(
+            f"--held-out leaves the one source domain {next(iter(found.train))}, and the losses between domains need "
+            f"two; let it have fewer domains{without}"
+        )
     return found
 
 
@@ -275,7 +293,7 @@ def _identities(config: Config) -> np.ndarray:
     """The images [I, n, SIZE, SIZE, 1] of the characters or people that are rendered."""
     if config.data == "characters":
         return np.concatenate([omniglot.load(split, config.data_dir) for split in ("train", "val", "test")])
-    data = packs.load("faces", config.data_dir)
+    data = packs.load("faces", config.data_dir, remedy="--data-dir or $MAML_JAX_PACKS")
     fitted = packs.fitted(data.images, (SIZE, SIZE, 1))
     return np.stack([fitted[data.labels == label] for label in np.unique(data.labels)])
 

@@ -24,7 +24,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ import tyro
 from rich.table import Table
 
 from experiments import common, figures, runs
-from experiments.cli import Precision, flag, main
+from experiments.cli import Precision, check_outer_lr_end, check_seed, flag, main
 from experiments.runs import RunError, console
 from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
 from maml_jax.algorithms.hypergradient import Hyperparameters, check_segments, default_segments
@@ -48,6 +48,8 @@ FILE = "mnist_t10k.npz"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """The settings of one experiment."""
+
+    experiment: ClassVar[str] = "hyperparameters"
 
     algorithm: Annotated[str, tyro.conf.Suppress] = "hypergradient"
     hyperparameters: Annotated[Any, tyro.conf.Suppress] = ()  # of an algorithm of the catalogue, which this is not
@@ -110,7 +112,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
-        least = {"num_meta_steps": 0, "eval_episodes": 2, "val_episodes": 2, "seed": 0}
+        least = {"num_meta_steps": 0, "eval_episodes": 2, "val_episodes": 2}
         least |= dict.fromkeys(
             (
                 "num_inner_steps", "batch_size", "hidden", "num_training", "num_heldout", "num_test",
@@ -121,10 +123,14 @@ class Config:
         for name, smallest in least.items():
             if getattr(self, name) is not None:
                 check_integer(flag(name), getattr(self, name), at_least=smallest)
+        for num_steps in self.memory_steps:
+            check_integer("--memory-steps", num_steps, at_least=1)
+        check_seed(self.seed)
         for name in ("initial_rate", "initial_l2", "outer_lr"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{flag(name)} {value} must be a positive number; it is learned as its logarithm")
+        check_outer_lr_end(self.outer_lr_end, self.outer_lr)
         if not 0 < self.initial_momentum < 1:
             raise ValueError(f"--initial-momentum {self.initial_momentum} must be between 0 and 1; it starts a logit")
         if self.batch_size > self.num_training:
@@ -257,9 +263,10 @@ def load_digits(config: Config) -> dict[str, Batch]:
     if not file.exists():
         raise RunError(f"there is no {file}; name the folder that holds it with --data-dir or $MAML_JAX_PACKS")
     images, labels = runs.read_npz(file, ("images", "labels")).values()
-    if images.dtype != np.uint8 or images.ndim != 3 or len(images) != len(labels):
+    is_label = labels.shape == images.shape[:1] and np.isin(labels, range(10)).all()
+    if images.dtype != np.uint8 or images.ndim != 3 or not is_label:
         raise RunError(
-            f"{file} must hold uint8 images [n, height, width] and labels [n], got {images.dtype} "
+            f"{file} must hold uint8 images [n, height, width] and labels [n] from 0 to 9, got {images.dtype} "
             f"{list(images.shape)} and {list(labels.shape)}"
         )
     sizes = {"training": config.num_training, "heldout": config.num_heldout, "test": config.num_test}

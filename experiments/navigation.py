@@ -119,6 +119,13 @@ class Config(RunConfig):
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             if getattr(self, name) is not None:
                 check_positive(flag(name), getattr(self, name))
+        clipped = ("clip", "epochs", "outer_lr", "outer_schedule")
+        for name in clipped if self.outer_rule == "trust-region" else ("metric_stride",):
+            if getattr(self, name) != (default := getattr(Config, name)):
+                raise ValueError(
+                    f"{flag(name)} {getattr(self, name)} has no effect with --outer-rule {self.outer_rule}; leave it "
+                    f"at {default}, or choose the other rule"
+                )
         if self.on_nonfinite == "skip" and self.outer_rule == "trust-region":
             raise ValueError(
                 "--on-nonfinite skip needs --outer-rule clipped; the trust region refuses such steps itself"

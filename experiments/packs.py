@@ -68,7 +68,9 @@ _PACKS: Mapping[Name, _Pack] = {
 }
 
 
-def load(name: Name, packs_dir: Path | None = None, omniglot_dir: Path | None = None) -> DataSet:
+def load(
+    name: Name, packs_dir: Path | None = None, omniglot_dir: Path | None = None, *, remedy: str | None = None
+) -> DataSet:
     """Reads a data set.
 
     Of Omniglot these are the characters that belong to split "test" in both divisions, by character and by alphabet,
@@ -78,6 +80,7 @@ def load(name: Name, packs_dir: Path | None = None, omniglot_dir: Path | None = 
       name: one of `NAMES`.
       packs_dir: the directory of the packs; by default $MAML_JAX_PACKS.
       omniglot_dir: where Omniglot is, see `maml_jax.tasks.omniglot.load`.
+      remedy: how the caller takes the directory, if it is not there; by default as experiments.cross_domain does.
 
     Raises:
       FileNotFoundError: if it is not there.
@@ -93,7 +96,8 @@ def load(name: Name, packs_dir: Path | None = None, omniglot_dir: Path | None = 
     if where is None or not file.is_file():
         raise FileNotFoundError(
             f"{'the packs are in no known directory' if where is None else f'there is no file {file}'}; give the "
-            f"directory that holds {pack.file} by --packs-dir or $MAML_JAX_PACKS, or leave {name} out of --data-sets"
+            f"directory that holds {pack.file} by "
+            + (remedy or f"--packs-dir or $MAML_JAX_PACKS, or leave {name} out of --data-sets")
         )
     content = read_npz(file, (), optional=("images", "labels", *filter(None, [pack.groups])))
     images = content.get("images", np.zeros(0))

@@ -105,6 +105,8 @@ class Subwords(NamedTuple):
 @functools.lru_cache(maxsize=8)
 def _processor(model: bytes) -> sentencepiece.SentencePieceProcessor:
     try:
+        if not model:
+            raise RuntimeError("an empty file")
         return sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         raise ValueError(f"the subwords are damaged ({error}); choose another run") from error
@@ -313,7 +315,13 @@ def _language(
     vectors: np.ndarray | None,
 ) -> Language:
     pool = (corpus.lines("train", name)[first_of_pool:] for name in (language, ENGLISH))
-    dev = [corpus.lines("val", name)[: settings.dev_pairs] for name in (language, ENGLISH)]
+    dev = [corpus.lines("val", name) for name in (language, ENGLISH)]
+    if settings.dev_pairs > len(dev[0]):
+        raise ValueError(
+            f"--dev-pairs {settings.dev_pairs} exceeds the {len(dev[0])} sentences of {language} for validation; "
+            "choose a smaller number"
+        )
+    dev = [lines[: settings.dev_pairs] for lines in dev]
     test = dev
     if language in settings.held_out:
         test = [corpus.lines("test", name) for name in (language, ENGLISH)]

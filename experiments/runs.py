@@ -92,8 +92,10 @@ def _named_if_not_written(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        is_file = isinstance(error, FileExistsError | NotADirectoryError)
         raise RunError(
-            f"{path} cannot be written ({error.strerror or error}); free some space, or choose another directory"
+            f"{path} cannot be written ({error.strerror or error}); {'' if is_file else 'free some space, or '}choose "
+            "another directory"
         ) from error
 
 

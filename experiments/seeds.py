@@ -65,8 +65,12 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         trainings = [training_of(of_seed) for of_seed in configs]
         for of_seed, training in zip(configs, trainings, strict=True):
             stack.enter_context(open_run(of_seed.run_dir, of_seed, training.data_digest))
-        members = [Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)]
-        together = train_together(_unfinished(members), trainings[0])
+            if training.keep is not None:
+                training.keep(of_seed.run_dir)
+        members = _unfinished([Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)])
+        # The seed that is behind may be the only one whose initial parameters are still needed.
+        behind = min(members, key=lambda member: checkpoint.latest(member.run_dir / "checkpoints") or 0)
+        together = train_together(members, trainings[seeds.index(behind.config.seed)])
     results = [run(of_seed) for of_seed in configs]
     # null, which stands for a number that is not finite, becomes NaN
     metrics = {

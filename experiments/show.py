@@ -18,7 +18,7 @@ import tyro
 from rich.markup import escape
 
 from experiments import classification, figures, pictures, runs
-from experiments.cli import Precision, main
+from experiments.cli import Precision, check_seed, main
 from experiments.compare import (
     Run,
     check_checkpoint,
@@ -51,8 +51,7 @@ class Config:
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         check_integer("--episodes", self.episodes, at_least=1)
-        if check_integer("--seed", self.seed, at_least=0) >= 2**32:
-            raise ValueError(f"--seed {self.seed} does not fit into 32 bits; choose a smaller one")
+        check_seed(self.seed)
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a directory")
 

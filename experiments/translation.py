@@ -25,7 +25,7 @@ import tyro
 from rich.table import Table
 
 from experiments import bleu, common, figures, finetuning, low_resource, own_language, parallel_text, runs, seeds
-from experiments.cli import Precision, RunConfig, flag, main, with_defaults
+from experiments.cli import Precision, RunConfig, check_seed, flag, main, with_defaults
 from experiments.common import Training
 from experiments.low_resource import Protocol, over_draws
 from experiments.own_language import Network
@@ -341,6 +341,7 @@ def _setup_of(config: Config) -> Setup:
         jax.tree_util.Partial(_episode, sampler, vectors),
         validate,
         inputs=_model_inputs(config),
+        keep=functools.partial(keep_text, text=text),
     )
     return Setup(text, translator, training)
 
@@ -351,10 +352,8 @@ def fine_tuning(config: Config, steps: int) -> finetuning.FineTuning:
 
 
 def training_of(config: Config) -> Training:
-    """What is trained, and how it is validated, in a run directory that is claimed."""
-    setup = setup_of(config)
-    keep_text(config.run_dir, setup.text)
-    return setup.training
+    """What is trained, and how it is validated."""
+    return setup_of(config).training
 
 
 def keep_text(run_dir: Path, text: Text) -> None:
@@ -489,7 +488,11 @@ def _load(run_dir: Path) -> tuple[Config, Network]:
         subwords = Subwords(*((directory / f"{side}.model").read_bytes() for side in Subwords._fields))
         keys = np.load(directory / "keys.npy", allow_pickle=False) if config.lexical else None
     except FileNotFoundError as error:
-        raise RunError(f"there is no {error.filename}; the run has not started its training") from error
+        raise RunError(
+            f"there is no {error.filename}; repeat the command of the run, which writes it before the training"
+        ) from error
+    except (EOFError, ValueError) as error:
+        raise RunError(f"{directory / 'keys.npy'} is damaged ({error}); choose another run") from error
     translator = make_translator(config, keys)
     params = common.load_params(config.run_dir, config, make_learner(config, translator), _model_inputs(config))
     return config, Network(subwords, translator, params, keys, 2 * config.max_subwords)
@@ -532,6 +535,10 @@ class Translate:
     """Which pairs stop the fine-tuning."""
     precision: Precision = "float32"
     """Precision of matrix products, on devices that have a choice."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a seed that cannot be."""
+        check_seed(self.seed)
 
 
 def translate(config: Translate) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, domains, omniglot, sinusoid
+from experiments import bandits, cli, domains, omniglot, sinusoid
 from experiments.commands import EXPERIMENTS
 from maml_jax import CATALOGUE
 
@@ -56,6 +56,10 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
     for name in ("--outer-lr-end", "--outer-half-life"):
         with pytest.raises(ValueError, match=f"^{name} .* has no effect with --outer-schedule constant; leave it at"):
             cli.parse(omniglot.METHODS, "", ["maml", name, "0.0005" if name == "--outer-lr-end" else "5"])
+    # The end of a method's own schedule is no mistake of the user.
+    for name, module in {"maml++": omniglot, "rl2": bandits, "maml": bandits}.items():
+        assert module.METHODS[name].outer_lr_end > 0
+        assert cli.parse(module.METHODS, "", [name, "--outer-schedule", "halved"]).outer_schedule == "halved"
 
 
 def test_an_interruption_ends_in_a_sentence(capsys):

@@ -15,7 +15,8 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import common, progress, runs
+from experiments import bandits, common, hyperparameters, progress, runs
+from experiments import sinusoid as sinusoid_experiment
 from experiments.tracking import Tracking
 from maml_jax import (
     InnerDescent,
@@ -234,7 +235,7 @@ def test_the_inner_step_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(
         runs.RunError, match=r"before each inner step are finite: 1, 0\.5\. .* inner step 2, the last, or in"
     ):
-        common.check_finite(info, 0, tmp_path)
+        common.check_finite(info, 0, tmp_path, Config())
 
 
 def spoilt(is_bad, learner=LEARNER):
@@ -295,8 +296,9 @@ def test_a_step_that_is_left_out_leaves_the_carried_state_of_the_inner_optimiser
 def test_a_loss_that_is_not_finite_stops_a_run_that_leaves_out_gradients(tmp_path):
     info = MetaInfo(np.array([1.0, np.inf]), np.ones(2), np.array([True, False]), None)
     with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 1"):
-        common.check_finite(info, 0, tmp_path, is_skipped=True)
-    common.check_finite(info._replace(grad_norm=np.array([1.0, np.nan])), 0, tmp_path, is_skipped=True)
+        common.check_finite(info, 0, tmp_path, Config(), is_skipped=True)
+    others = info._replace(grad_norm=np.array([1.0, np.nan]))
+    common.check_finite(others, 0, tmp_path, Config(), is_skipped=True)
 
 
 def test_a_mesh_is_the_largest_that_divides():
@@ -333,7 +335,38 @@ def test_of_equal_scores_the_first_state_is_kept_and_the_time_of_training_surviv
 def test_the_step_that_is_not_finite_is_named(tmp_path):
     info = MetaInfo(np.array([1.0, 2.0, np.nan]), np.array([1.0, np.inf, np.nan]), np.array([True, False, False]), None)
     with pytest.raises(runs.RunError, match=r"the meta-gradient is not finite at meta-step 6 \(loss 2, .* inf\)"):
-        common.check_finite(info, 5, tmp_path)
+        common.check_finite(info, 5, tmp_path, Config())
+
+
+@pytest.mark.parametrize(
+    ("config", "remedies"),
+    [
+        (
+            sinusoid_experiment.METHODS["maml"],
+            "If the inner optimiser is adaptive, set its eps_root to 1e-8; else lower --inner-lr or --outer-lr, or "
+            "bound the meta-gradient by --outer-clip. --on-nonfinite skip leaves such meta-steps out. ",
+        ),
+        (
+            bandits.METHODS["rl2"],
+            "Lower --outer-lr, or bound the meta-gradient by --max-norm. --on-nonfinite skip leaves such meta-steps "
+            "out. ",
+        ),
+        (hyperparameters.Config(), "Lower --initial-rate or --outer-lr. "),
+    ],
+)
+def test_only_flags_that_an_experiment_has_are_remedies(config, remedies):
+    assert common._remedies(config, is_skipped=False) == remedies
+
+
+def test_without_meta_steps_the_initial_parameters_are_the_result(tmp_path):
+    untrained = train(tmp_path, Config(num_meta_steps=0), validate=lambda params: 0.0)
+    assert untrained.best_step == 0
+    again = train(tmp_path, Config(num_meta_steps=0), validate=lambda params: 0.0)
+    chex.assert_trees_all_equal(untrained.params, again.params)
+    inputs = np.zeros((3, 1), np.float32)
+    chex.assert_trees_all_equal(untrained.params, common.load_params(tmp_path, Config(), LEARNER, inputs))
+    # A validated state takes their place, however bad it is.
+    assert train(tmp_path, validate=lambda params: -1e9).best_step == 4
 
 
 def test_entries_of_the_meta_gradient_are_bounded_before_the_optimiser():

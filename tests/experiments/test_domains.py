@@ -247,3 +247,28 @@ def test_every_domain_is_turned_by_its_angle(drawings):
     for angle, batch in [*zip(angles * 2, examples.train + examples.val, strict=True), (30, examples.test)]:
         plain = np.broadcast_to(batch.inputs[:, 14:15, 14:15], batch.inputs.shape)  # a drawing has one grey value
         np.testing.assert_array_equal(batch.inputs, domains.rotate(plain, angle))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"images": np.zeros((100, 32, 32, 3), np.uint8)},
+        {"images": np.zeros((120, 32, 32, 3))},
+        {"labels": np.arange(120) % 7 + 50},
+        {"domains": np.full(120, 9)},
+        {"labels": np.zeros(120)},
+    ],
+)
+def test_arrays_that_do_not_fit_together_are_refused(changes, tmp_path):
+    write_pack(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"must hold uint8 images and as many (labels|domains), integers below [47]"):
+        examples_of(config_of(data="pacs", data_dir=tmp_path))
+
+
+def test_the_training_names_its_data(tmp_path):
+    digests = set()
+    for seed in (0, 1):
+        config = config_of(data="pacs", data_dir=write_pack(tmp_path / str(seed), held_out_seed=seed))
+        digests.add(domains.training_of(domains.with_paper_defaults(config)).data_digest)
+    assert None not in digests
+    assert len(digests) == 2

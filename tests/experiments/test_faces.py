@@ -187,6 +187,24 @@ def test_too_few_identities_are_refused_before_training(characters, tmp_path):
         faces.run(config_of(identities=7, run_dir=tmp_path / "run", **folder))
     with pytest.raises(ValueError, match="leaves no source domain"):
         faces.run(config_of(held_out=tuple(faces.RENDERINGS), run_dir=tmp_path / "run"))
+    with pytest.raises(ValueError, match="--shot 5 exceeds the 4 images of a training identity of characters"):
+        faces.run(config_of(shot=5, run_dir=tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "settings", "message"),
+    [
+        ("mldg", {}, "--num-held-out 1 leaves none of the 1 source domains for meta-train"),
+        ("erm", {"losses": "cdt"}, "the one source domain turned, .* need two; let it have fewer domains$"),
+        ("erm", {}, "let it have fewer domains, or set --across-weight 0"),
+    ],
+)
+def test_losses_between_domains_need_two(characters, algorithm, settings, message):
+    others = tuple(name for name in faces.RENDERINGS if name != "turned")
+    config = faces.with_paper_defaults(config_of(algorithm, held_out=others, **settings))
+    with pytest.raises(ValueError, match=message):
+        faces.examples_of(config)
+    faces.examples_of(faces.with_paper_defaults(config_of("erm", held_out=others, across_weight=0.0)))
 
 
 def result(algorithm, seed, rate, **config):

@@ -139,6 +139,9 @@ def test_the_parts_of_the_digits_share_none(tiny):
             "num_segments=3 does not divide the 4 differentiated steps; choose a divisor, such as 2",
         ),
         ({"log_every": 2}, "--log-every 2 does not divide --val-every 1"),
+        ({"memory_steps": (4, 0)}, "--memory-steps must be an integer of at least 1, got 0"),
+        ({"seed": 2**32}, "--seed 4294967296 does not fit into 32 bits"),
+        ({"outer_lr_end": float("nan")}, "--outer-lr-end nan must be between 0 and --outer-lr"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tiny, settings, message):
@@ -154,9 +157,11 @@ def test_missing_and_wrong_data_are_named(tiny, tmp_path, monkeypatch):
         hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
     with pytest.raises(hyper.RunError, match=r"ask for 91 digits and .* has 90"):
         hyper.load_digits(dataclasses.replace(tiny, num_test=31))
-    np.savez(tmp_path / hyper.FILE, images=np.zeros((3, 2)), labels=np.zeros(3))
-    with pytest.raises(hyper.RunError, match=r"uint8 images \[n, height, width\]"):
-        hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
+    images = np.zeros((3, 2, 2), np.uint8)
+    for wrong, labels in ((np.zeros((3, 2)), np.zeros(3)), (images, np.full(3, 50)), (images, np.zeros((3, 1)))):
+        np.savez(tmp_path / hyper.FILE, images=wrong, labels=labels)
+        with pytest.raises(hyper.RunError, match=r"uint8 images \[n, height, width\] and labels \[n\] from 0 to 9"):
+            hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
 
 
 def test_each_part_of_the_digits_scores_itself(tiny):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import navigation, published, runs, show
+from experiments import compare, navigation, published, runs, show
 from experiments.cli import parse
 from experiments.runs import RunError
 
@@ -145,6 +145,8 @@ def test_adapting_is_descent_at_the_rates(finished):
         ({"horizon": 0}, "--horizon must be an integer of at least 1, got 0"),
         ({"max_kl": float("inf")}, "--max-kl=inf must be a positive number"),
         ({"later_lr": -0.1}, r"--later-lr=-0\.1 must be a positive number"),
+        ({"epochs": 6}, "--epochs 6 has no effect with --outer-rule trust-region; leave it at 5"),
+        ({"outer_rule": "clipped", "metric_stride": 3}, "--metric-stride 3 has no effect with --outer-rule clipped"),
         ({"on_nonfinite": "skip"}, "--on-nonfinite skip needs --outer-rule clipped"),
     ],
 )
@@ -186,3 +188,16 @@ def test_every_method_has_its_algorithm_and_surrogate(monkeypatch):
         for surrogate, loss_fn in navigation.SURROGATES.items():
             found = navigation.learner_of(config_of(method, surrogate=surrogate), [0.5], 1)
             assert found == (method if method in ("fomaml", "anil") else "maml", loss_fn)
+
+
+def test_runs_without_meta_steps_are_compared_by_the_goals_of_their_number(tmp_path):
+    for seed in (0, 1):
+        navigation.run(config_of("random", num_meta_steps=0, seed=seed, run_dir=tmp_path / str(seed)))
+    compared = compare.compare(compare.Config(runs=(tmp_path / "0", tmp_path / "1"), episodes=2))
+    for run in compared["runs"]:
+        (reported,) = run["reported"]
+        assert (reported["task"], reported["episodes"]) == ("return, published", 40)
+    assert show.run(show.Config(run_dir=tmp_path / "0", episodes=2))
+    blocked = compare.Config(runs=(tmp_path / "0", tmp_path / "1"), figure=tmp_path / "0" / "config.json" / "x.png")
+    with pytest.raises(RunError, match=r"--figure .*x\.png cannot be written"):
+        compare.compare(blocked)

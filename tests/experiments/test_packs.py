@@ -63,6 +63,8 @@ def test_a_missing_array_is_an_error(tmp_path):
 def test_a_missing_pack_is_named_with_the_remedy(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"mnist_t10k.npz; give .*--packs-dir .* leave digits out"):
         packs.load("digits", tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"mnist_t10k.npz by --data-dir$"):
+        packs.load("digits", tmp_path, remedy="--data-dir")
     monkeypatch.delenv("MAML_JAX_PACKS", raising=False)
     with pytest.raises(FileNotFoundError, match="in no known directory"):
         packs.load("digits")

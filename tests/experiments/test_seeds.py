@@ -54,6 +54,17 @@ def test_every_seed_is_that_of_a_run_of_its_own(together, tmp_path):
     assert (summary["execution"]["seeds"], summary["execution"]["devices"]) == (4, 4)
 
 
+def test_what_a_run_keeps_is_written_into_directories_that_are_claimed(tmp_path):
+    kept = []
+
+    def training_of(config):
+        training = sinusoid.training_of(config)
+        return training._replace(keep=lambda run_dir: kept.append((run_dir / "config.json").exists()))
+
+    seeds.run_seeds(sinusoid.run, training_of, sinusoid.with_paper_defaults(config_of(tmp_path, seeds=2)))
+    assert kept == [True, True]
+
+
 def test_the_summary_has_the_mean_over_seeds_and_its_interval(together):
     run_dir, summary = together
     final = [result["metrics"]["mse"]["mean"][-1] for result in summary["results"]]

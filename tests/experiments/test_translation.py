@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import sys
 import zipfile
 
@@ -124,6 +125,18 @@ def test_a_run_translates_a_language_of_ones_own(corpus, finished, tmp_path, cap
         translation.translate(dataclasses.replace(command, pairs=tmp_path / "none"))
     with pytest.raises(runs.RunError, match="no run directory"):
         translation.translate(dataclasses.replace(command, run=tmp_path))
+    with pytest.raises(ValueError, match="--seed must be an integer of at least 0, got -1"):
+        dataclasses.replace(command, seed=-1)
+    spoilt = tmp_path / "spoilt"
+    for name, message in {
+        "source.model": r"the subwords are damaged \(an empty file\)",
+        "keys.npy": "keys.npy is dam",
+    }.items():
+        shutil.copytree(run_dir, spoilt)
+        (spoilt / "text" / name).write_bytes(b"")
+        with pytest.raises((ValueError, runs.RunError), match=message):
+            translation.translate(dataclasses.replace(command, run=spoilt))
+        shutil.rmtree(spoilt)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +275,10 @@ def test_pretraining_has_no_second_phase(corpus):
         ),
         (lambda d: write(d, "test", "xc", ["one"] * 5), "test.xc in .* has 5 lines and test.en has 6"),
         (lambda d: write(d, "train", "xb", [" "] * 60), "train.xb in .* holds no words; leave the language out"),
+        (
+            lambda d: [write(d, "val", name, ["o"] * 4) for name in (*LANGUAGES, "en")],
+            "--dev-pairs 5 exceeds the 4 sentences of x[cdv]",
+        ),
         (lambda d: (d / "val.xv").unlink(), "holds no file val.xv; add it, or leave the language out"),
         (lambda d: (d / "train.xa").write_bytes(b"\xff\xfe\xff"), "train.xa in .* is not UTF-8 text"),
     ],

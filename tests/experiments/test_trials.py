@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bandit_strategies, bandits, common, mazes, mdps, published, runs, show, trials
+from experiments import bandit_strategies, bandits, common, mazes, mdps, published, runs, seeds, show, trials
 from experiments.cli import parse
 from maml_jax import rl
 
@@ -83,6 +83,26 @@ def test_a_run_may_start_from_another(finished, tmp_path, monkeypatch):
     # A run that has checkpoints goes on from them, and needs the other no more.
     again = dataclasses.replace(config, start_run=tmp_path / "deleted")
     assert trials.start_of(module.EXPERIMENT, again) is None
+
+
+def test_a_seed_that_is_added_starts_from_the_other_run_too(finished, tmp_path, monkeypatch):
+    module, config, _ = finished
+    _, params, _ = runs.load(config.run_dir)
+    # The first seed is trained already.
+    one = dataclasses.replace(config, start_run=config.run_dir, num_meta_steps=0, run_dir=tmp_path / "seed-0")
+    module.run(one)
+    started = []
+
+    def note(members, training):
+        started.extend([[member.run_dir.name for member in members], training])
+        sys.exit()
+
+    monkeypatch.setattr(seeds, "train_together", note)
+    with pytest.raises(SystemExit):
+        module.run(dataclasses.replace(one, seeds=2, run_dir=tmp_path))
+    names, training = started
+    assert names[-1] == "seed-1"
+    chex.assert_trees_all_equal(training.learner.init(jax.random.key(2), training.inputs), params)
 
 
 def test_a_start_that_does_not_fit_is_refused(finished, tmp_path):
