@@ -68,8 +68,9 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             if training.keep is not None:
                 training.keep(of_seed.run_dir)
         members = _unfinished([Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)])
-        # The seed that is behind may be the only one whose initial parameters are still needed.
-        behind = min(members, key=lambda member: checkpoint.latest(member.run_dir / "checkpoints") or 0)
+        # A seed without a checkpoint may be the only one whose initial parameters are still needed.
+        steps = [checkpoint.latest(member.run_dir / "checkpoints") for member in members]
+        behind = members[steps.index(None) if None in steps else 0]
         together = train_together(members, trainings[seeds.index(behind.config.seed)])
     results = [run(of_seed) for of_seed in configs]
     # null, which stands for a number that is not finite, becomes NaN
