@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.common import set_up_jax
-from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console
+from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, flag
 from experiments.tracking import Tracking
 from maml_jax import CATALOGUE, processes
 from maml_jax.types import check_integer, check_positive
@@ -136,11 +136,6 @@ class RunConfig:
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
                 "between compiled calls of --log-every meta-steps"
             )
-
-
-def flag(name: str) -> str:
-    """The flag of a setting."""
-    return "--" + name.replace("_", "-")
 
 
 def check_seed(seed: int) -> None:

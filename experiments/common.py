@@ -22,6 +22,7 @@ from experiments.runs import (
     RunError,
     Trained,
     console,
+    flag,
     metrics_log,
     on_signal,
     streams,
@@ -468,8 +469,8 @@ def _remedies(config: Any, is_skipped: bool) -> str:
                 return tyro.conf.Suppress not in getattr(hint, "__metadata__", ())
         return False
 
-    rates = [f"--{name.replace('_', '-')}" for name in ("inner_lr", "initial_rate", "outer_lr") if has(name)]
-    bounds = [f"--{name.replace('_', '-')}" for name in ("outer_clip", "max_norm") if has(name)]
+    rates = [flag(name) for name in ("inner_lr", "initial_rate", "outer_lr") if has(name)]
+    bounds = [flag(name) for name in ("outer_clip", "max_norm") if has(name)]
     text = f"lower {' or '.join(rates)}"
     if bounds:
         text += f", or bound the meta-gradient by {bounds[0]}"

@@ -79,7 +79,7 @@ class Config(RunConfig):
     are standardised."""
     outer_rule: Literal["trust-region", "clipped"] = "trust-region"
     """The outer update: a step within a bound on the KL (the authors'), or several steps of the outer optimiser, with
-    its --outer-lr, on a clipped ratio."""
+    its --outer-lr, on a clipped ratio. Steps that --max-kl refuses do not count in the outer schedule."""
     max_kl: float = 0.01
     """The bound on the mean KL of the adapted policies, in nats. With --outer-rule clipped no further step is taken
     above it."""

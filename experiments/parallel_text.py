@@ -189,7 +189,7 @@ class Language(NamedTuple):
     """A language that is fine-tuned on few sentences.
 
     Attributes:
-      pool: the pairs that the few sentences are drawn from, of English that no training has seen.
+      pool: the pairs that the few sentences are drawn from, of lines that no training has seen.
       dev: the pairs that stop the fine-tuning.
       test: the pairs of the test; those of a validation language are its dev pairs.
       references: the English of the test, as it is written.
@@ -247,7 +247,7 @@ def read(settings: TextSettings) -> Text:
     """Reads a corpus, learns its subwords, and divides its English.
 
     The last lines of "train" are the pool that the few sentences of a low-resource language are drawn from. No training
-    pair of a source language has their English. Subwords, and the vectors of a lexical representation, are learned from
+    pair of a source language is of these lines. Subwords, and the vectors of a lexical representation, are learned from
     the text alone of every language, the low-resource ones and all English of "train" included.
 
     Raises:

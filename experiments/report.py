@@ -251,9 +251,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
         "of the median over tasks. Costs are those of a task of the training, measured in turns by `python -m "
         "benchmarks.methods --workload sinusoid`. iMAML is not here, because its meta-gradient does not see the inner "
-        "steps. Nothing keeps them stable, and its training ceases to be finite after a few thousand meta-steps, with "
-        "a rate of 0.001 and λ = 20 too. MAML++ is not here, because the rates of its five steps, 0.01 at first, grow "
-        "by the outer rate of 0.001 a meta-step until the same happens.\n\n"
+        "steps, and nothing keeps them stable. MAML++ is not here, because the rates of its five steps, 0.01 at first, "
+        "grow by the outer rate of 0.001 a meta-step until training is no longer finite.\n\n"
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
         "![error against inner steps](figures/sinusoid.png)\n\n"
         + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")

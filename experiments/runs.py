@@ -87,6 +87,11 @@ def write_json(file: Path, content: Any) -> None:
         os.replace(partial, file)
 
 
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
+
+
 @contextlib.contextmanager
 def _named_if_not_written(path: Path) -> Iterator[None]:
     try:

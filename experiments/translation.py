@@ -94,7 +94,7 @@ class Config(RunConfig):
     source_pairs: int = 12_000
     """Pairs of each source language, at most."""
     pool_lines: int = 4_000
-    """The last lines of train.*, which the few sentences are drawn from. No training pair has their English."""
+    """The last lines of train.*, which the few sentences are drawn from. No training pair is of these lines."""
     max_subwords: int = 20
     """Training pairs have fewer subwords on each side. Sources of dev and test are cut to fewer than twice as many."""
     source_subwords: int = 6_000
@@ -451,7 +451,7 @@ def run(config: Config) -> dict[str, Any]:
         keep_text(run_dir, setup.text)
         trained = common.train(run_dir, config, setup.training)
         protocol = {
-            "split": "held-out languages; no training pair has their English",
+            "split": "held-out languages; their pairs are of other lines than the training pairs",
             "fine_tuning": f"Adam, at most {config.finetune_steps} steps, the best of every {finetuning.EVERY} on dev",
             "selection": f"least dev loss of {config.validation}, fine-tuned on {config.validation_pairs} pairs for at "
             f"most {VALIDATION_STEPS} steps, mean of {VALIDATION_SUBSETS} draws",

@@ -92,7 +92,8 @@ def clipped_epochs(
       optimizer: the outer optax optimiser.
       num_epochs: how often the episodes are gone through.
       max_kl: the mean KL from the policy that acted, in nats, above which no further step is taken; None for no bound.
-        The objective's info must have a field `kl`.
+        The objective's info must have a field `kl`. A step that is not taken does not advance a schedule of
+        `optimizer`.
       num_minibatches: parts of the meta-batch, in a new order each epoch, that one step each is taken on.
       prepare: `(episodes) -> episodes`, before the first step, such as a standardisation over all of them.
 
