@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import tyro
 
 from experiments.progress import progress_bar
 from experiments.runs import (
@@ -461,6 +460,7 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path, config: Any, *, is_sk
 
 def _remedies(config: Any, is_skipped: bool) -> str:
     """What helps against a loss that is not finite, by the flags that the experiment has."""
+    import tyro  # Only here: benchmarks of an accelerator import this module on machines without it.
 
     def has(name: str) -> bool:
         for record in (config, getattr(config, "hyperparameters", None)):

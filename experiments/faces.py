@@ -50,7 +50,7 @@ SPLIT_SEED = 0
 SHARES = {"train": 0.6, "val": 0.15}
 """The shares of the identities that are trained and validated on; the others are tested."""
 MAX_TEST_IMAGES = 6
-"""Images of an identity in the test."""
+"""Images of an identity in the test, chosen at random."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -348,9 +348,14 @@ def make_learner(config: Config) -> MetaLearner:
 
 
 def embed(learner: MetaLearner | None, params: ArrayTree, identities: Sequence[np.ndarray]) -> np.ndarray:
-    """[I, n, C], the embeddings of as many images of every identity; the pixels without a learner."""
+    """[I, n, C], the embeddings of as many images of every identity; the pixels without a learner.
+
+    The images are chosen at random, and are the same in every call.
+    """
     count = min(MAX_TEST_IMAGES, *map(len, identities))
-    images = np.stack([images[:count] for images in identities])
+    # Drawings of a character are stored in the order of their pixels, and the first ones would be too much alike.
+    rng = np.random.default_rng(SPLIT_SEED)
+    images = np.stack([images[rng.permutation(len(images))[:count]] for images in identities])
     flat = images.reshape(-1, *images.shape[2:])
     if learner is None:
         return np.asarray(scale_pixels(flat)).reshape(*images.shape[:2], -1)

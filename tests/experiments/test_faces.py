@@ -63,6 +63,15 @@ def test_no_identity_is_in_two_parts(characters):
     assert [len(x) for x in (validated[0], tested)] == [6, 10]
 
 
+def test_the_test_has_random_images_of_an_identity_and_the_same_ones_in_every_call():
+    people = [np.tile(np.arange(20, dtype=np.uint8)[:, None, None, None], (1, 2, 2, 1))] * 5
+    chosen = faces.embed(None, {}, people)[..., 0]
+    assert chosen.shape == (5, faces.MAX_TEST_IMAGES)
+    assert all(len(set(row)) == len(row) for row in chosen.tolist())
+    assert len({tuple(row) for row in chosen.tolist()}) == 5
+    np.testing.assert_array_equal(chosen, faces.embed(None, {}, people)[..., 0])
+
+
 def test_renderings_keep_shape_and_dtype(characters):
     for name, render in faces.RENDERINGS.items():
         found = render(characters)
