@@ -6,7 +6,7 @@ the authors' code, too, counts start at one success and one failure.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -236,7 +236,7 @@ def play(
       num_tasks: T bandits.
       num_arms: of a bandit.
       num_pulls: on each bandit.
-      parameter: of the strategy; `tuned` chooses one.
+      parameter: of the strategy; `best_parameter` chooses one.
 
     Returns:
       Rewards and regrets.
@@ -246,9 +246,7 @@ def play(
     """
     settings = {"num_tasks": num_tasks, "num_arms": num_arms, "num_pulls": num_pulls}
     settings = {name: check_integer(name, value, at_least=1) for name, value in settings.items()}
-    if (parameter is None) == bool(strategy.grid):
-        wanted = f"one of {strategy.grid}, or another number" if strategy.grid else "None, for the strategy has none"
-        raise ValueError(f"parameter must be {wanted}, got {parameter}")
+    check_parameter(strategy.grid, parameter)
     return _play(strategy, key, parameter, **settings)
 
 
@@ -279,25 +277,17 @@ def _play(strategy, key, parameter, *, num_tasks, num_arms, num_pulls):
     return jax.vmap(one)(jax.random.split(key, num_tasks))
 
 
-def tuned(strategy: Strategy, key: PRNGKey, *, num_tasks: int, num_arms: int, num_pulls: int) -> float | None:
-    """Chooses the parameter of a strategy by its mean total reward.
+def check_parameter(grid: Sequence[float], parameter: float | None) -> None:
+    """Raises ValueError if the parameter of a strategy is missing, or is given to one without a grid."""
+    if (parameter is None) == bool(grid):
+        wanted = f"one of {grid}, or another number" if grid else "None, for the strategy has none"
+        raise ValueError(f"parameter must be {wanted}, got {parameter}")
 
-    Args:
-      strategy: one of `STRATEGIES`, or another.
-      key: the randomness, another one than that of the test. All parameters are tried on the same bandits.
-      num_tasks: bandits to choose on.
-      num_arms: of a bandit.
-      num_pulls: on each bandit.
 
-    Returns:
-      The best number of the grid, the first of several, or None if the strategy has no parameter.
-
-    Raises:
-      ValueError: if a number is no positive integer.
-    """
-    settings = {"num_tasks": num_tasks, "num_arms": num_arms, "num_pulls": num_pulls}
-    means = [jnp.mean(play(strategy, key, parameter=value, **settings).reward) for value in strategy.grid]
-    return strategy.grid[int(np.argmax(means))] if means else None
+def best_parameter(grid: Sequence[float], rewards_of: Callable[[float], jax.Array]) -> float | None:
+    """The number of a grid with the largest mean reward, the first of several; None if the grid is empty."""
+    means = [jnp.mean(rewards_of(parameter)) for parameter in grid]
+    return grid[int(np.argmax(means))] if means else None
 
 
 def compare(
@@ -318,7 +308,8 @@ def compare(
     tune_key, test_key = jax.random.split(key)
     sizes, found, regrets = {"num_arms": num_arms, "num_pulls": num_pulls}, {}, {}
     for name, strategy in STRATEGIES.items():
-        parameter = tuned(strategy, tune_key, num_tasks=min(2000, num_tasks), **sizes)
+        tune = functools.partial(play, strategy, tune_key, num_tasks=min(2000, num_tasks), **sizes)
+        parameter = best_parameter(strategy.grid, lambda value, tune=tune: tune(parameter=value).reward)
         played = play(strategy, test_key, num_tasks=num_tasks, parameter=parameter, **sizes)
         found[name] = {"parameter": parameter} | mean_and_interval(np.asarray(played.reward)[:, None])
         regrets[name] = np.cumsum(np.asarray(played.regret).mean(0)).tolist()

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import bandit_strategies, figures, published, runs, trials
-from experiments.cli import main
+from experiments.cli import check_counts, main
 from experiments.runs import console
 from maml_jax import rl
 from maml_jax.tasks.bandits import bandits
-from maml_jax.types import ArrayTree, check_integer
+from maml_jax.types import ArrayTree
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,7 @@ class Config(trials.TrialConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        check_integer("--num-arms", self.num_arms, at_least=2)
-        check_integer("--num-pulls", self.num_pulls, at_least=1)
+        check_counts(self, num_arms=2, num_pulls=1)
 
 
 METHODS = {

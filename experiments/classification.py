@@ -16,7 +16,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments import common, figures, runs, seeds
-from experiments.cli import RunConfig, flag
+from experiments.cli import RunConfig, check_counts, flag
 from experiments.common import Training
 from experiments.runs import RunError, console, replace_known, stored_config
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
@@ -30,7 +30,6 @@ from maml_jax.types import (
     LearnerOrSchedule,
     MetaLearner,
     SampleEpisodeFn,
-    check_integer,
     learner_at,
 )
 
@@ -83,12 +82,7 @@ class ClassificationConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        check_integer("--way", self.way, at_least=2)
-        check_integer("--ensemble", self.ensemble, at_least=1)
-        check_integer("--filters", self.filters, at_least=1)
-        for name, least in (("train_way", 2), ("train_shot", 1), ("eval_inner_steps", 0)):
-            if getattr(self, name) is not None:
-                check_integer(flag(name), getattr(self, name), at_least=least)
+        check_counts(self, way=2, ensemble=1, filters=1, train_way=2, train_shot=1, eval_inner_steps=0)
         if self.population and (self.inductive or self.ensemble > 1):
             raise ValueError("--population excludes --inductive and --ensemble; leave them out")
         if self.ensemble > 1 and self.algorithm in ("mann", "lstm"):

@@ -110,21 +110,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a number that cannot be."""
-        least = {
-            "shot": 1,
-            "query_shot": 1,
-            "meta_batch_size": 1,
-            "num_meta_steps": 0,
-            "eval_episodes": 2,
-            "val_every": 1,
-            "log_every": 1,
-            "chunk_size": 1,
-            "outer_half_life": 1,
-            "seeds": 1,
-        }
-        for name, smallest in least.items():
-            if getattr(self, name) is not None:
-                check_integer(flag(name), getattr(self, name), at_least=smallest)
+        positive = ("shot", "query_shot", "meta_batch_size", "val_every", "log_every", "chunk_size", "outer_half_life")
+        check_counts(self, **dict.fromkeys((*positive, "seeds"), 1), num_meta_steps=0, eval_episodes=2)
         check_seed(self.seed)
         if not (self.outer_lr > 0 and math.isfinite(self.outer_lr)):
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
@@ -136,6 +123,13 @@ class RunConfig:
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
                 "between compiled calls of --log-every meta-steps"
             )
+
+
+def check_counts(config: Any, **least: int) -> None:
+    """Raises ValueError for a setting that is neither None nor an integer of at least the number that is given."""
+    for name, smallest in least.items():
+        if getattr(config, name) is not None:
+            check_integer(flag(name), getattr(config, name), at_least=smallest)
 
 
 def check_seed(seed: int) -> None:

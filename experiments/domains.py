@@ -23,13 +23,13 @@ from rich.table import Table
 from scipy import ndimage
 
 from experiments import common, figures, runs, seeds
-from experiments.cli import RunConfig, flag, main, methods, with_defaults
+from experiments.cli import RunConfig, check_counts, main, methods, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
 from maml_jax import CATALOGUE, Batch, Problem, losses, models
 from maml_jax.tasks import domains, omniglot
 from maml_jax.tasks.pixels import scale_pixels
-from maml_jax.types import ArrayTree, MetaLearner, check_integer
+from maml_jax.types import ArrayTree, MetaLearner
 
 DataSet = Literal["rotated-omniglot", "pacs"]
 DOMAINS: dict[DataSet, tuple[str, ...]] = {
@@ -83,8 +83,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        check_integer(flag("num_characters"), self.num_characters, at_least=2)
-        check_integer("--features", self.features, at_least=1)
+        check_counts(self, num_characters=2, features=1)
         names = DOMAINS[self.data]
         if self.held_out is not None and self.held_out not in names:
             raise ValueError(

@@ -24,14 +24,14 @@ from rich.table import Table
 from scipy import ndimage
 
 from experiments import common, figures, packs, runs, seeds, verification
-from experiments.cli import RunConfig, flag, main, with_defaults
+from experiments.cli import RunConfig, check_counts, flag, main, with_defaults
 from experiments.common import Training
 from experiments.domains import rotate
 from experiments.runs import console, stored_config
 from maml_jax import CATALOGUE, DomainSplits, MetaLearner, Model, NoHyperparameters, erm, losses, mldg, models
 from maml_jax.tasks import domains, image_files, omniglot
 from maml_jax.tasks.pixels import scale_pixels
-from maml_jax.types import ArrayTree, check_integer, check_not_negative, check_positive
+from maml_jax.types import ArrayTree, check_not_negative, check_positive
 
 SIZE = 28
 """Height and width of all images."""
@@ -99,8 +99,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        for name, smallest in {"identities": 2, "shot": 2}.items():
-            check_integer(flag(name), getattr(self, name), at_least=smallest)
+        check_counts(self, identities=2, shot=2)
         for name in ("across_weight", "margin"):
             check_not_negative(flag(name), getattr(self, name))
         check_positive("--scale", self.scale)

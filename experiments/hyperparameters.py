@@ -33,7 +33,7 @@ import tyro
 from rich.table import Table
 
 from experiments import common, figures, runs
-from experiments.cli import Precision, check_outer_lr_end, check_seed, flag, main
+from experiments.cli import Precision, check_counts, check_outer_lr_end, check_seed, flag, main
 from experiments.runs import RunError, console
 from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
 from maml_jax.algorithms.hypergradient import Hyperparameters, check_segments, default_segments
@@ -112,17 +112,11 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
-        least = {"num_meta_steps": 0, "eval_episodes": 2, "val_episodes": 2}
-        least |= dict.fromkeys(
-            (
-                "num_inner_steps", "batch_size", "hidden", "num_training", "num_heldout", "num_test",
-                "meta_batch_size", "num_segments", "truncation", "val_every", "log_every", "chunk_size",
-            ),
-            1,
+        positive = (
+            "num_inner_steps", "batch_size", "hidden", "num_training", "num_heldout", "num_test", "meta_batch_size",
+            "num_segments", "truncation", "val_every", "log_every", "chunk_size",
         )  # fmt: skip
-        for name, smallest in least.items():
-            if getattr(self, name) is not None:
-                check_integer(flag(name), getattr(self, name), at_least=smallest)
+        check_counts(self, **dict.fromkeys(positive, 1), num_meta_steps=0, eval_episodes=2, val_episodes=2)
         for num_steps in self.memory_steps:
             check_integer("--memory-steps", num_steps, at_least=1)
         check_seed(self.seed)

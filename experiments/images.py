@@ -23,7 +23,7 @@ from maml_jax import CATALOGUE
 from maml_jax.tasks import image_folder, tfds_classes
 from maml_jax.tasks.augment import augmented
 from maml_jax.tasks.image_folder import ClassImages
-from maml_jax.types import ArrayTree, MetaLearner, SampleEpisodeFn, check_integer
+from maml_jax.types import check_integer
 
 __all__ = ["METHODS", "SETTINGS", "make_learner", "make_tester", "with_paper_defaults"]
 
@@ -243,14 +243,7 @@ def run(config: Config) -> dict:
     return classification.run(DATA, config)
 
 
-def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
-    """The learner of the test protocol and the selected parameters of a run; an ensemble if the run has one."""
-    return classification.load(DATA, run_dir)
-
-
-def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
-    """The task distributions of training, of validation and of the first test."""
-    return classification.make_samplers(DATA, config)
+load = functools.partial(classification.load, DATA)
 
 
 if __name__ == "__main__":

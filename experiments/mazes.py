@@ -16,11 +16,11 @@ import numpy as np
 from rich.table import Table
 
 from experiments import figures, published, runs, trials
-from experiments.cli import main
+from experiments.cli import check_counts, main
 from experiments.runs import console
 from maml_jax import rl
 from maml_jax.tasks.mazes import MOVES, Maze, mazes, shortest_path
-from maml_jax.types import ArrayTree, PRNGKey, check_integer
+from maml_jax.types import ArrayTree, PRNGKey
 
 LARGER_SIZE = 9
 """Cells along a side of the larger mazes of the test."""
@@ -53,9 +53,8 @@ class Config(trials.TrialConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        for name, smallest in {"size": 2, "num_episodes": 2, "horizon": 1}.items():
-            check_integer(f"--{name.replace('_', '-')}", getattr(self, name), at_least=smallest)
-        if check_integer("--view", self.view, at_least=3) % 2 == 0:
+        check_counts(self, size=2, num_episodes=2, horizon=1, view=3)
+        if self.view % 2 == 0:
             raise ValueError(f"--view {self.view} has no middle; choose an odd number")
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.bandit_strategies import draw_gamma
+from experiments.bandit_strategies import best_parameter, check_parameter, draw_gamma
 from experiments.runs import mean_and_interval
 from maml_jax.tasks.tabular_mdp import TabularMDP, action_values, random_mdps, value_iteration
 from maml_jax.types import PRNGKey, check_integer
@@ -197,7 +197,7 @@ def total_rewards(
       key: the randomness. Strategies with the same key act in the same processes.
       num_tasks: T processes.
       num_episodes: in each process, of `HORIZON` steps.
-      parameter: of the strategy; `tuned` chooses one.
+      parameter: of the strategy; `bandit_strategies.best_parameter` chooses one.
 
     Returns:
       The sums of the rewards, [T].
@@ -207,9 +207,7 @@ def total_rewards(
     """
     num_tasks = check_integer("num_tasks", num_tasks, at_least=1)
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
-    if (parameter is None) == bool(strategy.grid):
-        wanted = f"one of {strategy.grid}, or another number" if strategy.grid else "None, for the strategy has none"
-        raise ValueError(f"parameter must be {wanted}, got {parameter}")
+    check_parameter(strategy.grid, parameter)
     return _total_rewards(strategy, key, parameter, num_tasks=num_tasks, num_episodes=num_episodes)
 
 
@@ -264,9 +262,10 @@ def compare(key: PRNGKey, *, num_tasks: int, num_episodes: int) -> dict[str, dic
     tune_key, test_key = jax.random.split(key)
     found = {}
     for name, strategy in STRATEGIES.items():
-        parameter = tuned(strategy, tune_key, num_tasks=min(300, num_tasks), num_episodes=num_episodes)
-        sizes = {"num_tasks": num_tasks, "num_episodes": num_episodes}
-        rewards = total_rewards(strategy, test_key, parameter=parameter, **sizes)
+        rewards_of = functools.partial(total_rewards, strategy, num_episodes=num_episodes)
+        tune = functools.partial(rewards_of, tune_key, num_tasks=min(300, num_tasks))
+        parameter = best_parameter(strategy.grid, lambda value, tune=tune: tune(parameter=value))
+        rewards = rewards_of(test_key, num_tasks=num_tasks, parameter=parameter)
         found[name] = {"parameter": parameter} | mean_and_interval(np.asarray(rewards)[:, None])
     best = optimal_rewards(test_key, num_tasks=num_tasks, num_episodes=num_episodes)
     return found | {"known process": {"parameter": None} | mean_and_interval(np.asarray(best)[:, None])}
@@ -295,23 +294,3 @@ def optimal_rewards(key: PRNGKey, *, num_tasks: int, num_episodes: int) -> jax.A
         return num_episodes * value_iteration(environment.sample_task(task_key), HORIZON)[0][0, 0]
 
     return jax.jit(jax.vmap(best))(jax.random.split(key, num_tasks))
-
-
-def tuned(strategy: Strategy, key: PRNGKey, *, num_tasks: int, num_episodes: int) -> float | None:
-    """Chooses the parameter of a strategy by its mean total reward.
-
-    Args:
-      strategy: one of `STRATEGIES`, or another.
-      key: the randomness, another one than that of the test. All parameters are tried in the same processes.
-      num_tasks: processes to choose on.
-      num_episodes: in each process.
-
-    Returns:
-      The best number of the grid, the first of several, or None if the strategy has no parameter.
-
-    Raises:
-      ValueError: if a number is no positive integer.
-    """
-    settings = {"num_tasks": num_tasks, "num_episodes": num_episodes}
-    means = [jnp.mean(total_rewards(strategy, key, parameter=value, **settings)) for value in strategy.grid]
-    return strategy.grid[int(np.argmax(means))] if means else None

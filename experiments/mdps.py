@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 import jax
 
 from experiments import mdp_strategies, published, runs, trials
-from experiments.cli import main
+from experiments.cli import check_counts, main
 from experiments.runs import console
 from maml_jax.tasks.tabular_mdp import random_mdps
-from maml_jax.types import ArrayTree, check_integer
+from maml_jax.types import ArrayTree
 
 NUM_STATES, NUM_ACTIONS = mdp_strategies.NUM_STATES, mdp_strategies.NUM_ACTIONS
 
@@ -37,7 +37,7 @@ class Config(trials.TrialConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        check_integer("--num-episodes", self.num_episodes, at_least=1)
+        check_counts(self, num_episodes=1)
 
 
 METHODS = {

@@ -25,7 +25,7 @@ import tyro
 from rich.table import Table
 
 from experiments import common, figures, published, runs, seeds
-from experiments.cli import RunConfig, flag, main, with_defaults
+from experiments.cli import RunConfig, check_counts, flag, main, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
 from maml_jax import (
@@ -44,7 +44,7 @@ from maml_jax import (
     rl,
 )
 from maml_jax.tasks.navigation import HORIZON, navigation, optimal_return
-from maml_jax.types import ArrayTree, Environment, PRNGKey, check_integer, check_positive
+from maml_jax.types import ArrayTree, Environment, PRNGKey, check_positive
 
 LATER_RATES = (0.05, 0.1, 0.15, 0.25, 0.5)
 """Rates of the updates after the first, relative to a first rate of 0.5, that are tried on validation goals."""
@@ -111,9 +111,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        least = {"horizon": 1, "metric_stride": 1, "epochs": 1, "eval_shot": 1, "eval_inner_steps": 1}
-        for name, smallest in least.items():
-            check_integer(flag(name), getattr(self, name), at_least=smallest)
+        check_counts(self, horizon=1, metric_stride=1, epochs=1, eval_shot=1, eval_inner_steps=1)
         if getattr(self.hyperparameters, "num_inner_steps", 1) is None:
             raise ValueError("--num-inner-steps None has no meaning here; give the number of updates in training")
         for name in ("max_kl", "clip", "head_scale", "later_lr"):

@@ -6,7 +6,7 @@ validation and of the first test. Methods whose parameters do not depend on the 
 four published settings.
 """
 
-from pathlib import Path
+import functools
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from experiments.classification import DataSet, make_learner, make_network, make
 from experiments.cli import main
 from experiments.omniglot_recipes import METHODS, SETTINGS, Config, about, with_paper_defaults
 from maml_jax.tasks import omniglot
-from maml_jax.types import ArrayTree, MetaLearner, SampleEpisodeFn
 
 __all__ = ["METHODS", "SETTINGS", "make_learner", "make_network", "make_tester", "with_paper_defaults"]
 
@@ -47,19 +46,8 @@ DATA = DataSet(
 )
 
 
-def run(config: Config) -> dict:
-    """Trains, tests the state with the best validation accuracy, and returns the content of results.json."""
-    return classification.run(DATA, config)
-
-
-def load(run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
-    """The learner of the test protocol and the selected parameters of a run; an ensemble if the run has one."""
-    return classification.load(DATA, run_dir)
-
-
-def make_samplers(config: Config) -> dict[str, SampleEpisodeFn]:
-    """The task distributions of training, of validation and of the first test."""
-    return classification.make_samplers(DATA, config)
+run = functools.partial(classification.run, DATA)
+load = functools.partial(classification.load, DATA)
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ from experiments.compare import (
 )
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE
+from maml_jax.portable import outputs_by_step
 from maml_jax.tasks import sinusoid as sinusoid_tasks
-from maml_jax.types import ArrayTree, Episode, MetaLearner, SampleEpisodeFn, check_integer, predict_beside_support
+from maml_jax.types import ArrayTree, MetaLearner, SampleEpisodeFn, check_integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,39 +55,6 @@ class Config:
         check_seed(self.seed)
         if self.out is not None and self.out.exists() and not self.out.is_dir():
             raise ValueError(f"--out {self.out} is a file; name a directory")
-
-
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("one_at_a_time", "stochastic"))
-def outputs_by_step(
-    learner: MetaLearner,
-    params: ArrayTree,
-    episode: Episode,
-    inputs: tuple[jax.Array, ...],
-    *,
-    one_at_a_time: bool = False,
-    stochastic: bool = False,
-) -> tuple[jax.Array, ...]:
-    """Adapts to the support set of an episode and predicts before the first and after every inner step.
-
-    Args:
-      learner: the algorithm.
-      params: its meta-parameters.
-      episode: the task.
-      inputs: sets of inputs to predict, each [n, ...].
-      one_at_a_time: whether each input is predicted with only the support set beside it.
-      stochastic: whether `adapt` gets the key of the episode.
-
-    Returns:
-      For each set of inputs the outputs [K+1, n, ...]; [1, n, ...] from a learner that does not iterate.
-    """
-    support = episode.support
-
-    def predict(task_params):
-        if one_at_a_time:
-            return tuple(predict_beside_support(learner.predict, task_params, support.inputs, part) for part in inputs)
-        return tuple(learner.predict(task_params, part) for part in inputs)
-
-    return learner.adapt(params, support, key=episode.key if stochastic else None, observe_fn=predict)[1].observed
 
 
 def run(config: Config) -> list[Path]:
@@ -160,12 +128,10 @@ def sinusoid_figure(
         return inputs if config.algorithm == "oracle" else inputs[:, :1]
 
     support, query = (batch._replace(inputs=seen(batch.inputs)) for batch in (full.support, full.query))
-    outputs = outputs_by_step(
-        learner, params, Episode(support, query, full.key), (support.inputs, query.inputs, seen(grid))
-    )
+    predict = functools.partial(outputs_by_step, learner, params, support, one_at_a_time=False)
     of_support, of_query = (
-        np.mean(np.square(np.asarray(of_part) - np.asarray(batch.targets)), axis=(1, 2))
-        for of_part, batch in zip(outputs[:2], (support, query), strict=True)
+        np.mean(np.square(np.asarray(predict(batch.inputs)) - np.asarray(batch.targets)), axis=(1, 2))
+        for batch in (support, query)
     )
     title = f"sinusoid {index}: amplitude {amplitude:.1f}, phase {phase:.1f} radians, {shot} support points"
     pictures.adapting_curve(
@@ -175,7 +141,7 @@ def sinusoid_figure(
             x=np.asarray(x),
             true=amplitude * np.sin(np.asarray(x) - phase),
             support=(np.asarray(full.support.inputs[:, 0]), np.asarray(full.support.targets[:, 0])),
-            predicted=np.asarray(outputs[2])[..., 0],
+            predicted=np.asarray(predict(seen(grid)))[..., 0],
             support_error=of_support,
             query_error=of_query,
         ),
@@ -215,13 +181,13 @@ def image_figure(
     """
     config, data = shown.config, shown.data
     episode, images = (sampler(key) for sampler in samplers)
-    (outputs,) = outputs_by_step(
+    outputs = outputs_by_step(
         learner,
         params,
-        episode,
-        (episode.query.inputs,),
+        episode.support,
+        episode.query.inputs,
         one_at_a_time=config.inductive,
-        stochastic=CATALOGUE[config.algorithm].classifies,
+        key=episode.key if CATALOGUE[config.algorithm].classifies else None,
     )
     labels = np.asarray(episode.query.targets)
     accuracies = [f"{100 * value:.0f} %" for value in (np.asarray(outputs).argmax(-1) == labels).mean(-1)]

@@ -17,7 +17,7 @@ from flax import linen as nn
 from rich.table import Table
 
 from experiments import common, figures, published, runs, seeds
-from experiments.cli import RunConfig, flag, main, methods, with_defaults
+from experiments.cli import RunConfig, check_counts, main, methods, with_defaults
 from experiments.common import Training
 from experiments.runs import console, replace_known, stored_config
 from maml_jax import CATALOGUE, Problem, evaluate, losses, models
@@ -28,7 +28,6 @@ from maml_jax.types import (
     LearnerOrSchedule,
     MetaLearner,
     SampleEpisodeFn,
-    check_integer,
     learner_at,
 )
 
@@ -73,8 +72,7 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        for name, smallest in {"eval_query_shot": 1, "eval_inner_steps": 0}.items():
-            check_integer(flag(name), getattr(self, name), at_least=smallest)
+        check_counts(self, eval_query_shot=1, eval_inner_steps=0)
         if not self.eval_shots or min(self.eval_shots) < 1:
             raise ValueError(f"--eval-shots needs positive numbers of support points, got {self.eval_shots}")
         if not self.inner_lr_grid or not all(rate > 0 and math.isfinite(rate) for rate in self.inner_lr_grid):

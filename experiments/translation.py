@@ -25,7 +25,7 @@ import tyro
 from rich.table import Table
 
 from experiments import bleu, common, figures, finetuning, low_resource, own_language, parallel_text, runs, seeds
-from experiments.cli import Precision, RunConfig, check_seed, flag, main, with_defaults
+from experiments.cli import Precision, RunConfig, check_counts, check_seed, flag, main, with_defaults
 from experiments.common import Training
 from experiments.low_resource import Protocol, over_draws
 from experiments.own_language import Network
@@ -149,14 +149,12 @@ class Config(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        least = {
-            "source_pairs": 1, "pool_lines": 1, "max_subwords": 3, "source_subwords": 8, "target_subwords": 8,
-            "width": 1, "depth": 1, "vector_size": 1, "pretrain_steps": 0, "num_subsets": 1, "dev_pairs": 1,
-            "validation_pairs": 1,
-            "finetune_steps": finetuning.EVERY, "finetune_batch": 1, "beam": 1,
-        }  # fmt: skip
-        for name, smallest in least.items():
-            check_integer(flag(name), getattr(self, name), at_least=smallest)
+        positive = (
+            "source_pairs", "pool_lines", "width", "depth", "vector_size", "num_subsets", "dev_pairs",
+            "validation_pairs", "finetune_batch", "beam",
+        )  # fmt: skip
+        least = {"max_subwords": 3, "source_subwords": 8, "target_subwords": 8, "finetune_steps": finetuning.EVERY}
+        check_counts(self, **dict.fromkeys(positive, 1), **least, pretrain_steps=0)
         check_positive("--finetune-lr", self.finetune_lr)
         for size in self.sizes:
             check_integer("--sizes", size, at_least=1)

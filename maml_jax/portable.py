@@ -29,6 +29,7 @@ from maml_jax.types import (
     Batch,
     MetaLearner,
     Model,
+    PRNGKey,
     check_classes,
     check_integer,
     check_positive,
@@ -241,7 +242,13 @@ def load_learner(file: str | Path, *, way: int | None = None) -> Portable:
 
 
 def outputs_by_step(
-    learner: MetaLearner, params: ArrayTree, support: Batch, inputs: jax.Array, *, one_at_a_time: bool = True
+    learner: MetaLearner,
+    params: ArrayTree,
+    support: Batch,
+    inputs: jax.Array,
+    *,
+    one_at_a_time: bool = True,
+    key: PRNGKey | None = None,
 ) -> jax.Array:
     """Adapts to a support set and gives the outputs for new inputs before the first and after every inner step.
 
@@ -255,11 +262,12 @@ def outputs_by_step(
       one_at_a_time: whether each input goes through the network with only the support set beside it, so that the
         outputs do not depend on the other inputs. Otherwise all go through together, which makes a difference for
         normalisation by batch statistics.
+      key: for a learner whose `adapt` needs one.
 
     Returns:
       The outputs, [K+1, M, N]; K = 0 for a learner without inner steps.
     """
-    return _program(learner, one_at_a_time)(params, support, inputs)
+    return _program(learner, one_at_a_time)(params, support, inputs, key)
 
 
 def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_time: bool = True) -> jax.Array:
@@ -296,14 +304,14 @@ def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_ti
 
 
 @functools.lru_cache(maxsize=32)
-def _program(learner: MetaLearner, one_at_a_time: bool) -> Callable[[ArrayTree, Batch, jax.Array], jax.Array]:
-    def outputs(params, support, inputs):
+def _program(learner: MetaLearner, one_at_a_time: bool) -> Callable[..., jax.Array]:
+    def outputs(params, support, inputs, key):
         def observe(task_params):
             if one_at_a_time:
                 return predict_beside_support(learner.predict, task_params, support.inputs, inputs)
             return learner.predict(task_params, inputs)
 
-        return learner.adapt(params, support, observe_fn=observe)[1].observed
+        return learner.adapt(params, support, key=key, observe_fn=observe)[1].observed
 
     return jax.jit(outputs)
 

@@ -75,7 +75,9 @@ def test_a_run_on_a_folder_is_tested_and_loaded(photographs, finished):
     assert results["protocol"]["normalisation"] == "transductive"
     learner, params, config = runs.load(run_dir)
     assert (config.algorithm, config.data_dir) == ("fomaml", str(photographs))
-    sampler = images.make_samplers(images.with_paper_defaults(config_of(data_dir=photographs)))["test"]
+    sampler = classification.make_samplers(images.DATA, images.with_paper_defaults(config_of(data_dir=photographs)))[
+        "test"
+    ]
     again = evaluate(learner, params, sampler, runs.streams(0).test, metric_fn=losses.accuracy, num_episodes=4)
     np.testing.assert_allclose(again.mean, results["metrics"]["accuracy"]["mean"], atol=1e-6)
 
@@ -97,7 +99,9 @@ def test_episodes_streamed_from_the_host_train_the_same_parameters(pool, finishe
     results = images.run(config_of(**pool, run_dir=tmp_path, stream=True, chunk_size=1))
     assert results["protocol"]["split_file"] == str(pool["split_file"])
     resident, streamed = runs.load(finished[0]), runs.load(tmp_path)
-    assert streaming.is_streamed(images.make_samplers(images.with_paper_defaults(streamed.config))["train"])
+    assert streaming.is_streamed(
+        classification.make_samplers(images.DATA, images.with_paper_defaults(streamed.config))["train"]
+    )
     for one, other in zip(jax.tree.leaves(resident.params), jax.tree.leaves(streamed.params), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
@@ -139,7 +143,7 @@ def test_small_classes_are_refused_by_name_or_left_out(photographs, tmp_path, ca
     with pytest.raises(runs.RunError, match=r"split 'train' of photographs: .*fewer than 5 images, such as 'train_0'"):
         images.run(config_of(**settings))
     assert not (tmp_path / "run").exists()
-    images.make_samplers(images.with_paper_defaults(config_of(**settings, leave_out_small=True)))
+    classification.make_samplers(images.DATA, images.with_paper_defaults(config_of(**settings, leave_out_small=True)))
     said = " ".join(capsys.readouterr().out.split())
     assert "split 'train': 1 classes with fewer than 5 images are left out" in said
     assert "split 'test': 1 classes" in said
@@ -157,7 +161,7 @@ def test_published_settings_that_the_classes_do_not_allow_are_left_out(photograp
     with pytest.raises(
         runs.RunError, match=r"way=9 exceeds the 4 classes .*\(with --train-way 9 --train-shot 1 --query-shot 2\)"
     ):
-        images.make_samplers(dataclasses.replace(config, train_way=9))
+        classification.make_samplers(images.DATA, dataclasses.replace(config, train_way=9))
 
 
 def test_classes_that_are_too_small_for_a_later_test_are_left_out(photographs, tmp_path, monkeypatch):

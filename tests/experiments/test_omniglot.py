@@ -299,7 +299,7 @@ def test_a_missing_data_directory_is_named(real, tmp_path):
     reason="set TFDS_DATA_DIR to a directory made by `python -m maml_jax.tasks.omniglot_builder --data-dir DIR`",
 )
 def test_real_characters(real):
-    samplers = omniglot.make_samplers(omniglot.with_paper_defaults(config_of()))
+    samplers = classification.make_samplers(omniglot.DATA, omniglot.with_paper_defaults(config_of()))
     assert samplers.keys() == {"train", "val", "test"}
     for sampler in samplers.values():
         support, query, _ = sampler(jax.random.key(0))
@@ -316,7 +316,7 @@ def test_real_characters(real):
 )
 @pytest.mark.parametrize(("name", "least"), [("maml", 0.85), ("protonets", 0.95)])
 def test_the_networks_that_are_shipped_classify_new_characters(real, name, least):
-    sampler = omniglot.make_samplers(omniglot.with_paper_defaults(config_of()))["test"]
+    sampler = classification.make_samplers(omniglot.DATA, omniglot.with_paper_defaults(config_of()))["test"]
     loaded = load_learner(Path(omniglot.__file__).parent / "pretrained" / f"omniglot_{name}.npz", way=5)
     settings = {"metric_fn": losses.accuracy, "num_episodes": 100, "one_query_at_a_time": True}
     found = evaluate(loaded.learner, loaded.params, sampler, jax.random.key(0), **settings)
@@ -326,7 +326,7 @@ def test_the_networks_that_are_shipped_classify_new_characters(real, name, least
 def test_the_trained_network_comes_out_of_a_run(finished):
     config, results = finished
     learner, params = omniglot.load(config.run_dir)
-    sampler = omniglot.make_samplers(omniglot.with_paper_defaults(config))["test"]
+    sampler = classification.make_samplers(omniglot.DATA, omniglot.with_paper_defaults(config))["test"]
     again = evaluate(
         learner, params, sampler, runs.streams(0).test, metric_fn=losses.accuracy, num_episodes=TINY["eval_episodes"]
     )
@@ -389,7 +389,7 @@ def test_the_sampler_rotates_if_asked_to(drawings, monkeypatch, rotations):
         given.append(kwargs["rotations"])
 
     monkeypatch.setattr(few_shot, "make_sampler", record)
-    omniglot.make_samplers(omniglot.with_paper_defaults(config_of(rotations=rotations)))
+    classification.make_samplers(omniglot.DATA, omniglot.with_paper_defaults(config_of(rotations=rotations)))
     assert given == [rotations] * 3
 
 

@@ -146,14 +146,26 @@ def test_gamma_and_beta_draws(shape):
 
 
 def test_the_best_parameter_of_the_grid_is_chosen():
-    settings = {"num_tasks": 500, "num_arms": 3, "num_pulls": 5}
+    rewards = {1.0: [0.0, 4.0], 0.0: [3.0, 3.0], 0.8: [6.0, 0.0]}
+    best = bandit_strategies.best_parameter(tuple(rewards), lambda parameter: jnp.asarray(rewards[parameter]))
+    assert best == 0.0
+    assert bandit_strategies.best_parameter((), lambda parameter: jnp.zeros(2)) is None
+
+
+def test_strategies_are_compared_at_their_best_parameters(monkeypatch):
     # Epsilon-greedy is best when it is greedy: at 0.
-    strategy = BANDITS["epsilon-greedy"]._replace(grid=(1.0, 0.0, 0.8))
-    assert bandit_strategies.tuned(strategy, jax.random.key(1), **settings) == 0.0
-    assert bandit_strategies.tuned(BANDITS["greedy"], jax.random.key(1), **settings) is None
-    strategy = MDPS["epsilon-greedy"]._replace(grid=(1.0, 0.0, 0.8))
-    assert mdp_strategies.tuned(strategy, jax.random.key(1), num_tasks=200, num_episodes=5) == 0.0
-    assert mdp_strategies.tuned(MDPS["greedy"], jax.random.key(1), num_tasks=200, num_episodes=5) is None
+    key, grid = jax.random.key(1), (1.0, 0.0, 0.8)
+    for module in (bandit_strategies, mdp_strategies):
+        strategies = {
+            "epsilon-greedy": module.STRATEGIES["epsilon-greedy"]._replace(grid=grid),
+            "greedy": module.STRATEGIES["greedy"],
+        }
+        monkeypatch.setattr(module, "STRATEGIES", strategies)
+    of_bandits, _ = bandit_strategies.compare(key, num_tasks=500, num_arms=3, num_pulls=5)
+    of_mdps = mdp_strategies.compare(key, num_tasks=200, num_episodes=5)
+    for found in (of_bandits, of_mdps):
+        assert found["epsilon-greedy"]["parameter"] == 0.0
+        assert found["greedy"]["parameter"] is None
 
 
 @pytest.mark.parametrize(
