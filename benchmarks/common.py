@@ -10,13 +10,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import platform
 import shlex
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,7 +23,7 @@ import jax.numpy as jnp
 import rich.table
 from rich.console import Console
 
-from experiments.runs import RunError, device_name, write_json
+from experiments.runs import RunError, device_name, versions, write_json
 from maml_jax import parallel
 from maml_jax.types import Batch, Episode, MetaState
 
@@ -225,22 +223,13 @@ def write_results(name: str, settings: Output, content: dict[str, Any], *, suffi
         "benchmark": name,
         "command": f"python -m benchmarks.{name} {flags}".strip(),
         "config": json.loads(json.dumps(config, default=str)),
-        "versions": versions("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchopt", "higher"),
+        "versions": versions("torch", "torchopt", "higher"),
         "device": device_name(),
         "load_average": os.getloadavg()[0],
     }
     write_json(file, header | _as_json(content))
     console.print(f"wrote {file}")
     return file
-
-
-def versions(*packages: str) -> dict[str, str]:
-    """Versions of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in packages:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
-    return found
 
 
 def results_folder(settings: Output) -> Path:

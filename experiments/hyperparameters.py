@@ -39,7 +39,8 @@ from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hyp
 from maml_jax.algorithms.hypergradient import Hyperparameters, check_segments, default_segments
 from maml_jax.cost import count_flops, temporary_bytes
 from maml_jax.parallel import each_task
-from maml_jax.types import PRNGKey, SampleEpisodeFn, check_integer
+from maml_jax.tasks.pixels import scale_pixels
+from maml_jax.types import SampleEpisodeFn, check_integer
 
 FILE = "mnist_t10k.npz"
 """The digits: `images` uint8 [10000, 28, 28] and `labels` [10000], the test set of MNIST."""
@@ -235,11 +236,9 @@ def digits_model(hidden: int) -> Model:
     """A fully connected network on uint8 images, with one hidden layer."""
     model = models.mlp(features=(hidden, 10))
 
-    def scaled(images: jax.Array) -> jax.Array:
-        return images.astype(jnp.float32) / 255
-
     return Model(
-        lambda key, images: model.init(key, scaled(images)), lambda params, images: model.apply(params, scaled(images))
+        lambda key, images: model.init(key, scale_pixels(images)),
+        lambda params, images: model.apply(params, scale_pixels(images)),
     )
 
 
@@ -279,11 +278,7 @@ def load_digits(config: Config) -> dict[str, Batch]:
 
 def make_sampler(support: Batch, query: Batch) -> SampleEpisodeFn:
     """The distribution of training runs on `support` that `query` scores; they differ in their keys only."""
-    return jax.tree_util.Partial(_episode, jax.tree.map(jnp.asarray, support), jax.tree.map(jnp.asarray, query))
-
-
-def _episode(support: Batch, query: Batch, key: PRNGKey) -> Episode:
-    return Episode(support, query, key)
+    return jax.tree_util.Partial(Episode, *jax.tree.map(jnp.asarray, (support, query)))
 
 
 # The experiment
@@ -344,27 +339,18 @@ def score(
     """Held-out loss, test loss and test accuracy over fresh training runs, each with its 95 % interval."""
     found = {}
     for split in ("heldout", "test"):
-        loss, info = _split(
-            evaluate_objective(
-                learner,
-                hyperparameters,
-                make_sampler(digits["training"], digits[split]),
-                runs.streams(config.seed).test,
-                num_episodes=config.eval_episodes,
-                mesh=common.mesh_for(config.eval_episodes),
-            )
+        of_runs = evaluate_objective(
+            learner,
+            hyperparameters,
+            make_sampler(digits["training"], digits[split]),
+            runs.streams(config.seed).test,
+            num_episodes=config.eval_episodes,
+            mesh=common.mesh_for(config.eval_episodes),
         )
-        found |= {f"{split}_loss": loss, f"{split}_accuracy": info}
+        (loss, info), (loss_ci95, info_ci95) = of_runs.mean, of_runs.ci95
+        found[f"{split}_loss"] = {"mean": float(loss), "ci95": float(loss_ci95)}
+        found[f"{split}_accuracy"] = {"mean": float(info.metric), "ci95": float(info_ci95.metric)}
     return found
-
-
-def _split(evaluation: Any) -> tuple[dict[str, float], dict[str, float]]:
-    """The loss and the accuracy of an evaluation of `(objective, RunInfo)`."""
-    (loss, info), (loss_ci95, info_ci95) = evaluation.mean, evaluation.ci95
-    return (
-        {"mean": float(loss), "ci95": float(loss_ci95)},
-        {"mean": float(info.metric), "ci95": float(info_ci95.metric)},
-    )
 
 
 def compare(
@@ -376,7 +362,9 @@ def compare(
 ) -> dict[str, Any]:
     """Tunes the other methods with as many training runs, and scores all."""
     layers = list(learned.log_l2)
-    num_runs = training_runs(config)
+    # Those of all meta-steps and validations.
+    num_validations = -(-config.num_meta_steps // config.val_every)
+    num_runs = config.num_meta_steps * config.meta_batch_size + num_validations * config.val_episodes
     episode = make_sampler(digits["training"], digits["heldout"])(runs.streams(config.seed).tune)
     search = make_search(learner, episode)
     start = constant(
@@ -406,12 +394,6 @@ def compare(
         "relative_flops": relative_flops(config, learned, episode),
         "memory": memory(config, layers, episode),
     }
-
-
-def training_runs(config: Config) -> int:
-    """The training runs of all meta-steps and validations."""
-    num_validations = -(-config.num_meta_steps // config.val_every)
-    return config.num_meta_steps * config.meta_batch_size + num_validations * config.val_episodes
 
 
 def relative_flops(config: Config, hyperparameters: Hyperparameters, episode: Episode) -> float:

@@ -577,10 +577,13 @@ def curve(run_dir: Path, num_points: int = 100) -> list[dict[str, float]]:
     ]
 
 
-def versions() -> dict[str, str]:
-    """The versions of what the numbers depend on."""
-    packages = ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy")
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in packages}
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python, of what all numbers depend on, and of those of `packages` that are installed."""
+    found = {"python": platform.python_version()}
+    for name in ("jax", "jaxlib", "flax", "optax", "chex", "orbax-checkpoint", "numpy", *packages):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 def device_name() -> str:

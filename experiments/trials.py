@@ -27,6 +27,7 @@ from maml_jax.types import (
     check_integer,
     check_not_negative,
     check_positive,
+    named_leaves,
 )
 
 TITLES = {"rl2": "RL²", "maml": "MAML"}
@@ -252,13 +253,7 @@ def start_of(experiment: Experiment, config: TrialConfig) -> ArrayTree | None:
     wanted = jax.eval_shape(
         make_policy(problem, config.hyperparameters).init, jax.random.key(0), jnp.zeros((1, problem.num_inputs))
     )
-    here, there = (
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-            for path, leaf in jax.tree.leaves_with_path(tree)
-        }
-        for tree in (wanted, start)
-    )
+    here, there = ({name: leaf.shape for name, leaf in named_leaves(tree).items()} for tree in (wanted, start))
     differing = [
         f"{name} is {there.get(name)} there and {here.get(name)} here"
         for name in sorted(here.keys() | there.keys())

@@ -418,6 +418,12 @@ def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTre
     return sample_episode(key, jax.lax.stop_gradient(params))
 
 
+def named_leaves(tree: ArrayTree) -> dict[str, Any]:
+    """The leaves by their path, such as "norm_0/offset"."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
 def partition(tree: ArrayTree, belongs: Callable[[str, Any], bool]) -> tuple[ArrayTree, ArrayTree]:
     """Divides a tree into two of the same form, with None for the leaves of the other one.
 
@@ -457,9 +463,6 @@ def select(params: ArrayTree, where: Callable[[str], bool] | None) -> tuple[Arra
     check_function("`where`", where, 'lambda name: name.startswith("head")')
     chosen, others = partition(params, lambda name, _: where(name))
     if jax.tree.leaves(others) and not jax.tree.leaves(chosen):
-        names = [
-            jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, _ in jax.tree_util.tree_leaves_with_path(params)
-        ]
+        names = list(named_leaves(params))
         raise ValueError(f"`where` selects none of the parameters {names}; correct the names in it")
     return chosen, others

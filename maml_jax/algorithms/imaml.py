@@ -10,8 +10,18 @@ import jax
 import optax
 
 from maml_jax.algorithms.maml import InnerDescent
-from maml_jax.inner.implicit import check_damping, check_strength, proximal_solution
-from maml_jax.types import LossFn, MetaLearner, Model, check_integer, check_model, check_optimizer, combine, select
+from maml_jax.inner.implicit import check_strength, proximal_solution
+from maml_jax.types import (
+    LossFn,
+    MetaLearner,
+    Model,
+    check_integer,
+    check_model,
+    check_not_negative,
+    check_optimizer,
+    combine,
+    select,
+)
 
 
 def imaml(
@@ -62,7 +72,7 @@ def imaml(
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     check_integer("num_cg_steps", num_cg_steps, at_least=1)
     check_strength(strength)
-    check_damping(damping)
+    check_not_negative("damping", damping)
     check_model(model)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
@@ -108,5 +118,5 @@ class ImplicitDescent(InnerDescent):
         """Raises ValueError for a strength that is not positive, a negative damping, or a count that is too small."""
         super().__post_init__()
         check_strength(self.strength)
-        check_damping(self.damping)
+        check_not_negative("damping", self.damping)
         check_integer("num_cg_steps", self.num_cg_steps, at_least=1)

@@ -25,6 +25,7 @@ from maml_jax.types import (
     Model,
     check_integer,
     check_not_negative,
+    combine,
     partition,
     select,
 )
@@ -147,9 +148,8 @@ def _repeat(count: int, x: jax.Array) -> jax.Array:
 
 def _map_named(function: Callable, params: ArrayTree, named: Callable[[str], bool]) -> ArrayTree:
     """Maps the leaves whose name is `named`."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: function(x) if named(jax.tree_util.keystr(path, simple=True, separator="/")) else x, params
-    )
+    chosen, others = partition(params, lambda name, _: named(name))
+    return combine(jax.tree.map(function, chosen), others)
 
 
 def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_steps: int) -> jax.Array:

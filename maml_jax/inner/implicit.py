@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.loop import inner_loop
-from maml_jax.types import InnerInfo, ObserveFn, check_integer, holds_for
+from maml_jax.types import InnerInfo, ObserveFn, check_integer, check_not_negative, holds_for
 
 
 def proximal_solution(
@@ -57,7 +57,7 @@ def proximal_solution(
       https://arxiv.org/abs/1909.04630
     """
     check_strength(strength)
-    check_damping(damping)
+    check_not_negative("damping", damping)
     num_cg_steps = check_integer("num_cg_steps", num_cg_steps, at_least=1)
 
     def penalty(phi):
@@ -102,12 +102,6 @@ def check_strength(strength: float | jax.Array) -> None:
             f"strength={strength} must be positive and finite: without the proximal term λ/2 ‖φ − θ‖² the solution "
             "does not depend on θ, and the implicit gradient is zero"
         )
-
-
-def check_damping(damping: float | jax.Array) -> None:
-    """Raises ValueError for a damping of conjugate gradients that is negative or not finite; traced arrays pass."""
-    if not holds_for(damping, lambda x: x >= 0):
-        raise ValueError(f"damping={damping} must be 0 or positive, and finite")
 
 
 def conjugate_gradients(

@@ -55,7 +55,7 @@ def test_finite_differences_of_a_network_where_some_parameters_do_not_adapt(x64)
         ({"strength": jnp.array([1.0, jnp.nan])}, "without the proximal term"),
         ({"strength": -1.0}, "strength=-1.0 must be positive"),
         ({"strength": None}, "strength=None must be positive"),
-        ({"damping": -1.0}, "damping=-1.0 must be 0 or positive"),
+        ({"damping": -1.0}, "damping=-1.0 must be a number of at least 0"),
         ({"num_cg_steps": 0}, "num_cg_steps must be an integer of at least 1, got 0"),
     ],
 )

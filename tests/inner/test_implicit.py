@@ -126,7 +126,7 @@ def test_a_missing_proximal_term_is_an_error(strength):
 
 @pytest.mark.parametrize("damping", [-1.0, float("inf")])
 def test_a_damping_that_cannot_be_is_an_error(damping):
-    with pytest.raises(ValueError, match=f"damping={damping} must be 0 or positive, and finite"):
+    with pytest.raises(ValueError, match=f"damping={damping} must be a number of at least 0"):
         solve(THETA, make_episode(jax.random.key(0)).support, damping=damping)
 
 
