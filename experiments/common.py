@@ -218,21 +218,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             content = {"state": of_member(state, index), "best": best[index], "train_seconds": train_seconds}
             checkpoint.save(checkpoints, step, content)
 
-    def program_of(num_steps: int) -> Callable[[MetaState, jax.Array], Any]:
-        sizes = {"meta_batch_size": config.meta_batch_size, "num_steps": num_steps}
-        placed = {"chunk_size": config.chunk_size, "mesh": mesh if is_alone else None}
-        if not is_alone:
-            loop = make_train_loop(learner, optimizer, sample_episode, **sizes, **placed, donate=False)
-            return over_seeds(loop, mesh)
-        if streaming.is_streamed(sample_episode) and jax.process_count() == 1:
-            return streaming.make_train_loop(make_meta_step(learner, optimizer, **placed), sample_episode, **sizes)
-        loop = make_train_loop(learner, optimizer, sample_episode, **sizes, **placed)
-        program = loop.lower(state, train_key).compile()
-        execution["temporary_bytes"] = program.memory_analysis().temp_size_in_bytes
-        return lambda state, key: program(state, key, *loop.data)
-
-    execution: dict[str, int | None] = {}
-    programs: dict[int, Callable] = {}
+    programs: dict[int, Program] = {}
     saved_at = time.monotonic()
     tracking, num_calls = getattr(config, "tracking", OFF), 0
     is_skipped = getattr(config, "on_nonfinite", "stop") == "skip"
@@ -252,13 +238,13 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             with processes.watchdog(f"the meta-steps after step {step}", PROCESS_TIMEOUT_SECONDS):
                 if num_steps not in programs:
                     start = time.perf_counter()
-                    programs[num_steps] = program_of(num_steps)
+                    programs[num_steps] = program_of(training, optimizer, config, mesh, num_steps, state, train_key)
                     seconds["compile"] += time.perf_counter() - start
                 # The second call, because the first has what is made once; the first if there is no other.
                 is_traced = num_calls == 1 or (num_calls == 0 and step + num_steps == config.num_meta_steps)
                 with profiled(members[0].run_dir / "profile", tracking.profile and is_traced):
                     start = time.perf_counter()
-                    state, info = programs[num_steps](state, train_key)
+                    state, info = programs[num_steps].run(state, train_key)
                     info = jax.tree.map(np.asarray, info)
                     elapsed = time.perf_counter() - start
                 num_calls += 1
@@ -299,23 +285,65 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             # Any score of a later validation is higher.
             best[index] = keep_best(best[index], params, np.finfo(np.float32).min, 0, always=True)
         save()
-    first = of_member(state, 0)
+    for index, member in enumerate(members if is_skipped else ()):
+        num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
+        console.print(f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}", markup=False)
+    first, execution = of_member(state, 0), {} if is_alone else {"seeds": len(members)}
     if programs:  # what was trained by another call had devices of its own
-        execution["devices"] = 1 if mesh is None else mesh.size
+        num_devices = 1 if mesh is None else mesh.size
+        longest = programs[max(programs)]
+        execution |= {"devices": num_devices, "temporary_bytes": longest.temporary_bytes}
         execution["chunk_size"] = config.chunk_size or chosen_chunk_size(
-            learner, first, sample_episode, config, execution["devices"] if is_alone else 1
+            learner, first, sample_episode, config, num_devices if is_alone else 1
         )
     execution["flops"] = flops_of_a_meta_step(learner, optimizer, first, sample_episode, config)
+    return [Trained(selected(one), int(one["step"][0]), dict(seconds), dict(execution)) for one in best]
+
+
+class Program(NamedTuple):
+    """The compiled program of several meta-steps.
+
+    Attributes:
+      run: `(state, key) -> (state, info)`; with several seeds, states and keys have a leading axis of seeds.
+      temporary_bytes: its temporary memory on one device; None if it was not asked for.
+    """
+
+    run: Callable[[MetaState, jax.Array], Any]
+    temporary_bytes: int | None = None
+
+
+def program_of(
+    training: Training,
+    optimizer: optax.GradientTransformation | OuterRule,
+    config: Any,
+    mesh: jax.sharding.Mesh | None,
+    num_steps: int,
+    state: MetaState,
+    key: jax.Array,
+) -> Program:
+    """The program of `num_steps` meta-steps; see `train_together`.
+
+    Args:
+      training: what is trained.
+      optimizer: its outer optimiser or rule.
+      config: the settings.
+      mesh: what the tasks are divided over or, with several keys, the seeds.
+      num_steps: meta-steps of one call.
+      state: the state of one seed, or of several, which then have a leading axis.
+      key: the key of the training of one seed, or [seeds].
+    """
+    learner, sample_episode, is_alone = training.learner, training.sample_episode, key.ndim == 0
+    sizes = {"meta_batch_size": config.meta_batch_size, "num_steps": num_steps}
+    placed = {"chunk_size": config.chunk_size, "mesh": mesh if is_alone else None}
+    if is_alone and streaming.is_streamed(sample_episode) and jax.process_count() == 1:
+        meta_step = make_meta_step(learner, optimizer, **placed)
+        return Program(streaming.make_train_loop(meta_step, sample_episode, **sizes))
+    loop = make_train_loop(learner, optimizer, sample_episode, **sizes, **placed, donate=is_alone)
     if not is_alone:
-        execution["seeds"] = len(members)
-    trained = []
-    for index, member in enumerate(members):
-        if is_skipped:
-            num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
-            text = f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}"
-            console.print(text, markup=False)
-        trained.append(Trained(selected(best[index]), int(best[index]["step"][0]), dict(seconds), dict(execution)))
-    return trained
+        return Program(over_seeds(loop, mesh))
+    compiled = loop.lower(state, key).compile()
+    temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
+    return Program(lambda state, key: compiled(state, key, *loop.data), temporary_bytes)
 
 
 def record_of(info: MetaInfo, step: int, elapsed: float, is_skipped: bool) -> dict[str, float]:

@@ -239,9 +239,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         verification = (
             "\n\n## Verification in unseen domains\n\nTrue accept rate in % at a false accept rate of 1 %, mean over "
             "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
-            "seed. All methods are selected on other identities of the source domains. The test has the first six "
-            "images of an identity. Drawings of a character are sorted by their pixels, so these six are more alike "
-            "than six random ones would be, and rates of characters are too high. No published number can be "
+            "seed. All methods are selected on other identities of the source domains. The test has six random "
+            "images of each identity, the same for every method. No published number can be "
             f"compared with these.\n\n{faces.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
         )
     report.write_text(
