@@ -24,8 +24,9 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
+from experiments import runs
 from experiments.cli import Precision, main
-from experiments.export import config_of_run, params_of_run
+from experiments.export import config_of_run
 from experiments.runs import RunError, console
 from maml_jax.portable import INK, PHOTOGRAPH, LearnerConfig, Portable, build_learner, classify, load_learner
 from maml_jax.tasks import drawings, image_files, image_folder
@@ -130,7 +131,7 @@ def open_learner(path: Path, way: int) -> Portable:
         return load_learner(path, way=way)
     config = config_of_run(path)
     learner = build_learner(config, way=way)
-    return Portable(learner, params_of_run(path), dataclasses.replace(config, way=way))
+    return Portable(learner, runs.load(path).params, dataclasses.replace(config, way=way))
 
 
 def check_way(config: LearnerConfig, names: list[str], support: Path) -> None:

@@ -44,7 +44,7 @@ def set_up_jax(precision: str) -> None:
     """Sets matrix precision, the compilation cache, and on a CPU one virtual device per core."""
     jax.config.update("jax_default_matmul_precision", matmul_algorithm(precision))
     if not jax.config.jax_compilation_cache_dir:
-        cache_home = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser()
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache_home / "maml_jax" / "programs"))
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))

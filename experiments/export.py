@@ -16,7 +16,6 @@ from experiments.commands import changed_flags
 from experiments.runs import RunError, console, read_json, read_results, stored_config
 from maml_jax import CATALOGUE
 from maml_jax.portable import INK, PHOTOGRAPH, LearnerConfig, save_learner
-from maml_jax.types import ArrayTree
 
 INPUT_VALUES = {omniglot: INK, images: PHOTOGRAPH}
 """What the numbers of an image mean, by the experiment."""
@@ -44,7 +43,7 @@ def run(config: Config) -> Path:
             f"{config.run_dir} is not finished: it holds no results.json. Run the command that started it again, and "
             "it goes on where it was"
         )
-    save_learner(config.file, params_of_run(config.run_dir), learner_config, overwrite=config.overwrite)
+    save_learner(config.file, runs.load(config.run_dir).params, learner_config, overwrite=config.overwrite)
     console.print(f"{config.file}: {config.file.stat().st_size / 1e3:.0f} kB, {learner_config.made_by}", markup=False)
     return config.file
 
@@ -88,16 +87,6 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
         input_values=INPUT_VALUES[module],
         made_by=made_by(run_dir, config),
     )
-
-
-def params_of_run(run_dir: Path) -> ArrayTree:
-    """The parameters that a run has selected. With --population their statistics are computed again, from its data.
-
-    Raises:
-      FileNotFoundError: if the data are needed and not where the run has found them.
-      RunError: if the run has no checkpoint.
-    """
-    return runs.load(run_dir).params
 
 
 def made_by(run_dir: Path, config: ClassificationConfig) -> str:

@@ -17,6 +17,7 @@ from experiments import (
     cli,
     domains,
     faces,
+    faces_report,
     few_shot_report,
     figures,
     published,
@@ -241,7 +242,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
             "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
             "seed. All methods are selected on other identities of the source domains. The test has six random "
             "images of each identity, the same for every method. No published number can be "
-            f"compared with these.\n\n{faces.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
+            f"compared with these.\n\n{faces_report.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
         )
     report.write_text(
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
@@ -284,7 +285,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     rl_report.draw(report.parent / "figures", of, flags_but_seed)
     if characters := [result for result in of["faces"] if result["config"]["data"] == "characters"]:
         figures.roc(
-            report.parent / "figures" / "faces.png", faces.curves_of(faces.labelled(characters, flags_but_seed))
+            report.parent / "figures" / "faces.png", faces.curves_of(faces_report.labelled(characters, flags_but_seed))
         )
     if of["translation"]:
         translation_report.draw(report.parent / "figures" / "translation.png", of["translation"], flags_but_seed)

@@ -294,11 +294,13 @@ def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
 
     An array that is traced has no value yet; it counts as one that does. What is no number does not.
     """
-    if isinstance(value, jax.core.Tracer):
-        return True
     if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
         return False
-    return bool(np.all(np.isfinite(value) & condition(np.asarray(value))))
+    try:
+        found = np.asarray(value)
+    except jax.errors.TracerArrayConversionError:
+        return True
+    return bool(np.all(np.isfinite(found) & condition(found)))
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -208,7 +208,7 @@ def test_a_pretrained_classifier_has_a_row_for_each_head(tmp_path, data, selecto
 def test_a_file_of_export_is_tested_as_the_run_is(tmp_path, directories, data, algorithm):
     file = tmp_path / f"{algorithm}.npz"
     config = export.config_of_run(directories[algorithm])
-    portable.save_learner(file, export.params_of_run(directories[algorithm]), config)
+    portable.save_learner(file, runs.load(directories[algorithm]).params, config)
     (of_run,), (of_file,) = (cross_domain.methods_of(path) for path in (directories[algorithm], file))
     assert (of_file.normalisation, of_file.way, of_file.is_fixed) == (of_run.normalisation, of_run.way, of_run.is_fixed)
     assert "python -m experiments.omniglot" in of_file.training

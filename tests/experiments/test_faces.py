@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import faces, runs
+from experiments import faces, faces_report, runs
 from maml_jax import Batch, Episode, losses
 
 TINY = {"num_meta_steps": 4, "val_every": 2, "log_every": 1, "identities": 3}
@@ -229,7 +229,8 @@ def test_differences_are_paired_by_seed():
         result("mldg", s, 0.31 + 0.1 * s) for s in range(3)
     ]
     rows = [
-        [c.strip() for c in line.split("|")[1:-1]] for line in faces.section(results, lambda r: []).splitlines()[4:]
+        [c.strip() for c in line.split("|")[1:-1]]
+        for line in faces_report.section(results, lambda r: []).splitlines()[4:]
     ]
     assert rows[0][1:] == ["edges", "3", "40.00 ± 24.84", ""]
     assert rows[1][3:] == ["41.00 ± 24.84", "1.00 ± 0.00"]
@@ -238,9 +239,9 @@ def test_differences_are_paired_by_seed():
     def flags_of(result):  # of other data, and of the method
         return ["--identities 6", *["--first-order", "--num-held-out 2"] * (result["algorithm"] == "mldg")]
 
-    text = faces.section(results, flags_of)
+    text = faces_report.section(results, flags_of)
     assert "`--first-order`, `--num-held-out 2` | edges | 3 | 41.00 ± 24.84 | 1.00 ± 0.00 |" in text
-    assert faces.section([], lambda r: []) == ""
+    assert faces_report.section([], lambda r: []) == ""
 
 
 def test_tested_identities_are_seen_in_the_held_out_renderings(characters):
