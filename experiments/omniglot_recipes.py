@@ -97,7 +97,7 @@ METHODS["protonets"] = dataclasses.replace(METHODS["protonets"], **_PROTONETS)
 # How matching networks were trained is not published; the rate is that of R2-D2.
 METHODS["matching"] = dataclasses.replace(METHODS["matching"], **_PROTONETS | {"outer_lr": 5e-3})
 METHODS["r2d2"] = dataclasses.replace(METHODS["r2d2"], **_PROTONETS | {"network": "multi-scale", "outer_lr": 5e-3})
-METHODS["siamese"] = dataclasses.replace(METHODS["siamese"], **_PROTONETS | {"train_way": 20})
+METHODS["siamese"] = dataclasses.replace(METHODS["siamese"], **_PROTONETS | {"train_way": 20, "outer_half_life": 4_000})
 METHODS["pretrained-classifier"] = dataclasses.replace(
     METHODS["pretrained-classifier"],
     **_PROTONETS | {"train_way": None, "num_meta_steps": 4_000, "eval_inner_steps": 100},
