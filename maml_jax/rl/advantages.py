@@ -62,18 +62,26 @@ def generalised_advantages(
     What comes after the last time step has the value 0, as has what comes after the end of a trajectory.
 
     Args:
-      reward: [H, N].
-      value: V(s_t) [H, N].
-      mask: [H, N], 1 where a time step belongs to its trajectory.
+      reward: [H, ...], time first.
+      value: V(s_t), of the same shape.
+      mask: of the same shape, 1 where a time step belongs to its trajectory.
       discount: γ.
       decay: λ. With 1 it is the return minus the value, with 0 the error of one step.
 
     Returns:
-      [H, N], 0 where the mask is 0.
+      [H, ...], 0 where the mask is 0.
+
+    Raises:
+      ValueError: if the shapes differ.
 
     References:
       Schulman et al., 2016, equation 16. https://arxiv.org/abs/1506.02438
     """
+    shapes = [list(jnp.shape(x)) for x in (reward, value, mask)]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"reward, value and mask must have one shape, time first, got {shapes[0]}, {shapes[1]} and {shapes[2]}"
+        )
     goes_on = jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
     following = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
     error = (reward + discount * goes_on * following - value) * mask

@@ -1,5 +1,7 @@
 """Returns, advantages and the linear baseline, against sums and numpy's least squares."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +36,14 @@ def test_advantages_are_sums_of_errors(decay, x64):
     if decay == 1.0:
         returns = rl.discounted_returns(jnp.asarray(REWARD), 0.9)
         np.testing.assert_allclose(found, (returns - VALUE) * MASK, rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", [{"value": VALUE[:, 0]}, {"value": VALUE.T}, {"mask": MASK[:, :1]}])
+def test_shapes_that_would_be_broadcast_are_refused(wrong):
+    arrays = {"reward": REWARD, "value": VALUE, "mask": MASK} | wrong
+    (shape,) = (list(array.shape) for array in wrong.values())
+    with pytest.raises(ValueError, match=rf"must have one shape, time first, got \[6, 3\], .*{re.escape(str(shape))}"):
+        rl.generalised_advantages(**arrays, discount=0.9, decay=0.5)
 
 
 def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
