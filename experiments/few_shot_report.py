@@ -39,7 +39,8 @@ BELOW_PUBLISHED = """Where a number is below the published one:
   one image its test is 0.4 below the published number, more than the interval.
 - **Siamese networks**: those of the published number were fine-tuned on the support set, and ours are not. Two of the
   four numbers are above the published ones, and two below.
-- **The memory module** of the paper has pooling, and reaches 98.4 / 99.6 / 95.0 / 98.6. Ours has stride 2.
+- **The memory module** of the paper has pooling, and reaches 98.4 / 99.6 / 95.0 / 98.6. Ours has stride 2. Its
+  validation accuracy is 95.8 % at 10,000 meta-steps and at most 95.9 %, at 17,500: longer training adds little.
 - **The neural statistician** is far smaller than the published network, and trained without dilated images.
 
 Other differences: images are 28x28 by nearest neighbour, as in MAML's code. Those of MANN and the LSTM are reduced to
