@@ -107,9 +107,7 @@ SMALL = TINY | {"way": 2, "network": "conv4", "filters": 3, "pooling": False, "e
 def run_in_settings(run_dir, algorithm, settings, **changes):
     """The results of a run that is tested in some settings, (way, shot) each."""
     config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=run_dir, **SMALL | changes)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(omniglot, "DATA", dataclasses.replace(omniglot.DATA, settings=settings))
-        return omniglot.run(config)
+    return classification.run(dataclasses.replace(omniglot.DATA, settings=settings), config)
 
 
 @pytest.fixture(scope="module")
