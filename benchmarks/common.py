@@ -251,16 +251,17 @@ def _as_json(content: Any) -> Any:
 
 @contextlib.contextmanager
 def figure(name: str, settings: Output, *, columns: int = 1, width: float = 4.5) -> Iterator[Any]:
-    """Yields a list of `columns` axes, each `width` inches wide, then writes NAME.png. No display is needed."""
+    """Yields a list of `columns` axes, each `width` inches wide, then writes NAME.png and NAME.pdf."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(1 + width * columns, 4), layout="constrained")
     FigureCanvasAgg(drawing)
     yield list(drawing.subplots(1, columns, squeeze=False)[0])
-    file = results_folder(settings) / f"{name}.png"
-    drawing.savefig(file, dpi=120)
-    console.print(f"wrote {file}")
+    for suffix, metadata in ((".png", None), (".pdf", {"CreationDate": None})):
+        file = results_folder(settings) / f"{name}{suffix}"
+        drawing.savefig(file, dpi=120, metadata=metadata)
+        console.print(f"wrote {file}")
 
 
 def draw_bars(axes: Any, values: dict[str, float], label: str) -> None:

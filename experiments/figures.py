@@ -1,5 +1,6 @@
 """Figures of the experiments."""
 
+import io
 import itertools
 import math
 import os
@@ -37,11 +38,14 @@ def save(figure: plt.Figure, file: Path) -> None:
     files = [file, file.with_suffix(".pdf")] if file.suffix == ".png" else [file]
     try:
         for target in files:
+            # In memory first: on a full disk matplotlib hides the error of the system behind one of its own.
+            drawn = io.BytesIO()
+            # Without a date, equal figures are equal files.
+            metadata = {"CreationDate": None} if target.suffix == ".pdf" else None
+            figure.savefig(drawn, dpi=120, format=target.suffix[1:], metadata=metadata)
             partial = target.with_name(f".{target.name}")
             try:
-                # Without a date, equal figures are equal files.
-                metadata = {"CreationDate": None} if target.suffix == ".pdf" else None
-                figure.savefig(partial, dpi=120, format=target.suffix[1:], metadata=metadata)
+                partial.write_bytes(drawn.getvalue())
                 os.replace(partial, target)
             except OSError as error:
                 partial.unlink(missing_ok=True)

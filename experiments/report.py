@@ -74,7 +74,9 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     picture = run_dir / "figures" / "behaviour.png"
     picture_name = rl_report.BEHAVIOUR.get((results["experiment"], results.get("algorithm")))
     if picture_name and picture.exists() and results["seed"] == 0 and not flags:
-        shutil.copy(picture, results_dir.parent / "figures" / picture_name)
+        kept = results_dir.parent / "figures" / picture_name
+        for suffix in (".png", ".pdf"):
+            shutil.copy(picture.with_suffix(suffix), kept.with_suffix(suffix))
     return file
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+from pathlib import Path
 
 import chex
 import jax
@@ -335,3 +336,23 @@ def test_the_file_of_a_published_network_is_small(tmp_path):
     save_learner(tmp_path / "maml.npz", random_params(config), config)
     assert (tmp_path / "maml.npz").stat().st_size < 1_000_000
     assert portable.FORMAT == 1
+
+
+@pytest.mark.parametrize("name", ["maml", "protonets"])
+def test_the_files_of_the_project_learn_new_symbols(name):
+    file = Path(__file__).parents[1] / "experiments" / "pretrained" / f"omniglot_{name}.npz"
+    assert file.stat().st_size < 1e6
+    steps = np.arange(5, 23)
+    strokes = [(steps, 14), (14, steps), (steps, steps), (steps, 27 - steps), (5, steps)]
+
+    def drawn(down, right):
+        images = np.zeros((5, 28, 28, 1), np.float32)
+        for image, (rows, columns) in zip(images, strokes, strict=True):
+            for thick in (0, 1):
+                image[rows + down + thick, columns + right] = 1.0
+        return images
+
+    queries = np.concatenate([drawn(1, 0), drawn(0, -2), drawn(-2, 1)])
+    found = classify(load_learner(file), Batch(drawn(0, 0), np.arange(5)), queries)
+    accuracy = np.mean(np.asarray(found).argmax(-1) == np.tile(np.arange(5), 3))
+    assert accuracy >= 0.8, found

@@ -1,6 +1,7 @@
 """The report is what the committed results say, and the README's examples run."""
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -358,10 +359,12 @@ def test_the_picture_of_what_a_policy_does_is_taken_from_the_run_with_the_defaul
     run_dir, experiments = tmp_path / "run", tmp_path / "experiments"
     for folder in (run_dir / "figures", experiments / "results", experiments / "figures"):
         folder.mkdir(parents=True)
-    (run_dir / "figures" / "behaviour.png").write_bytes(b"picture")
+    for suffix in (".png", ".pdf"):
+        (run_dir / "figures" / f"behaviour{suffix}").write_bytes(b"picture")
     (run_dir / "results.json").write_text((RESULTS / f"navigation_maml_{name}.json").read_text())
     report.add(run_dir, experiments / "results")
-    assert (experiments / "figures" / "navigation_behaviour.png").exists() == expected
+    for suffix in (".png", ".pdf"):
+        assert (experiments / "figures" / f"navigation_behaviour{suffix}").exists() == expected
 
 
 def test_adding_never_replaces_other_results(tmp_path):
@@ -375,3 +378,19 @@ def test_adding_never_replaces_other_results(tmp_path):
     (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"seconds": {}}))
     with pytest.raises(ValueError, match="holds other results of the same command; delete it"):
         report.add(tmp_path / "run", tmp_path / "results")
+
+
+@pytest.mark.parametrize("full", [".png", ".pdf"])
+def test_a_figure_on_a_full_disk_is_named_and_leaves_no_part(full, tmp_path, monkeypatch):
+    write = Path.write_bytes
+
+    def write_bytes(file, content):
+        if file.suffix == full:
+            write(file, content[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(file, content)
+
+    monkeypatch.setattr(Path, "write_bytes", write_bytes)
+    with pytest.raises(OSError, match=rf"the figure .*curve\{full} cannot be written: .*No space left"):
+        figures.learning_curves(tmp_path / "curve.png", {"maml": [[{"step": n, "loss": 1.0} for n in (1, 2)]]})
+    assert sorted(file.name for file in tmp_path.iterdir()) == (["curve.png"] if full == ".pdf" else [])
