@@ -53,6 +53,8 @@ _RECORDS = {"method": "hyperparameters", "tracking": "tracking"}
 _OWN_GROUPS = ("algorithm", *_RECORDS.values())
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+"""A file or directory whose text in --help says what is done without it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from rich.table import Table
 
 from experiments import classification, domains, figures, pictures, runs, sinusoid
 from experiments.classification import DataSet
-from experiments.cli import Precision, check_seed, main
+from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
 from experiments.runs import RunError, console, format_mean
 from maml_jax import checkpoint, evaluate, losses
@@ -50,7 +50,7 @@ class Config:
     """Episodes of the test; 0 for none, and then runs need no checkpoint. Domains are tested on all examples."""
     seed: int = 0
     """Seed of these episodes. Its episodes are those of the test of a run with the same --seed."""
-    figure: Path | None = None
+    figure: OptionalPath = None
     """The file for the learning curves: .png, .pdf or .svg. By default none is drawn."""
     json: bool = False
     """Print JSON in place of tables. It holds the score of every episode."""

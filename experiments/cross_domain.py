@@ -28,7 +28,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from experiments import classification, figures, packs, runs
-from experiments.cli import Precision, main
+from experiments.cli import OptionalPath, Precision, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, ensemble, losses
 from maml_jax.algorithms.classifier import Head, pretrained_classifier
@@ -53,7 +53,10 @@ class Config:
     """What is tested on what."""
 
     experiment: ClassVar[str] = "cross_domain"
-    learners: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN-OR-FILE [RUN-OR-FILE ...]")]
+    learners: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN-OR-FILE [RUN-OR-FILE ...]", help_behavior_hint="(required)"),
+    ]
     """Run directories of experiments.omniglot or images, and files of experiments.export (.npz)."""
     data_sets: tuple[packs.Name, ...] = packs.NAMES
     """The data sets. All but Omniglot are read from --packs-dir."""
@@ -65,13 +68,13 @@ class Config:
     """How a pretrained classifier is tested; fine-tuned is slow."""
     seed: int = 0
     """Seed of the episodes."""
-    packs_dir: Path | None = None
+    packs_dir: OptionalPath = None
     """The directory of the packs; by default $MAML_JAX_PACKS."""
-    data_dir: Path | None = None
+    data_dir: OptionalPath = None
     """Where Omniglot is, as in experiments.omniglot; by default $TFDS_DATA_DIR, else ~/tensorflow_datasets."""
     precision: Precision = "float32"
     """Precision of matrix products, on devices that have a choice."""
-    run_dir: Path | None = None
+    run_dir: OptionalPath = None
     """Where results.json and the figure are written; by default runs/cross-domain-SEED."""
 
     def __post_init__(self) -> None:

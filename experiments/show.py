@@ -18,7 +18,7 @@ import tyro
 from rich.markup import escape
 
 from experiments import classification, figures, pictures, runs
-from experiments.cli import Precision, check_seed, main
+from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.compare import (
     Run,
     check_checkpoint,
@@ -44,7 +44,7 @@ class Config:
     """Episodes; one figure each, as .png and as .pdf, or one row each of a figure of behaviour."""
     seed: int = 0
     """Seed of the episodes. Its episodes are the first ones of the test of a run with the same --seed."""
-    out: Path | None = None
+    out: OptionalPath = None
     """The directory for the figures; by default figures/ in the run directory."""
     precision: Precision = "float32"
     """Precision of matrix products, on devices that have a choice."""
