@@ -52,6 +52,12 @@ _RECORDS = {"method": "hyperparameters", "tracking": "tracking"}
 """The settings that are records, by the name of their group."""
 _OWN_GROUPS = ("algorithm", *_RECORDS.values())
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
+OUT_OF_MEMORY = (
+    "the memory of the device does not suffice; compute fewer tasks together with a smaller --chunk-size, make tasks "
+    "smaller, or leave the photographs on the host with --stream, where the experiment has these flags. A run goes on "
+    "from its last checkpoint. JAX says: {}"
+)
+"""What is said about an allocation that failed."""
 Precision = Literal["float32", "tensorfloat32", "bfloat16"]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
 """A file or directory whose text in --help says what is done without it."""
@@ -190,14 +196,19 @@ def parse(
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     if not isinstance(configs, Mapping):
         return tyro.cli(configs, prog=program, description=description, args=arguments, config=style)
-    grouped = tyro.extras.subcommand_type_from_defaults(
-        {name: _grouped(config) for name, config in configs.items()},
-        dict(about or {}),
-        prefix_names=False,
-        sort_subcommands=False,
-    )
-    arguments = _with_method(arguments, list(configs))
-    parsed = tyro.cli(grouped, prog=program, description=description, args=arguments, config=style)
+    first, *rest = _with_method(arguments, list(configs))
+    about = dict(about or {})
+    if first in configs:  # the parser of one method, because that of all takes seconds
+        kind, description, arguments = type(_grouped(configs[first])), about.get(first, description), rest
+        program = program and f"{program} {first}"
+    else:
+        kind = tyro.extras.subcommand_type_from_defaults(
+            {name: _grouped(config) for name, config in configs.items()},
+            about,
+            prefix_names=False,
+            sort_subcommands=False,
+        )
+    parsed = tyro.cli(kind, prog=program, description=description, args=arguments, config=style)
     return _ungrouped(parsed, configs)
 
 
@@ -342,8 +353,11 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
             raise
         Console(stderr=True).print("stopped; a run goes on from its last checkpoint with the same command")
         sys.exit(128 + signal.SIGINT)
-    except (RunError, ValueError, OSError, processes.ProcessError) as error:
-        if os.environ.get("MAML_JAX_TRACEBACK"):
+    except (RunError, ValueError, OSError, processes.ProcessError, jax.errors.JaxRuntimeError) as error:
+        message = str(error)
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            message = OUT_OF_MEMORY.format(message) if "RESOURCE_EXHAUSTED" in message else None
+        if message is None or os.environ.get("MAML_JAX_TRACEBACK"):
             raise
-        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
         sys.exit(2)

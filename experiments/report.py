@@ -10,6 +10,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -37,7 +38,7 @@ PAGES = (HERE.parent / "README.md", HERE / "GUIDE.md")
 class Config:
     """What to take in."""
 
-    add: tuple[Path, ...] = ()
+    add: Annotated[tuple[Path, ...], tyro.conf.arg(help_behavior_hint="")] = ()
     """Run directories whose results.json is copied to experiments/results."""
 
 

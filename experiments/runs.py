@@ -73,14 +73,18 @@ class RunError(Exception):
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Writes a JSON file atomically, with null for numbers that are not finite. Only process 0 writes.
+    """`write_text` of a JSON file, with null for numbers that are not finite."""
+    write_text(file, json.dumps(finite(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file atomically. Only process 0 writes.
 
     Raises:
       RunError: if it cannot be written.
     """
     if jax.process_index() > 0:
         return
-    text = json.dumps(finite(content), indent=1, allow_nan=False) + "\n"
     partial = file.with_name(file.name + ".partial")
     with _named_if_not_written(file):
         partial.write_text(text)
@@ -426,10 +430,7 @@ def metrics_log(run_dir: Path, step: int) -> Iterator[Callable[[dict], None]]:
         return
     file = run_dir / "metrics.jsonl"
     kept = [json.dumps(record) + "\n" for record in read_log(run_dir) if record["step"] <= step]
-    partial = file.with_name(file.name + ".partial")
-    with _named_if_not_written(file):
-        partial.write_text("".join(kept))
-        os.replace(partial, file)
+    write_text(file, "".join(kept))
 
     def write(record: dict) -> None:
         with _named_if_not_written(file), open(file, "a") as stream:

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from experiments.runs import RunError, as_json
+from experiments.runs import RunError, as_json, write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def run_identity(run_dir: Path) -> str:
     """A name of the run that stays the same when it is resumed, kept in RUN/wandb-id."""
     file = run_dir / "wandb-id"
     if not file.exists():
-        file.write_text(uuid.uuid4().hex)
+        write_text(file, uuid.uuid4().hex)
     return file.read_text()
 
 

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from experiments import bandits, cli, domains, omniglot, sinusoid
@@ -67,6 +69,23 @@ def test_an_interruption_ends_in_a_sentence(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert "a run goes on from its last checkpoint with the same command" in capsys.readouterr().err
+
+
+def test_a_device_without_memory_ends_in_a_paragraph(capsys):
+    with pytest.raises(SystemExit) as ended, cli.mistakes_in_one_paragraph():
+        jnp.zeros(1 << 60, jnp.int8).block_until_ready()
+    assert ended.value.code == 2
+    assert "with a smaller --chunk-size" in capsys.readouterr().err
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), cli.mistakes_in_one_paragraph():
+        raise jax.errors.JaxRuntimeError("INTERNAL: this is a fault of the program")
+
+
+def test_a_mistake_is_explained_by_the_help_of_the_method(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(omniglot.METHODS, "", ["boil", "--inner-lrr", "1"], program="python -m experiments.omniglot")
+    said = capsys.readouterr().err
+    assert "--inner-lr FLOAT" in said
+    assert "run python -m experiments.omniglot boil --help" in said
 
 
 def test_without_a_method_it_is_maml():
