@@ -411,11 +411,16 @@ def gradient_based(of: Mapping[str, Sequence[dict]]) -> list[dict]:
     return [r for r in of["omniglot"] if r["meta_steps"] and not CATALOGUE[r["algorithm"]].classifies]
 
 
+def published_runs(of: Mapping[str, Sequence[dict]]) -> list[dict]:
+    """`gradient_based` with the paper's settings and its number of meta-steps."""
+    return [result for result in gradient_based(of) if as_published(result)]
+
+
 def tables(of: Mapping[str, Sequence[dict]]) -> dict[str, str]:
     """The tables by the names of their markers in other pages; `of` has the results by experiment."""
     results = gradient_based(of)
     return {
-        "omniglot": omniglot_table([result for result in results if as_published(result)]),
+        "omniglot": omniglot_table(published_runs(of)),
         "omniglot-budget": budget_table(equal_budget(results)),
         "omniglot-variations": omniglot_table([result for result in results if departures(result)]),
         "omniglot-instances": instance_table([result for result in of["omniglot"] if "instances" in result]),
@@ -449,7 +454,6 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
       of: the results by experiment.
       of_name: what `tables` gives.
     """
-    full = [result for result in gradient_based(of) if as_published(result)]
     photographs = other_kinds = ""
     if of["images"]:
         photographs = (
@@ -477,7 +481,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
         "transductive: the queries of an episode are normalised together. GFLOP a task are the counted operations of a "
         "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
         "which grows with the tasks that are computed together. The ratio to FOMAML is in parentheses. On the GPU four "
-        f"trainings ran at once, so its times are upper bounds.\n\n{omniglot_table(full, with_costs=True)}\n\n"
+        "trainings ran at once, so its times are upper bounds.\n\n"
+        f"{omniglot_table(published_runs(of), with_costs=True)}\n\n"
         f"{shorter_trainings(gradient_based(of))}"
         "### Equal meta-steps\n\n5-way 1-shot, the same recipes with fewer meta-steps. Each method has the rates, the "
         "schedule and the meta-batch of its paper, so equal numbers of meta-steps are not equal numbers of tasks, and "
@@ -504,7 +509,7 @@ def draw(directory: Path, of: Mapping[str, Sequence[dict]]) -> None:
     if records := all_methods([result for result in of["omniglot"] if result["meta_steps"] and on_cpu(result)]):
         figures.accuracy_against_time(directory / "omniglot_all.png", longest(records, figures.TIMED_SETTINGS))
     shown = defaultdict(list)
-    for result in equal_budget(gradient_based(of)):
+    for result in sorted(equal_budget(gradient_based(of)), key=order_of):
         shown[result["algorithm"]].append(result)
     if shown:
         of_method = relative_costs()

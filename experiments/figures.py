@@ -13,7 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import LogFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.axis import Axis
+from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
 from experiments.runs import mean_and_interval
 from experiments.verification import ROC_POINTS
@@ -23,6 +24,17 @@ MARKERS = "osD^v<>pP*X"
 DASHES = ("-", "--", ":", "-.")
 TIMED_SETTINGS = ((5, 1), (20, 1))
 """Way and shot of the panels of `accuracy_against_time`."""
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """The line of a number, which can be told from its neighbours in grey too."""
+    color = f"C{index % 10}"
+    return {
+        "color": color,
+        "linestyle": DASHES[index % len(DASHES)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "markerfacecolor": "white" if index % 2 else color,
+    }
 
 
 def title(algorithm: str) -> str:
@@ -101,17 +113,57 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     for axes, shot in zip(row[0], shots, strict=True):
         for index, (label, of_label) in enumerate(evaluations.items()):
             medians = [e["metrics"]["mse"]["median"] for e in of_label if e["shot"] == shot]
-            axes.plot(
-                np.asarray(medians, float).mean(0),
-                marker=MARKERS[index % len(MARKERS)],
-                color=plt.get_cmap("tab20")(index % 20),
-                markersize=4,
-                label=title(label),
-            )
+            axes.plot(np.asarray(medians, float).mean(0), markersize=5, label=title(label), **line_style(index))
         axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", yscale="log", ylim=(1e-3, 10))
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("median squared error on new points")
     figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    save(figure, file)
+
+
+def orders(
+    file: Path,
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
+    panels: Mapping[tuple[str, str], Mapping[str, Any]],
+) -> None:
+    """First against second order: the training objective, and the score of the test against inner steps.
+
+    Args:
+      file: the figure to write.
+      curves: by label, the records of metrics.jsonl of each seed.
+      panels: by title and name of the score, the score after 0, 1, ... inner steps of each seed, [seeds, K+1], by
+        label. Errors have a logarithmic axis. The band goes from the smallest to the largest seed.
+    """
+    figure, (training, *tests) = _panels(1 + len(panels))
+    labels = list(dict.fromkeys([*curves, *(label for panel in panels.values() for label in panel)]))
+    styles = {label: line_style(index) for index, label in enumerate(labels)}
+
+    def draw(axes: plt.Axes, label: str, steps: Sequence[int], of_seeds: np.ndarray) -> None:
+        style = styles[label] | {"markersize": 5, "markevery": max(1, len(steps) // 10)}
+        axes.plot(steps, of_seeds.mean(0), label=label, **style)
+        axes.fill_between(steps, of_seeds.min(0), of_seeds.max(0), alpha=0.2, color=style["color"])
+
+    for label, seeds in curves.items():
+        losses = np.array([[record["loss"] for record in of_seed] for of_seed in seeds], float)
+        draw(training, label, [record["step"] for record in seeds[0]], losses)
+    training.set(title="sinusoids, training", xlabel="meta-steps", ylabel="objective", yscale="log")
+    training.xaxis.set_major_locator(MaxNLocator(4))
+    for axes, ((text, score), panel) in zip(tests, panels.items(), strict=True):
+        adapted = []
+        for label, of_seeds in panel.items():
+            values = np.asarray(of_seeds, float)
+            draw(axes, label, range(values.shape[1]), values)
+            adapted += [values[:, 1:].min(), values[:, 1:].max()]
+        axes.set(title=text, xlabel="inner steps at test", ylabel=score)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        if "error" in score:
+            axes.set_yscale("log")
+        else:  # before the first step all guess
+            axes.set_ylim(min(adapted) - 4, max(adapted) + 1)
+    for axes in (training, *tests):
+        if axes.get_yscale() == "log":
+            _plain_logarithmic(axes.yaxis)
+    _legend_below(figure, [training, *tests])
     save(figure, file)
 
 
@@ -139,21 +191,21 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
       work: the time of training by algorithm, in tasks of FOMAML; those of others are not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+    lowest = 100.0
     for index, (algorithm, seeds) in enumerate(results.items()):
         found = [result["metrics"]["accuracy"] for result in seeds]
         mean = 100 * np.mean([of_seed["mean"] for of_seed in found], axis=0)
-        marker = MARKERS[index % len(MARKERS)]
-        shown = np.arange(min(len(mean), 17))
-        line = left.plot(shown, mean[shown], marker=marker, markersize=4, label=title(algorithm))[0]
+        shown, style = np.arange(min(len(mean), 17)), line_style(index)
+        left.plot(shown, mean[shown], markersize=5, label=title(algorithm), **style)
+        lowest = min(lowest, *mean[1:])
         if algorithm in work:
             last, bar = mean_and_bar([(100 * of_seed["mean"][-1], 100 * of_seed["ci95"][-1]) for of_seed in found])
-            right.errorbar(work[algorithm] / 1000, last, bar, fmt=marker, color=line.get_color(), capsize=3)
-    left.set(xlabel="inner steps at test", ylabel="test accuracy, %")
+            right.errorbar(work[algorithm] / 1000, last, bar, capsize=3, **style | {"linestyle": "none"})
+    left.set(xlabel="inner steps at test", ylabel="test accuracy, %", ylim=(lowest - 4, None))
+    left.set_title("before the first step all guess", fontsize=10)
     right.set(xlabel="time of training, in thousands of FOMAML's tasks", ylabel="test accuracy after the last step, %")
     right.set_xscale("log")
-    right.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    right.xaxis.set_major_formatter("{x:g}")
-    right.xaxis.set_minor_locator(NullLocator())
+    _plain_logarithmic(right.xaxis)
     right.margins(x=0.25)
     for axes in (left, right):
         axes.grid(alpha=0.3)
@@ -168,20 +220,25 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
       file: the PNG to write.
       records: as `experiments.few_shot_report.all_methods` returns them.
     """
-    figure, row = plt.subplots(1, len(TIMED_SETTINGS), figsize=(14, 5), layout="constrained")
+    figure, row = plt.subplots(1, len(TIMED_SETTINGS), figsize=(14, 5), sharey=True, layout="constrained")
     drawn = {}
     for index, record in enumerate(records):
         for axes, setting in zip(row, TIMED_SETTINGS, strict=True):
             if setting in record["accuracy"]:
-                mean, bar = mean_and_bar([(100 * mean, 100 * ci95) for mean, ci95 in record["accuracy"][setting]])
+                mean, bar = mean_and_bar(record["accuracy"][setting])
                 label = f"{record['name'].replace('`', '')}, {record['first']['meta_steps']:,}"
                 if record["first"]["algorithm"] == "leo":
                     label += " (without its features)"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
                 style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
                 drawn[label] = axes.errorbar(record["minutes"][setting], mean, bar, capsize=3, **style)
-            axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log")
+            # The last points below 100 % are the dear ones, and on this axis they are as wide as the first.
+            axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log", yscale="logit")
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
+            axes.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99]))
+            axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+            _plain_logarithmic(axes.xaxis)
             axes.grid(alpha=0.3)
     if drawn:
         title_of_legend = "method, meta-steps"
@@ -203,12 +260,7 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     losses = [record["loss"] for seeds in logs.values() for of_seed in seeds for record in of_seed if "loss" in record]
     is_log, lines = 0 < min((loss for loss in losses if loss is not None), default=0.0) < math.inf, {}
     for index, (label, seeds) in enumerate(logs.items()):
-        style = {
-            "color": f"C{index % 10}",
-            "linestyle": DASHES[index % len(DASHES)],
-            "marker": MARKERS[index % len(MARKERS)],
-            "markersize": 5,
-        }
+        style = line_style(index) | {"markersize": 5}
         text = title(label) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
         for axes, name in zip(row[0], ("loss", "val"), strict=False):
             shown = [[(record["step"], record[name]) for record in of_seed if name in record] for of_seed in seeds]
@@ -223,8 +275,7 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     row[0][0].set_title("training objective; methods may have different ones", fontsize=10)
     if is_log:
         row[0][0].set_yscale("log")
-        row[0][0].yaxis.set_major_formatter("{x:g}")
-        row[0][0].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        _plain_logarithmic(row[0][0].yaxis)
     if is_validated:
         row[0][1].set_title("validation score", fontsize=10)
     for axes in row[0]:
@@ -308,9 +359,8 @@ def returns(
         metrics = [result["evaluations"][0]["metrics"]["return"] for result in of_seeds]
         means = np.array([metric["mean"] for metric in metrics], float)
         half = np.array(metrics[0]["ci95"] if len(metrics) == 1 else mean_and_interval(means)["ci95"], float)
-        style = {"color": f"C{index % 10}", "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
         text = label + (f", {len(metrics)} seeds" if len(metrics) > 1 else "")
-        axes.errorbar(range(means.shape[1]), means.mean(0), half, linestyle=DASHES[index % 4], label=text, **style)
+        axes.errorbar(range(means.shape[1]), means.mean(0), half, label=text, capsize=3, **line_style(index))
         if numbers := paper.get(label):
             shown = numbers[: means.shape[1]]
             axes.plot(range(len(shown)), shown, marker="x", color=f"C{index % 10}", linestyle="none", markersize=9)
@@ -336,8 +386,7 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
     figure, panels = _panels(len(cells))
     for axes, (title, curves) in zip(panels, cells.items(), strict=True):
         for label, regret in curves.items():
-            index = labels.index(label)
-            style = {"color": f"C{index % 10}", "linestyle": DASHES[index % 4], "marker": MARKERS[index % len(MARKERS)]}
+            style = line_style(labels.index(label))
             if label.startswith(("RL²", "MAML")):
                 style |= {"linewidth": 5, "alpha": 0.45, "zorder": 1}
             axes.plot(range(1, len(regret) + 1), regret, label=label, markevery=0.2, markersize=4, **style)
@@ -345,6 +394,13 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
         axes.set_ylim(0, 1.1 * max([r[-1] for name, r in curves.items() if name != "random"], default=None))
     _legend_below(figure, panels)
     save(figure, file)
+
+
+def _plain_logarithmic(axis: Axis) -> None:
+    """Numbers such as 0.2 and 500 on a logarithmic axis, not powers of ten."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def _panels(count: int) -> tuple[plt.Figure, Sequence[plt.Axes]]:
@@ -470,16 +526,13 @@ def low_resource(file: Path, groups: Mapping[str, Mapping[str, Sequence[Mapping[
             for label, rows in group.items():
                 shown = [row for row in rows if row["language"] == language and row["state"] == rows[0]["state"]]
                 each = [np.asarray(row["bleu"]) for row in shown]
-                index = labels.index(label)
                 axes.errorbar(
                     [row["pairs"] for row in shown],
                     [values.mean() for values in each],
                     [mean_and_interval(values)["ci95"][0] if len(values) > 1 else 0.0 for values in each],
-                    linestyle=DASHES[index % 4],
                     label=label,
-                    color=f"C{index % 10}",
-                    marker=MARKERS[index % len(MARKERS)],
                     capsize=3,
+                    **line_style(labels.index(label)),
                 )
             axes.set_title(", ".join([f"held out: {language}", *filter(None, [title])]))
             axes.grid(alpha=0.3)

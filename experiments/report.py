@@ -8,7 +8,7 @@ import re
 import shutil
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -225,6 +225,38 @@ def seed_curves(results: list[dict]) -> dict[str, list[list[dict]]]:
     return logs
 
 
+def orders_section(of: Mapping[str, Sequence[dict]]) -> str:
+    """What the second derivative is worth, as a figure; empty without results of both orders."""
+    if not orders_panels(of):
+        return ""
+    return (
+        "## First against second order\n\nMAML and FOMAML, trained by the same recipe: with five seeds on sinusoids, "
+        "three on Omniglot for 1,000 meta-steps, and one for 60,000. Lines are means. Bands go from the smallest to "
+        "the largest seed. On sinusoids the second derivative lowers the mean error from the first inner step on, but "
+        "the bands overlap. On Omniglot it does not help after 1,000 meta-steps, and after 60,000 the two intervals "
+        "overlap. `python -m benchmarks.orders` measures the cosine between the two meta-gradients, seconds and bytes: "
+        "see [benchmarks/README.md](../benchmarks/README.md).\n\n"
+        "![first against second order](figures/first_against_second_order.png)\n\n"
+    )
+
+
+def orders_panels(of: Mapping[str, Sequence[dict]]) -> dict[tuple[str, str], dict[str, list[list[float]]]]:
+    """The scores of MAML and FOMAML after 0, 1, ... inner steps, as `figures.orders` takes them."""
+    panels = defaultdict(lambda: defaultdict(list))
+    for name in ("maml", "fomaml"):
+        chosen = [r for r in of["sinusoid"] if r["algorithm"] == name and not flags_but_seed(r)]
+        for evaluation in (e for result in chosen for e in result["evaluations"] if e["shot"] == 5):
+            median = evaluation["metrics"]["mse"]["median"]
+            panels["sinusoids, test with 5 points", "median squared error"][figures.title(name)].append(median)
+        recipes = few_shot_report.equal_budget(few_shot_report.gradient_based(of)), few_shot_report.published_runs(of)
+        for result in (result for group in recipes for result in group if result["algorithm"] == name):
+            if (result["config"]["way"], result["config"]["shot"], result["config"]["network"]) == (5, 1, "conv4"):
+                after = f"Omniglot, after {result['meta_steps']:,} meta-steps"
+                accuracy = [100 * value for value in result["metrics"]["accuracy"]["mean"]]
+                panels[after, "test accuracy, %"][figures.title(name)].append(accuracy)
+    return {text: dict(panel) for text, panel in panels.items() if len(panel) == 2}
+
+
 def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     """Writes the report and its figures, and the tables between the markers of other pages."""
     results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
@@ -259,6 +291,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
         "![error against inner steps](figures/sinusoid.png)\n\n"
         + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")
+        + orders_section(of)
         + few_shot_report.section(of, sections)
         + rl_report.section(of, flags_but_seed)
         + verification
@@ -284,6 +317,10 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
             label = name if name not in curves else f"{figures.title(name)}, rate {rate:g}"
             curves[label] = [evaluation for result in group for evaluation in result["evaluations"]]
         figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+    if panels := orders_panels(of):
+        labels = {f"{figures.title(name)}, rate 0.001": figures.title(name) for name in ("maml", "fomaml")}
+        curves = {labels[label]: curve for label, curve in curves_of_seeds.items() if label in labels}
+        figures.orders(report.parent / "figures" / "first_against_second_order.png", curves, panels)
     few_shot_report.draw(report.parent / "figures", of)
     rl_report.draw(report.parent / "figures", of, flags_but_seed)
     if characters := [result for result in of["faces"] if result["config"]["data"] == "characters"]:
