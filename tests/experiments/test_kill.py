@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import photographs
 import pytest
 import train_worker
 
@@ -47,17 +48,21 @@ def forks(monkeypatch):
     return context.Process
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, forks):
+def kill_again_and_again(forks, train, run_dir, checkpoints, kills):
+    """Starts `train` and kills it at random moments.
+
+    Returns:
+      The newest checkpoint after each kill, and how many processes were killed within one.
+    """
     rng = random.Random(0)
     reached, within_a_checkpoint = [], 0
-    run_dir = tmp_path / "killed"
-    for kill in range(KILLS):
-        before = checkpoint.latest(run_dir / "checkpoints") or 0
-        process = forks(target=train_worker.train, args=(run_dir, 100_000))
+    for kill in range(kills):
+        before = checkpoint.latest(checkpoints) or 0
+        process = forks(target=train, args=(run_dir, 100_000))
         process.start()
         deadline = time.monotonic() + 120
         # Every second one at any moment from its start on: before and while it restores, cuts its log and compiles.
-        while kill % 2 == 0 and (checkpoint.latest(run_dir / "checkpoints") or 0) <= before:
+        while kill % 2 == 0 and (checkpoint.latest(checkpoints) or 0) <= before:
             assert process.is_alive(), "the worker ended by itself"
             assert time.monotonic() < deadline
             time.sleep(0.002)
@@ -65,24 +70,60 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, forks):
         process.kill()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-        within_a_checkpoint += bool(list((run_dir / "checkpoints").glob(".incomplete*")))
-        reached.append(checkpoint.latest(run_dir / "checkpoints"))
+        within_a_checkpoint += bool(list(checkpoints.glob(".incomplete*")))
+        reached.append(checkpoint.latest(checkpoints))
     assert reached == sorted(reached), "every process went on from where the one before had come to"
-    assert len(set(reached)) >= KILLS // 2
-    assert within_a_checkpoint, "no process was killed while it wrote a checkpoint"
-    steps = reached[-1] + 3
-    (run_dir / "config.json").unlink()  # it asks for more meta-steps than are wanted now
-    for of_run in (run_dir, tmp_path / "whole"):
-        process = forks(target=train_worker.train, args=(of_run, steps))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-    assert lines(run_dir) == lines(tmp_path / "whole")
+    return reached, within_a_checkpoint
+
+
+def finish(forks, train, run_dir, steps):
+    """Runs `train` to its end."""
+    for file in run_dir.rglob("config.json"):
+        file.unlink()  # it asks for more meta-steps than are wanted now
+    process = forks(target=train, args=(run_dir, steps))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def assert_same(run_dir, whole, steps):
+    """The logs and the last checkpoints of two run directories are equal, bit for bit."""
+    assert lines(run_dir) == lines(whole)
     assert [record["step"] for record in lines(run_dir)] == list(range(1, steps + 1))
-    found, expected = arrays(run_dir, steps), arrays(tmp_path / "whole", steps)
+    found, expected = arrays(run_dir, steps), arrays(whole, steps)
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, forks):
+    run_dir, whole = tmp_path / "killed", tmp_path / "whole"
+    reached, within = kill_again_and_again(forks, train_worker.train, run_dir, run_dir / "checkpoints", KILLS)
+    assert len(set(reached)) >= KILLS // 2
+    assert within, "no process was killed while it wrote a checkpoint"
+    for directory in (run_dir, whole):
+        finish(forks, train_worker.train, directory, reached[-1] + 3)
+    assert_same(run_dir, whole, reached[-1] + 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("train", "seeds"), [(train_worker.train_seeds, ("seed-0", "seed-1")), (train_worker.train_streamed, ("",))]
+)
+def test_kills_of_several_seeds_and_of_a_validated_and_streamed_run_lose_nothing(tmp_path, forks, train, seeds):
+    counts = {f"{split}/{split} {name}": 3 for split in ("train", "val", "test") for name in ("ant", "bee", "cat")}
+    photographs.write_folder(tmp_path / "photographs", photographs.files(counts))
+    run_dir, whole = tmp_path / "killed", tmp_path / "whole"
+    reached, _ = kill_again_and_again(forks, train, run_dir, run_dir / seeds[0] / "checkpoints", 8)
+    assert len(set(reached)) >= 4
+    steps = reached[-1] + 3
+    for directory in (run_dir, whole):
+        finish(forks, train, directory, steps)
+    for seed in seeds:
+        assert_same(run_dir / seed, whole / seed, steps)
+        killed, alone = (json.loads((of / seed / "results.json").read_text()) for of in (run_dir, whole))
+        assert killed["metrics"] == alone["metrics"]
+        assert killed["protocol"] == alone["protocol"]  # also which state was selected
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
