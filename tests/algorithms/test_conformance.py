@@ -274,6 +274,26 @@ def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
     chex.assert_trees_all_close(info.support_loss, by_hand, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in DRAWS_AN_ORDER])
+def test_the_order_of_the_support_set_does_not_matter(name, x64):
+    # Iterating methods take all examples in each step here; Reptile's mini-batches go through them in order.
+    learner, example = build(name, affine_model(Affine)), episode(name)
+    meta_params = learner.init(jax.random.key(0), example.support.inputs)
+    axis = 1 if of_domains(name) else 0
+    order = jax.random.permutation(jax.random.key(1), example.support.targets.shape[axis])
+    assert jnp.any(order != jnp.arange(len(order)))
+    mixed = jax.tree.map(lambda x: jnp.take(x, order, axis), example.support)
+
+    def outputs(support):
+        task_params, _ = learner.adapt(meta_params, support)
+        return learner.predict(task_params, example.query.inputs)
+
+    found, expected = outputs(mixed), outputs(example.support)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
+    others = example.support._replace(inputs=example.support.inputs + 1.0)
+    assert name in ("mldg", "erm") or jnp.max(jnp.abs(outputs(others) - expected)) > 1e-6
+
+
 @pytest.mark.parametrize("num_devices", [1, 2])
 @pytest.mark.parametrize("name", ["maml", "reptile", "mann"])
 def test_a_meta_step_is_not_traced_twice(name, num_devices):

@@ -2,7 +2,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-from classes import WAY, draw_episode, embedding, identity, permuted
+from classes import WAY, draw_episode, embedding, identity
 from jax.test_util import check_grads
 
 from maml_jax import losses, protonets
@@ -48,12 +48,6 @@ def test_classes_of_unequal_size_have_their_own_mean(x64):
     task_params, _ = protonets(identity, losses.cross_entropy, way=WAY).adapt({}, kept)
     expected = jnp.stack([(kept.inputs[0] + kept.inputs[3]) / 2, kept.inputs[1], kept.inputs[2]])
     chex.assert_trees_all_close(task_params["prototypes"], expected, rtol=1e-12)
-
-
-def test_the_order_of_the_support_set_does_not_matter(drawn):
-    learner, params, episode = drawn
-    mixed = episode._replace(support=permuted(episode.support))
-    chex.assert_trees_all_close(learner.objective(params, mixed)[0], learner.objective(params, episode)[0], rtol=1e-12)
 
 
 def test_parameters_do_not_depend_on_the_way(drawn):
