@@ -138,7 +138,7 @@ METHODS["leo"] = dataclasses.replace(
     },
 )
 METHODS["meta-lstm"] = dataclasses.replace(
-    METHODS["meta-lstm"], meta_batch_size=1, num_meta_steps=75_000, eval_inner_steps=12
+    METHODS["meta-lstm"], meta_batch_size=1, num_meta_steps=75_000, eval_inner_steps=None
 )
 SETTINGS = ((5, 1), (5, 5))
 """Way and shot of the published tables."""
@@ -158,13 +158,15 @@ def about() -> dict[str, str]:
 
 def with_paper_defaults(config: Config) -> Config:
     """Fills in what was left to the paper's settings, which depend on the number of shots."""
+    learned_steps = 12 if config.shot == 1 else 5
     return with_defaults(
         config,
         {
+            "num_inner_steps": learned_steps,
             "train_way": config.way,
             "train_shot": config.shot,
             "meta_batch_size": 4 if config.shot == 1 else 2,
-            "eval_inner_steps": 10,
+            "eval_inner_steps": learned_steps if config.algorithm == "meta-lstm" else 10,
             "run_dir": Path(f"runs/images-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
         },
     )

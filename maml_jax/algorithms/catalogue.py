@@ -270,7 +270,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Ravi and Larochelle, 2017",
             _build(meta_lstm, of_settings=("num_inner_steps", "num_units"), has_rule=False),
             LearnedOptimizer,
-            {"omniglot": LearnedOptimizer(), "images": LearnedOptimizer(num_inner_steps=12)},
+            {"omniglot": LearnedOptimizer(), "images": LearnedOptimizer(num_inner_steps=None)},
         ),
         "pretrained": Entry(
             "pretrained on all tasks",

@@ -180,12 +180,13 @@ def _init_learner(key: PRNGKey, num_units: int, dtype: jnp.dtype) -> ArrayTree:
 class LearnedOptimizer:
     """Hyperparameters of an inner loop whose steps are taken by a meta-learned LSTM."""
 
-    num_inner_steps: int = 8
-    """Inner steps, each on the complete support set. The paper takes 12 for one shot and 5 for five."""
+    num_inner_steps: int | None = 8
+    """Inner steps, each on the complete support set; None for those of the paper: 12 for one shot and 5 for more."""
     num_units: int = 20
     """Units of the LSTM that reads the gradients."""
 
     def __post_init__(self):
         """Raises ValueError for a count that is out of range."""
-        check_integer("num_inner_steps", self.num_inner_steps, at_least=0)
+        if self.num_inner_steps is not None:
+            check_integer("num_inner_steps", self.num_inner_steps, at_least=0)
         check_integer("num_units", self.num_units, at_least=1)

@@ -219,6 +219,10 @@ def test_defaults_are_those_of_the_paper():
     assert (one.meta_batch_size, five.meta_batch_size) == (4, 2)
     assert (one.hyperparameters.inner_lr, one.hyperparameters.num_inner_steps) == (pytest.approx(0.01 * 5), 5)
     assert (one.filters, one.query_shot, one.eval_inner_steps, one.outer_clip, one.size) == (32, 15, 10, 10.0, 84)
+    learned = [
+        images.with_paper_defaults(dataclasses.replace(images.METHODS["meta-lstm"], shot=shot)) for shot in (1, 5)
+    ]
+    assert [(c.hyperparameters.num_inner_steps, c.eval_inner_steps) for c in learned] == [(12, 12), (5, 5)]
 
 
 @pytest.mark.skipif("MAML_JAX_IMAGES" not in os.environ, reason="set MAML_JAX_IMAGES to a folder of train, val, test")
