@@ -8,7 +8,6 @@ https://arxiv.org/abs/1605.06065
 """
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable
 from typing import NamedTuple
@@ -141,8 +140,7 @@ def mann(
     References:
       Santoro et al., 2016, section 2 for the task, equations 2 to 4 for reading, 5 to 8 for writing.
     """
-    num_units = check_integer("num_units", num_units, at_least=1)
-    num_slots, slot_size, num_reads = _check_memory(num_slots, slot_size, num_reads, usage_decay)
+    ExternalMemory(num_units, num_slots, slot_size, num_reads, usage_decay)  # it checks them
 
     def init(key, num_inputs, way):
         controller, read_key, write, gate, output = jax.random.split(key, 5)
@@ -209,7 +207,7 @@ def lstm(embedding: Model, loss_fn: LossFn, *, way: int, num_units: int = 200) -
       Santoro et al., 2016, section 4 and table 1; Hochreiter, Younger and Conwell, 2001, Learning to learn using
       gradient descent.
     """
-    num_units = check_integer("num_units", num_units, at_least=1)
+    RecurrentUnits(num_units)  # it checks them
 
     def init(key, num_inputs, way):
         controller, output = jax.random.split(key)
@@ -245,8 +243,16 @@ class ExternalMemory:
 
     def __post_init__(self):
         """Raises ValueError for a number out of its range."""
-        check_integer("num_units", self.num_units, at_least=1)
-        _check_memory(self.num_slots, self.slot_size, self.num_reads, self.usage_decay)
+        for name in ("num_units", "num_slots", "slot_size", "num_reads"):
+            check_integer(name, getattr(self, name), at_least=1)
+        if self.num_slots < self.num_reads:
+            raise ValueError(
+                f"num_slots={self.num_slots} is less than num_reads={self.num_reads}; every head writes to a slot of "
+                "its own"
+            )
+        # A traced share cannot be compared.
+        if isinstance(self.usage_decay, numbers.Real) and not 0 <= self.usage_decay <= 1:
+            raise ValueError(f"usage_decay={self.usage_decay} must be a number from 0 to 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,18 +345,6 @@ def _instance_accuracy(outputs: jax.Array, targets: jax.Array, way: int) -> jax.
     is_right = jax.vmap(accuracy)(outputs, targets)
     # There are N of each number if the classes have the same size, and at least one in any case.
     return jnp.sum(jnp.where(is_number, is_right[None], 0.0), 1) / jnp.sum(is_number, 1)
-
-
-def _check_memory(num_slots: int, slot_size: int, num_reads: int, usage_decay: float) -> tuple[int, int, int]:
-    num_reads = check_integer("num_reads", num_reads, at_least=1)
-    num_slots = check_integer("num_slots", num_slots, at_least=1)
-    if num_slots < num_reads:
-        raise ValueError(
-            f"num_slots={num_slots} is less than num_reads={num_reads}; every head writes to a slot of its own"
-        )
-    if isinstance(usage_decay, numbers.Real) and not (0 <= usage_decay <= 1 and math.isfinite(usage_decay)):
-        raise ValueError(f"usage_decay={usage_decay} must be a number from 0 to 1")
-    return num_slots, check_integer("slot_size", slot_size, at_least=1), num_reads
 
 
 def _zero_state(num_units: int, dtype: jnp.dtype) -> LSTMState:

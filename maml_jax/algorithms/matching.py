@@ -62,9 +62,7 @@ def matching_networks(
     """
     check_model(embedding)
     way = check_integer("way", way, at_least=1)
-    num_reads = check_integer("num_reads", num_reads, at_least=0)
-    if scale is not None:
-        check_positive("scale", scale)
+    Matching(scale, num_reads)  # it checks them
 
     def init(key, inputs):
         embedding_key, context_key = jax.random.split(key)

@@ -89,10 +89,7 @@ def memory_module(
     """
     check_model(embedding)
     way = check_integer("way", way, at_least=1)
-    key_size = check_integer("key_size", key_size, at_least=1)
-    num_slots = check_integer("num_slots", num_slots, at_least=1)
-    num_neighbours = check_integer("num_neighbours", num_neighbours, at_least=1)
-    check_positive("margin", margin)
+    NeighbourMemory(key_size, num_slots, num_neighbours, margin)  # it checks them
 
     def init(key, inputs):
         embedding_key, projection_key = jax.random.split(key)

@@ -61,8 +61,7 @@ def r2d2(
     """
     check_model(embedding)
     way = check_integer("way", way, at_least=1)
-    check_positive("strength", strength)
-    check_positive("scale", scale)
+    RidgeHead(strength, scale=scale)  # it checks them
 
     def init(key, inputs):
         params = {"embedding": embedding.init(key, inputs), "scale": jnp.zeros(()) + scale, "offset": jnp.zeros(())}

@@ -89,7 +89,7 @@ def neural_statistician(
     if decoder is not None:
         check_model(decoder)
     way = check_integer("way", way, at_least=1)
-    _check_settings(num_context, num_latent, num_hidden, sample_dropout)
+    SetStatistics(num_context, num_latent, num_hidden, sample_dropout=sample_dropout)  # it checks them
     check_not_negative("alpha", alpha)
 
     def init(key, inputs):
@@ -283,14 +283,6 @@ def _check_images(inputs: jax.Array) -> None:
         )
 
 
-def _check_settings(num_context: int, num_latent: int, num_hidden: int, sample_dropout: float) -> None:
-    check_integer("num_context", num_context, at_least=1)
-    check_integer("num_latent", num_latent, at_least=1)
-    check_integer("num_hidden", num_hidden, at_least=1)
-    if not 0 <= sample_dropout < 1:
-        raise ValueError(f"sample_dropout={sample_dropout} must be at least 0 and below 1")
-
-
 @dataclasses.dataclass(frozen=True)
 class SetStatistics:
     """Hyperparameters of the neural statistician."""
@@ -310,9 +302,11 @@ class SetStatistics:
 
     def __post_init__(self):
         """Raises ValueError for a number that is out of range."""
-        _check_settings(self.num_context, self.num_latent, self.num_hidden, self.sample_dropout)
+        for name in ("num_context", "num_latent", "num_hidden", "alpha_half_life"):
+            check_integer(name, getattr(self, name), at_least=1)
+        if not 0 <= self.sample_dropout < 1:
+            raise ValueError(f"sample_dropout={self.sample_dropout} must be at least 0 and below 1")
         check_not_negative("initial_alpha", self.initial_alpha)
-        check_integer("alpha_half_life", self.alpha_half_life, at_least=1)
 
     def alpha(self, step: int | jax.Array) -> jax.Array:
         """α at a meta-step."""
