@@ -10,7 +10,6 @@ full size, so its accuracies are no reference for the ones here.
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, NamedTuple
@@ -22,7 +21,7 @@ import tyro
 from rich.table import Table
 from scipy import ndimage
 
-from experiments import common, figures, runs, seeds
+from experiments import common, figures, packs, runs, seeds
 from experiments.cli import RunConfig, check_counts, main, methods, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
@@ -171,14 +170,11 @@ def pacs(config: Config) -> Examples:
       FileNotFoundError: if there is no pacs_32.npz.
       ValueError: if its content is another.
     """
-    where = config.data_dir or os.environ.get("MAML_JAX_PACKS")
-    file = Path(where or ".").expanduser() / "pacs_32.npz"
-    if where is None or not file.is_file():
-        raise FileNotFoundError(
-            f"{'PACS is in no known directory' if where is None else f'there is no file {file}'}; give the directory "
-            "that holds pacs_32.npz by --data-dir or $MAML_JAX_PACKS. Its arrays are images uint8 [n, 32, 32, 3], "
-            "domains [n] and labels [n], which index domain_names and class_names"
-        )
+    remedy = (
+        "--data-dir or $MAML_JAX_PACKS. Its arrays are images uint8 [n, 32, 32, 3], domains [n] and labels [n], which "
+        "index domain_names and class_names"
+    )
+    file = packs.find("pacs_32.npz", config.data_dir, remedy=remedy)
     arrays = ("images", "domains", "labels", "domain_names", "class_names")
     images, of_domain, labels, names, classes = runs.read_npz(file, arrays).values()
     if tuple(names) != DOMAINS["pacs"] or len(classes) != PACS_CLASSES or images.shape[1:] != INPUT_SHAPES["pacs"]:

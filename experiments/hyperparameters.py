@@ -20,7 +20,6 @@ https://arxiv.org/abs/1502.03492
 
 import dataclasses
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -32,7 +31,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from experiments import common, figures, runs
+from experiments import common, figures, packs, runs
 from experiments.cli import Precision, check_counts, check_outer_lr_end, check_seed, flag, main
 from experiments.runs import RunError, console
 from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
@@ -246,15 +245,11 @@ def load_digits(config: Config) -> dict[str, Batch]:
     """The digits "training", "heldout" and "test", which share no image: a random division of the file.
 
     Raises:
-      RunError: if the file is missing or too small.
+      FileNotFoundError: if the file is missing.
+      RunError: if it is too small.
       ValueError: if it is damaged.
     """
-    folder = config.data_dir or os.environ.get("MAML_JAX_PACKS")
-    if not folder:
-        raise RunError(f"name the folder that holds {FILE} with --data-dir or $MAML_JAX_PACKS")
-    file = Path(folder).expanduser() / FILE
-    if not file.exists():
-        raise RunError(f"there is no {file}; name the folder that holds it with --data-dir or $MAML_JAX_PACKS")
+    file = packs.find(FILE, config.data_dir)
     images, labels = runs.read_npz(file, ("images", "labels")).values()
     is_label = labels.shape == images.shape[:1] and np.isin(labels, range(10)).all()
     if images.dtype != np.uint8 or images.ndim != 3 or not is_label:

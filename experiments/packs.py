@@ -91,14 +91,9 @@ def load(
         characters = omniglot.splits("character")["test"]
         drawings = omniglot.load("test", omniglot_dir, "character")[[characters.index(name) for name in names]]
         return _by_class(drawings, f"{len(names)} characters that are for the test in both divisions, light on black")
-    pack, where = _PACKS[name], packs_dir or os.environ.get("MAML_JAX_PACKS")
-    file = Path(where or ".").expanduser() / pack.file
-    if where is None or not file.is_file():
-        raise FileNotFoundError(
-            f"{'the packs are in no known directory' if where is None else f'there is no file {file}'}; give the "
-            f"directory that holds {pack.file} by "
-            + (remedy or f"--packs-dir or $MAML_JAX_PACKS, or leave {name} out of --data-sets")
-        )
+    pack = _PACKS[name]
+    remedy = remedy or f"--packs-dir or $MAML_JAX_PACKS, or leave {name} out of --data-sets"
+    file = find(pack.file, packs_dir, remedy=remedy)
     content = read_npz(file, (), optional=("images", "labels", *filter(None, [pack.groups])))
     images = content.get("images", np.zeros(0))
     is_by_class = len(pack.shape) - (pack.shape[-1] == 3) == 4
@@ -118,6 +113,25 @@ def load(
     if is_by_class:
         return _by_class(images, pack.about)
     return DataSet(images, content["labels"], content.get(pack.groups), pack.about)
+
+
+def find(name: str, packs_dir: Path | None = None, *, remedy: str = "--data-dir or $MAML_JAX_PACKS") -> Path:
+    """The file of a pack.
+
+    Args:
+      name: of the file.
+      packs_dir: the directory of the packs; by default $MAML_JAX_PACKS.
+      remedy: how the caller takes the directory.
+
+    Raises:
+      FileNotFoundError: if it is not there.
+    """
+    where = packs_dir or os.environ.get("MAML_JAX_PACKS")
+    file = Path(where or ".").expanduser() / name
+    if not where or not file.is_file():
+        problem = f"there is no file {file}" if where else "the packs are in no known directory"
+        raise FileNotFoundError(f"{problem}; give the directory that holds {name} by {remedy}")
+    return file
 
 
 def _by_class(images: np.ndarray, about: str) -> DataSet:

@@ -130,11 +130,8 @@ def read_drawings(data_dir: str | Path) -> Iterator[tuple[str, np.ndarray]]:
       A character's name and its pixels [105, 105].
     """
     import tensorflow_datasets as tfds  # slow to import, and only needed until there is a cache
-    from absl import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets recommends OpenCV, which small PNGs do not need
-    try:
+    with quiet_tfds():
         builder = tfds.builder_from_directory(prepared_dir(data_dir))
         names = builder.info.features["label"].names
         for split in ("train", "test"):
@@ -142,6 +139,17 @@ def read_drawings(data_dir: str | Path) -> Iterator[tuple[str, np.ndarray]]:
             for start in range(0, len(source), 1000):  # twice as fast as one by one
                 for example in source.__getitems__(range(start, min(start + 1000, len(source)))):
                     yield names[example["label"]], example["image"][..., 0]
+
+
+@contextlib.contextmanager
+def quiet_tfds() -> Iterator[None]:
+    """Without the recommendation of tensorflow-datasets to install OpenCV, which small images do not need."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
 

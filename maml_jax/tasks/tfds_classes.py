@@ -17,7 +17,7 @@ import numpy as np
 from maml_jax.tasks.class_images import ClassImages, cached_classes, check_counts, default_cache_dir
 from maml_jax.tasks.class_splits import check_split, make_split, read_split, write_split
 from maml_jax.tasks.image_files import as_path, decode_images, pillow
-from maml_jax.tasks.omniglot import default_data_dir
+from maml_jax.tasks.omniglot import default_data_dir, quiet_tfds
 from maml_jax.types import check_integer
 
 _AT_ONCE = 1000  # records; several times faster than one by one
@@ -199,7 +199,7 @@ def _examples(builder: Any, image: str, part: str, indices: Sequence[int] | None
     """The examples of a part of the set, all or those with some indices; images are bytes as they are stored."""
     import tensorflow_datasets as tfds
 
-    with _quiet():
+    with quiet_tfds():
         try:
             source = builder.as_data_source(part, decoders={image: tfds.decode.SkipDecoding()})
             indices = range(len(source)) if indices is None else indices
@@ -221,19 +221,6 @@ def _contents(builder: Any, image: str, records: dict[str, list[tuple[str, int]]
         for part in dict.fromkeys(part for part, _ in found):
             for index, example in _examples(builder, image, part, [index for of, index in found if of == part]):
                 yield f"record {index} of {part!r} in {builder.data_dir}", example[image]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the recommendation of tensorflow-datasets to install OpenCV."""
-    from absl import logging
-
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def _fingerprint(builder: Any) -> str:

@@ -187,7 +187,7 @@ def test_mistakes_are_reported_before_anything_is_trained(settings, message, dra
 
 def test_missing_data_are_named(tmp_path, monkeypatch):
     monkeypatch.delenv("MAML_JAX_PACKS", raising=False)
-    with pytest.raises(FileNotFoundError, match=r"PACS is in no known directory; give the directory .*--data-dir or"):
+    with pytest.raises(FileNotFoundError, match=r"the packs are in no known directory; give .*--data-dir or"):
         domains.run(config_of(data="pacs"))
     np.savez(tmp_path / "pacs_32.npz", images=np.zeros((1, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=r"must hold the arrays images, domains, labels, domain_names, class_names"):

@@ -151,9 +151,9 @@ def test_settings_that_cannot_be_are_refused(tiny, settings, message):
 
 def test_missing_and_wrong_data_are_named(tiny, tmp_path, monkeypatch):
     monkeypatch.delenv("MAML_JAX_PACKS", raising=False)
-    with pytest.raises(hyper.RunError, match=r"--data-dir or \$MAML_JAX_PACKS"):
+    with pytest.raises(FileNotFoundError, match=r"--data-dir or \$MAML_JAX_PACKS"):
         hyper.load_digits(dataclasses.replace(tiny, data_dir=None))
-    with pytest.raises(hyper.RunError, match="there is no"):
+    with pytest.raises(FileNotFoundError, match="there is no"):
         hyper.load_digits(dataclasses.replace(tiny, data_dir=tmp_path))
     with pytest.raises(hyper.RunError, match=r"ask for 91 digits and .* has 90"):
         hyper.load_digits(dataclasses.replace(tiny, num_test=31))
