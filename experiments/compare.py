@@ -5,8 +5,8 @@ same episodes. The differences of their scores, episode by episode, say which ru
 tell the two apart: by their mean (Student's t, paired), and by how often one is ahead (sign test), because a few
 episodes that diverge make a mean meaningless. The level is 5 %, adjusted for the number of tests. Runs whose tests
 differ in the split, the number of classes, examples or queries, or in what a prediction may see, are not tested against
-each other. Of omniglot, images, sinusoid and domains runs are tested; of the other experiments only the settings, the
-learning curves and the reported numbers are shown.
+each other. Runs of navigation are tested at the same goals, and those of bandits, mdps and mazes on the same tasks. Of
+faces and translation only the settings, the learning curves and the reported numbers are shown.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import classification, domains, figures, pictures, runs, sinusoid
+from experiments import classification, domains, figures, navigation, pictures, runs, sinusoid, trials
 from experiments.classification import DataSet
 from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
@@ -75,6 +75,7 @@ class Run(NamedTuple):
       experiment: such as "omniglot".
       config: its settings.
       data: what an experiment in few-shot classification says about its data; None in others.
+      trials: what an experiment on trials is about; None in others.
       results: the content of results.json; None if it is not finished.
     """
 
@@ -83,21 +84,46 @@ class Run(NamedTuple):
     experiment: str
     config: Any
     data: DataSet | None
+    trials: trials.Experiment | None
     results: dict[str, Any] | None
 
 
 class Metric(NamedTuple):
-    """How the scores of an experiment are printed: values are multiplied by `scale`."""
+    """How the scores of an experiment are printed.
+
+    Attributes:
+      name: of the scores.
+      heading: of their table.
+      higher_is_better: whether the larger of two scores is the better one.
+      scale: the factor by which they are multiplied.
+      unit: of differences.
+    """
 
     name: str
-    is_better: Callable[[float], bool]
-    scale: float
-    unit: str
+    heading: str
+    higher_is_better: bool = True
+    scale: float = 1.0
+    unit: str = ""
+
+    def is_better(self, difference: float) -> bool:
+        """Whether the first score is better, by its difference from the second."""
+        return difference > 0 if self.higher_is_better else difference < 0
 
 
-ACCURACY = Metric("accuracy", lambda difference: difference > 0, 100.0, " points")
-ERROR = Metric("mse", lambda difference: difference < 0, 1.0, "")
-METRICS = {"omniglot": ACCURACY, "images": ACCURACY, "domains": ACCURACY, "sinusoid": ERROR}
+ACCURACY = Metric("accuracy", "After the last inner step: accuracy in %", scale=100.0, unit=" points")
+ERROR = Metric("mse", "After the last inner step: mean squared error", higher_is_better=False)
+RETURN = Metric("return", "After the last update: return")
+REWARD = Metric("total reward", "Total reward")
+METRICS = {
+    "omniglot": ACCURACY,
+    "images": ACCURACY,
+    "domains": ACCURACY,
+    "sinusoid": ERROR,
+    "navigation": RETURN,
+    "bandits": REWARD,
+    "mdps": REWARD,
+    "mazes": REWARD,
+}
 """What runs are tested by, of the experiments whose tests are repeated here."""
 
 
@@ -138,6 +164,7 @@ def open_run(run_dir: Path, name: str | None = None) -> Run:
         module.__name__.rpartition(".")[2],
         config,
         getattr(module, "DATA", None),
+        getattr(module, "EXPERIMENT", None),
         runs.read_results(run_dir),
     )
 
@@ -193,7 +220,13 @@ def tests(run: Run) -> list[Test]:
     """
     if run.data is not None:
         return [classification_test(run)]
-    of_others = {"sinusoid": sinusoid_tests, "domains": lambda run: [domain_test(run)]}
+    if run.trials is not None:
+        return [trial_test(run)]
+    of_others = {
+        "sinusoid": sinusoid_tests,
+        "domains": lambda run: [domain_test(run)],
+        "navigation": lambda run: [navigation_test(run)],
+    }
     return of_others.get(run.experiment, lambda run: [])(run)
 
 
@@ -295,6 +328,38 @@ def domain_test(run: Run) -> Test:
     reported = run.results and run.results["metrics"]["accuracy"]
     task = f"{run.config.data}, {run.config.held_out}"
     return Test(task, protocol, ACCURACY, score, reported, counted="examples")
+
+
+def navigation_test(run: Run) -> Test:
+    """The test of a run at fresh goals, with the rates that it has chosen on validation goals."""
+    config = run.config
+
+    def score(num_goals: int, seed: int) -> np.ndarray:
+        params = runs.load(run.run_dir).params
+        rates = run.results["rates"] if run.results else navigation.on_validation_goals(config, params)[0]
+        return navigation.returns_at(config, params, *navigation.fresh_goals(seed, num_goals), rates, config.eval_shot)
+
+    evaluations = run.results["evaluations"] if run.results else []
+    reported = next((e["metrics"]["return"] for e in evaluations if e["goals"] == "fresh"), None)
+    protocol = {name: getattr(config, name) for name in ("horizon", "eval_shot", "eval_inner_steps")}
+    return Test("fresh goals", protocol, RETURN, score, reported, counted="goals")
+
+
+def trial_test(run: Run) -> Test:
+    """The test of a run by its most probable actions; in mazes, where these may go in circles, by drawn ones."""
+    config, experiment, is_greedy = run.config, run.trials, run.experiment != "mazes"
+    problem = experiment.problem_of(config)
+
+    def score(num_tasks: int, seed: int) -> np.ndarray:
+        key = runs.streams(seed).test
+        key = jax.random.split(key, 3)[0] if is_greedy else key  # as in the tests of the experiments
+        params = runs.load(run.run_dir).params
+        found = trials.outcome(config, problem, params, key, num_tasks, greedy=is_greedy)
+        return found.reward.sum(1, keepdims=True)
+
+    protocol = {"tasks": experiment.run_name(config), "horizon": problem.horizon, "episodes": problem.num_episodes}
+    reported = run.results and run.results["metrics"].get("reward")
+    return Test(experiment.run_name(config), protocol, REWARD, score, reported, counted="tasks")
 
 
 def differing_settings(opened: Sequence[Run]) -> dict[str, list[Any]]:
@@ -453,7 +518,7 @@ def sentence(pair: Mapping[str, Any], num_tests: int) -> str:
     if not pair["comparable"]:
         gaps = "; ".join(f"{name} is {x} for {a} and {y} for {b}" for name, (x, y) in pair["differing"].items())
         return f"{a} and {b} are not comparable: {gaps}."
-    metric = ACCURACY if pair["metric"] == ACCURACY.name else ERROR
+    metric = next(metric for metric in METRICS.values() if metric.name == pair["metric"])
     task, better, worse = pair["task"], pair["better"], pair["worse"]
     over = f"{pair['episodes']:,} {pair['counted']}"
     if better == worse == 0 and "num_nonfinite" not in pair:
@@ -495,7 +560,7 @@ def describe(run: Run, of_run: Sequence[Test]) -> dict[str, Any]:
     reported = [(test.task, test.metric.name, test.reported) for test in of_run if test.reported]
     protocol = results.get("protocol", {})
     count = protocol.get("episodes", protocol.get("examples"))
-    if not of_run:
+    if not reported:
         # The metrics of a run are those of its first evaluation, which has a count of its own.
         first = (results.get("evaluations") or [{}])[0]
         count = first.get("count", first.get("identities", count))
@@ -539,9 +604,7 @@ def show(compared: Mapping[str, Any]) -> None:
     else:
         console.print("The runs have the same settings.")
     metric = METRICS.get(compared["experiment"])
-    units = {None: "Reported", ACCURACY: "After the last inner step: accuracy in %"}
-    what = units.get(metric, "After the last inner step: mean squared error")
-    table = Table(title=f"{what}, with 95 % interval")
+    table = Table(title=f"{metric.heading if metric else 'Reported'}, with 95 % interval")
     counts = {f"{one['episodes']:,} {one['counted']}" for one in compared["evaluations"]}
     for heading in ("run", "meta-steps", "task", "reported", f"on the same {' or '.join(counts) or 'episodes'}"):
         table.add_column(heading, overflow="fold")

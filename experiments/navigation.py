@@ -303,6 +303,12 @@ def draw_goals(key: PRNGKey, count: int) -> jax.Array:
     return jax.vmap(navigation().sample_task)(jax.random.split(key, count))
 
 
+def fresh_goals(seed: int, count: int) -> tuple[jax.Array, PRNGKey]:
+    """Goals [count, 2] of the test of a seed, and the key of the trajectories there."""
+    goal_key, _, key = jax.random.split(runs.streams(seed).test, 3)
+    return draw_goals(goal_key, count), key
+
+
 def published_goals() -> jax.Array:
     """The 40 goals [40, 2] of the published curve, which the authors' code draws with numpy's seed 1."""
     return jnp.asarray(np.random.RandomState(1).uniform(-0.5, 0.5, (40, 2)), jnp.float32)
@@ -353,12 +359,14 @@ def training_of(config: Config) -> Training:
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """The returns at the published goals and at fresh ones, with rates chosen on validation goals."""
-    key = runs.streams(config.seed).test
-    goal_key, *keys = jax.random.split(key, 3)
+    _, published_key, _ = jax.random.split(runs.streams(config.seed).test, 3)
     rates, _ = on_validation_goals(config, params)
     evaluations = []
-    of_goals = {"published": published_goals(), "fresh": draw_goals(goal_key, config.eval_episodes)}
-    for (name, goals), goals_key in zip(of_goals.items(), keys, strict=True):
+    of_goals = {
+        "published": (published_goals(), published_key),
+        "fresh": fresh_goals(config.seed, config.eval_episodes),
+    }
+    for name, (goals, goals_key) in of_goals.items():
         found = returns_at(config, params, goals, goals_key, rates, config.eval_shot)
         evaluations.append(
             {

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import compare, domains, mdps, omniglot, paired, runs, sinusoid
+from experiments import compare, domains, faces, omniglot, paired, runs, sinusoid
 from experiments.cli import parse
 from experiments.runs import RunError
 
@@ -339,15 +339,15 @@ def test_of_other_experiments_settings_and_numbers_are_shown(tmp_path, capsys):
     directories = [tmp_path / f"run{seed}" for seed in (0, 1)]
     for seed, directory in enumerate(directories):
         directory.mkdir()
-        config = mdps.with_paper_defaults(dataclasses.replace(mdps.METHODS["rl2"], seed=seed, run_dir=directory))
+        config = faces.with_paper_defaults(dataclasses.replace(faces.METHODS["erm"], seed=seed, run_dir=directory))
         runs.write_json(directory / "config.json", runs.as_json(config))
-        reward = {"mean": [100.0 + seed], "ci95": [1.5]}
-        results = {"experiment": "mdps", "config": runs.as_json(config), "seed": seed, "metrics": {"reward": reward}}
-        results |= {"algorithm": "rl2", "protocol": {"episodes": 1000}}
+        rate = {"mean": [100.0 + seed], "ci95": [1.5]}
+        results = {"experiment": "faces", "config": runs.as_json(config), "seed": seed, "metrics": {"rate": rate}}
+        results |= {"algorithm": "erm", "protocol": {"episodes": 1000}}
         runs.write_json(directory / "results.json", results)
     compared = compare.run(compare.Config(runs=tuple(directories), episodes=0))
     assert compared["settings"] == {"seed": [0, 1]}
     assert compared["pairs"] == []
     printed = capsys.readouterr().out
-    assert re.search(r"run1 .* reward .* 101\.000 ± 1\.500", printed)
-    assert "Runs of experiments.mdps are not tested on the same episodes here." in printed
+    assert re.search(r"run1 .* rate .* 101\.000 ± 1\.500", printed)
+    assert "Runs of experiments.faces are not tested on the same episodes here." in printed

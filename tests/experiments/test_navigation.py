@@ -190,13 +190,23 @@ def test_every_method_has_its_algorithm_and_surrogate(monkeypatch):
             assert found == (method if method in ("fomaml", "anil") else "maml", loss_fn)
 
 
-def test_runs_without_meta_steps_are_compared_by_the_goals_of_their_number(tmp_path):
+def test_runs_are_compared_at_the_same_goals(tmp_path):
+    # They have no meta-steps.
     for seed in (0, 1):
         navigation.run(config_of("random", num_meta_steps=0, seed=seed, run_dir=tmp_path / str(seed)))
-    compared = compare.compare(compare.Config(runs=(tmp_path / "0", tmp_path / "1"), episodes=2))
+    compared = compare.compare(compare.Config(runs=(tmp_path / "0", tmp_path / "1"), episodes=4))
+    one, other = compared["evaluations"]
     for run in compared["runs"]:
         (reported,) = run["reported"]
-        assert (reported["task"], reported["episodes"]) == ("return, published", 40)
+        assert (reported["task"], reported["episodes"]) == ("fresh goals", 4)
+    # The first run was tested at these goals.
+    assert one["mean"][-1] == pytest.approx(compared["runs"][0]["reported"][0]["mean"], rel=1e-5)
+    assert other["mean"][-1] != pytest.approx(compared["runs"][1]["reported"][0]["mean"], rel=1e-3)
+    (pair,) = compared["pairs"]
+    higher = np.greater(one["per_episode"], other["per_episode"])
+    assert (pair["metric"], pair["better"]) == ("return", int(higher.sum()))
+    assert pair["difference"] == pytest.approx(np.mean(one["per_episode"]) - np.mean(other["per_episode"]), rel=1e-5)
+    assert "4 goals" in pair["sentence"]
     assert show.run(show.Config(run_dir=tmp_path / "0", episodes=2))
     blocked = compare.Config(runs=(tmp_path / "0", tmp_path / "1"), figure=tmp_path / "0" / "config.json" / "x.png")
     with pytest.raises(RunError, match=r"--figure .*x\.png cannot be written"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import sys
 
 import chex
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bandit_strategies, bandits, common, mazes, mdps, published, runs, seeds, show, trials
+from experiments import bandit_strategies, bandits, common, compare, mazes, mdps, published, runs, seeds, show, trials
 from experiments.cli import parse
 from maml_jax import rl
 
@@ -47,6 +48,22 @@ def finished(request, tmp_path_factory):
         module, method = request.param
         config = config_of(module, method=method, run_dir=tmp_path_factory.mktemp("finished"))
         yield module, config, module.run(config)
+
+
+def test_runs_are_compared_on_the_same_tasks(finished, tmp_path):
+    module, config, results = finished
+    for name, changes in {"same": {}, "longer": {"num_episodes": 5} if module is mdps else {"horizon": 9}}.items():
+        shutil.copytree(config.run_dir, tmp_path / name)
+        changes = {"num_pulls": 9} if module is bandits and changes else changes
+        runs.write_json(tmp_path / name / "config.json", runs.read_json(tmp_path / name / "config.json") | changes)
+    directories = (config.run_dir, tmp_path / "same", tmp_path / "longer")
+    compared = compare.compare(compare.Config(runs=directories, episodes=config.eval_episodes))
+    same, *others = compared["pairs"]
+    assert f"have the same score in every one of {config.eval_episodes} tasks" in same["sentence"]
+    assert not any(pair["comparable"] for pair in others)
+    if module is not mazes:  # whose test reports walks
+        found, reported = compared["evaluations"][0], results["metrics"]["reward"]
+        np.testing.assert_allclose((found["mean"], found["ci95"]), (reported["mean"], reported["ci95"]), rtol=1e-5)
 
 
 def test_a_run_is_tested_and_can_be_used(finished):
