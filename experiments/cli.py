@@ -164,6 +164,13 @@ def methods(experiment: str, config_type: type[ConfigT]) -> dict[str, ConfigT]:
     }
 
 
+def recipe_of(config: RunConfig, recipes: Mapping[str, RunConfig]) -> dict[str, Any]:
+    """The rate and the number of steps of the inner loop of a method's recipe, if they do not depend on the task."""
+    recipe = recipes[config.algorithm].hyperparameters
+    values = {name: getattr(recipe, name, None) for name in ("inner_lr", "num_inner_steps")}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def with_defaults(config: ConfigT, defaults: Mapping[str, Any]) -> ConfigT:
     """Fills in settings and hyperparameters that are None."""
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from experiments import classification, published
 from experiments.classification import ClassificationConfig, DataSet, make_learner, make_tester
-from experiments.cli import main, methods, with_defaults
+from experiments.cli import main, methods, recipe_of, with_defaults
 from experiments.runs import console
 from maml_jax import CATALOGUE
 from maml_jax.tasks import image_folder, tfds_classes
@@ -163,6 +163,7 @@ def with_paper_defaults(config: Config) -> Config:
         config,
         {
             "num_inner_steps": learned_steps,
+            **recipe_of(config, METHODS),
             "train_way": config.way,
             "train_shot": config.shot,
             "meta_batch_size": 4 if config.shot == 1 else 2,

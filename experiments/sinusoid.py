@@ -17,7 +17,7 @@ from flax import linen as nn
 from rich.table import Table
 
 from experiments import common, figures, published, runs, seeds
-from experiments.cli import RunConfig, check_counts, main, methods, with_defaults
+from experiments.cli import RunConfig, check_counts, main, methods, recipe_of, with_defaults
 from experiments.common import Training
 from experiments.runs import console, replace_known, stored_config
 from maml_jax import CATALOGUE, Problem, evaluate, losses, models
@@ -97,6 +97,7 @@ def about() -> dict[str, str]:
 
 def with_paper_defaults(config: Config) -> Config:
     """Fills in what depends on other settings."""
+    config = with_defaults(config, recipe_of(config, METHODS))
     rate = config.hyperparameters.inner_lr
     return with_defaults(
         config,

@@ -119,7 +119,7 @@ def training_run(
     """Trains a network, differentiably with respect to its hyperparameters.
 
     Args:
-      model: the network.
+      model: the network. It gets no key, so a stochastic one, such as a network with dropout, is deterministic.
       loss_fn: `(outputs, targets) -> scalar`. Half the squared norm of the parameters of a layer, times the strength
         of the layer, is added to it.
       hyperparameters: those of K steps.
@@ -133,7 +133,12 @@ def training_run(
 
     Returns:
       The trained network, and the loss of every mini-batch [K].
+
+    Raises:
+      ValueError: if `num_segments` or `truncation` does not fit K.
     """
+    num_steps = len(chosen)
+    check_segments(num_steps, num_segments, truncation)
 
     def mini_batch_loss(weights: Weights, training_set: Batch, step: Steps) -> jax.Array:
         inputs, targets = jax.tree.map(lambda x: x[step.chosen], training_set)
@@ -152,7 +157,6 @@ def training_run(
         )
         return weights, info.support_loss
 
-    num_steps = len(chosen)
     steps = Steps(
         chosen,
         jax.tree.map(jnp.exp, hyperparameters.log_rates),
@@ -193,7 +197,8 @@ def hypergradient(
     of the episode gives the initial weights and the order of the mini-batches.
 
     Args:
-      model: the network; its parameters are a dictionary of layers.
+      model: the network; its parameters are a dictionary of layers. It gets no key, so a stochastic one is
+        deterministic.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
       metric_fn: `(outputs, targets) -> scalar` of the query set after the run, for the info; None for none.
       initial: `(names of the layers) -> Hyperparameters`, before the first meta-step.

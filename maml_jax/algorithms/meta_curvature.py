@@ -12,7 +12,7 @@ import optax
 
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, select
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_not_negative, select
 
 
 def meta_curvature(
@@ -49,11 +49,12 @@ def meta_curvature(
       adapts}.
 
     Raises:
-      ValueError: if `model` is no `Model`, or a count no integer in its range.
+      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, or a count no integer in its range.
 
     References:
       Park and Oliva, 2019, equations 7 to 9.
     """
+    check_not_negative("inner_lr", inner_lr)
 
     def init(key, inputs):
         params = model.init(key, inputs)

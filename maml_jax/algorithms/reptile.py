@@ -28,6 +28,7 @@ from maml_jax.types import (
     check_integer,
     check_model,
     check_optimizer,
+    check_positive,
     select,
 )
 
@@ -170,5 +171,10 @@ class ReptileDescent(InnerDescent):
             check_integer("batch_size", self.batch_size, at_least=1)
 
     def rule(self) -> optax.GradientTransformation:
-        """The inner optimiser."""
+        """The inner optimiser.
+
+        Raises:
+          ValueError: if the rate is None.
+        """
+        check_positive("inner_lr", self.inner_lr)
         return optax.sgd(self.inner_lr) if self.inner_optimizer == "sgd" else optax.adam(self.inner_lr, b1=0.0)

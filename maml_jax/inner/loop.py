@@ -45,10 +45,10 @@ def inner_loop(
         `(params, support, data_of_the_step) -> scalar`.
       rule: optax transformation turning a gradient into an update. A rule that asks for the value, the gradient
         or the loss function (`value`, `grad`, `value_fn` of optax) gets them. The meta-gradient through a rule
-        that takes the square root of a second moment is not finite where that moment is zero: `adam`, `adamw`,
-        `nadam`, `rmsprop` and their relatives need `eps_root=1e-8` (`rmsprop` calls it `eps_in_sqrt`), and
-        `radam` has no such argument. Safe without one are `sgd`, also with momentum, `lion`, `sign_sgd`, clipping,
-        schedules and `polyak_sgd`.
+        that takes the square root of a second moment is not finite where that moment is zero: `adam`, `adamw` and
+        `nadam` need `eps_root=1e-8`, and `rmsprop` its default `eps_in_sqrt=True`. `radam` is not finite with
+        `eps_root` either. Safe as they are: `sgd`, also with momentum, `lion`, `sign_sgd`, clipping, schedules and
+        `polyak_sgd`.
       params: θ, a pytree of floating arrays.
       support: usually a `Batch` [S, ...]; any pytree.
       num_steps: K ≥ 0. With K = 0, `params` come back unchanged.

@@ -21,6 +21,7 @@ from maml_jax import (
     make_train_loop,
     maml,
     maml_plus_plus,
+    meta_curvature,
     meta_sgd,
     mixed_mode,
     models,
@@ -215,7 +216,7 @@ def test_names_that_no_parameter_has_are_refused():
 
 
 @pytest.mark.parametrize("inner_lr", [-0.1, float("nan"), optax.sgd(0.1), None])
-@pytest.mark.parametrize("builder", [maml_plus_plus, meta_sgd])
+@pytest.mark.parametrize("builder", [maml_plus_plus, meta_sgd, meta_curvature])
 def test_a_rate_is_no_negative_number(builder, inner_lr):
     with pytest.raises(ValueError, match=r"inner_lr=.* must be a number of at least 0"):
         builder(linear_model, half_mse, inner_lr=inner_lr, num_inner_steps=1)

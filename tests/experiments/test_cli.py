@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bandits, cli, domains, omniglot, sinusoid
+from experiments import bandits, cli, domains, images, omniglot, sinusoid
 from experiments.commands import EXPERIMENTS
-from maml_jax import CATALOGUE
+from maml_jax import CATALOGUE, ReptileDescent
 
 
 @pytest.mark.parametrize("module", [domains, omniglot, sinusoid])
@@ -118,3 +118,14 @@ def test_help_lists_the_methods_with_their_published_numbers(module, published, 
     assert "--inner-lr FLOAT" not in help_of()  # the flags are those of a method
     assert "--inner-lr FLOAT" in help_of("fomaml")
     assert "--algorithm" not in help_of("fomaml")
+
+
+def test_a_rate_that_is_left_out_is_that_of_the_recipe():
+    for module, name in ((images, "reptile"), (sinusoid, "reptile"), (omniglot, "reptile")):
+        config = module.with_paper_defaults(cli.parse(module.METHODS, "", [name, "--inner-lr", "None"]))
+        expected = module.with_paper_defaults(module.METHODS[name])
+        assert config.hyperparameters == expected.hyperparameters
+    steps = images.with_paper_defaults(cli.parse(images.METHODS, "", ["maml", "--num-inner-steps", "None"]))
+    assert steps.hyperparameters.num_inner_steps == 5
+    with pytest.raises(ValueError, match="inner_lr=None must be a positive number"):
+        ReptileDescent(inner_lr=None).rule()

@@ -334,16 +334,24 @@ SAFE = {
     "polyak_sgd": optax.polyak_sgd(0.5),
     "adam with eps_root": optax.adam(0.1, eps_root=1e-8),
     "adamw with eps_root": optax.adamw(0.1, eps_root=1e-8),
-    "rmsprop with eps_in_sqrt": optax.rmsprop(0.1, eps=1e-8, eps_in_sqrt=True),
+    "nadam with eps_root": optax.nadam(0.1, eps_root=1e-8),
+    "rmsprop": optax.rmsprop(0.1),
 }
-UNSAFE = {"adam": optax.adam(0.1), "radam": optax.radam(0.1), "rmsprop": optax.rmsprop(0.1, eps_in_sqrt=False)}
+UNSAFE = {
+    "adam": optax.adam(0.1),
+    "adamw": optax.adamw(0.1),
+    "nadam": optax.nadam(0.1),
+    "radam": optax.radam(0.1),
+    "radam with eps_root": optax.radam(0.1, eps_root=1e-8),
+    "rmsprop without eps_in_sqrt": optax.rmsprop(0.1, eps_in_sqrt=False),
+}
 
 
 @pytest.mark.parametrize("name", [*SAFE, *UNSAFE])
 def test_the_docstring_says_which_rules_are_safe(name):
     episode = make_episode(jax.random.key(1))
     dead = episode.support._replace(inputs=episode.support.inputs.at[:, 0].set(0.0))
-    grads = jax.grad(lambda p: loss(inner_loop(loss, (SAFE | UNSAFE)[name], p, dead, num_steps=2)[0], episode.query))(
+    grads = jax.grad(lambda p: loss(inner_loop(loss, (SAFE | UNSAFE)[name], p, dead, num_steps=8)[0], episode.query))(
         THETA
     )
     finite = all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(grads))
