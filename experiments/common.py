@@ -180,7 +180,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
 
     Raises:
       RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays. With
-        `config.on_nonfinite` "skip" only if that happens in every step of a compiled call.
+        `config.on_nonfinite` "skip" only if that happens in every step of a compiled call. Also if there were
+        validations and none was finite.
       SystemExit: after a signal, with the code 128 plus its number.
     """
     config, is_alone = members[0].config, len(members) == 1
@@ -285,6 +286,13 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             # Any score of a later validation is higher.
             best[index] = keep_best(best[index], params, np.finfo(np.float32).min, 0, always=True)
         save()
+    for member, one in zip(members, best, strict=True):
+        if not np.isfinite(one["score"][0]):
+            raise RunError(
+                f"no validation of {member.run_dir} was finite, so no state can be selected. The scores are in "
+                f"{member.run_dir / 'metrics.jsonl'}. {_remedies(config, is_skipped=True)}Choose another --run-dir for "
+                "other settings"
+            )
     for index, member in enumerate(members if is_skipped else ()):
         num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
         console.print(f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}", markup=False)

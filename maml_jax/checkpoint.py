@@ -53,7 +53,7 @@ class Restored(NamedTuple):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the tracebacks of orbax and of its threads, one for every array. The error is raised anyway."""
+    """Silences the tracebacks that orbax and its threads log, one for every array. The exception still propagates."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.excepthook
 

@@ -101,7 +101,7 @@ def meta_gradient(
       params: meta-parameters θ.
       episodes: leaves [T, ...].
       chunk_size: tasks that are vmapped together. The chunks are scanned and their gradients summed; the last
-        one may be smaller. With 1 there is no `vmap`. The result does not depend on it, but for rounding. None
+        one may be smaller. With 1 there is no `vmap`. Only rounding depends on it. None
         picks a size, see `default_chunk_size`.
 
     Returns:

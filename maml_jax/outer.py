@@ -40,7 +40,7 @@ class OuterRule(NamedTuple):
       update: `(gradient_fn, params, episodes, rule_state) -> (params, rule_state, info)`. It may call `gradient_fn`
         several times, at other parameters too. `info` is any pytree of arrays; training programs expect the
         fields of `MetaInfo`.
-      looks_at_episodes: whether `update` computes anything else from the episodes than with `gradient_fn`.
+      looks_at_episodes: whether `update` uses the episodes other than through `gradient_fn`.
     """
 
     init: Callable[[ArrayTree], ArrayTree]
@@ -164,7 +164,7 @@ def make_meta_step(
       learner: the algorithm, or a function from the meta-step to it.
       optimizer: the outer optax optimiser, or an `OuterRule`.
       chunk_size: the tasks of one device that are vmapped together; None chooses by the device and the memory of a
-        task. The result does not depend on it, but for rounding.
+        task. Only rounding depends on it.
       mesh: from `parallel.task_mesh`, to divide the tasks over devices; None for one device.
       donate: whether the state passed in is donated: its buffers are reused, and it must not be used again. False
         under `jax.vmap`, which cannot reuse buffers. A state made by hand must not hold an array twice.
@@ -218,7 +218,7 @@ def pmap_meta_step(
       learner: the algorithm, or a function from the meta-step to it.
       optimizer: the outer optax optimiser, or an `OuterRule`.
       chunk_size: the tasks of one device that are vmapped together; None chooses by the device and the memory of a
-        task. The result does not depend on it, but for rounding.
+        task. Only rounding depends on it.
       devices: D devices of this process; by default all of them.
 
     Returns:
@@ -243,7 +243,7 @@ def pmap_meta_step(
         local_gradient = _gradient_fn(learner, state.step, chunk_size, mesh=None)
         return _update(rule, lambda *args: parallel.pmean(local_gradient(*args)), state, episodes)
 
-    # out_axes=None takes the state of one device, which is that of all.
+    # Every device has the same state; out_axes=None takes one copy.
     mapped = jax.pmap(local_step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:
@@ -278,7 +278,7 @@ def make_train_loop(
       meta_batch_size: T, tasks a meta-step.
       num_steps: meta-steps a call.
       chunk_size: the tasks of one device that are vmapped together; None chooses by the device and the memory of a
-        task. The result does not depend on it, but for rounding.
+        task. Only rounding depends on it.
       mesh: from `parallel.task_mesh`; every device draws its own tasks. None for one device.
       donate: see `make_meta_step`.
 

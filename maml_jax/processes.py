@@ -168,7 +168,7 @@ def exit_on_error(seconds: float = 30.0) -> Iterator[None]:
 
 
 def _exit(message: str, code: int) -> None:
-    """Exits at once. The exit handler of `jax.distributed` would wait for every other process."""
+    """Exits without running exit handlers; that of `jax.distributed` would wait for every other process."""
     if message:
         print(message, file=sys.stderr)
     sys.stdout.flush()

@@ -292,9 +292,9 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
 def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
     """Whether a real number, or every entry of an array, is finite and fulfils `condition`.
 
-    An array that is traced has no value yet; it counts as one that does. What is no number does not.
+    A traced array has no value yet, and passes. A bool, and anything else that is no number, fails.
     """
-    if not isinstance(value, numbers.Real | np.ndarray | jax.Array):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
         return False
     try:
         found = np.asarray(value)
@@ -304,13 +304,13 @@ def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
 
 
 def check_positive(name: str, value: Any) -> None:
-    """Raises ValueError for what is no positive, finite number or array of such; traced arrays pass."""
+    """Raises ValueError unless `value` is a positive finite number or an array of them; traced arrays pass."""
     if not holds_for(value, lambda x: x > 0):
         raise ValueError(f"{name}={value} must be a positive number")
 
 
 def check_not_negative(name: str, value: Any) -> None:
-    """Raises ValueError for what is no finite number of at least 0 or array of such; traced arrays pass."""
+    """Raises ValueError unless `value` is a finite number of at least 0 or an array of them; traced arrays pass."""
     if not holds_for(value, lambda x: x >= 0):
         raise ValueError(f"{name}={value} must be a number of at least 0")
 
@@ -451,7 +451,7 @@ def combine(tree: ArrayTree, other: ArrayTree) -> ArrayTree:
 
 
 def select(params: ArrayTree, where: Callable[[str], bool] | None) -> tuple[ArrayTree, ArrayTree]:
-    """Divides parameters into those that adapt and the others, with None in place of each other.
+    """Divides parameters into those that adapt and the others, each with None where the other has a leaf.
 
     Args:
       params: a pytree.

@@ -17,8 +17,8 @@ import numpy as np
 from jax.custom_derivatives import zero_from_primal
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
-from maml_jax.inner.pullback import with_pullback
-from maml_jax.types import ArrayTree, InnerGradFn, combine, partition
+from maml_jax.inner.pullback import contains, with_pullback
+from maml_jax.types import ArrayTree, InnerGradFn, check_integer, combine, partition
 
 
 def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -78,10 +78,11 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
     loop grows by one copy of the parameters a step, and not by the activations of both passes. (Outside of a
     scan XLA may merge the recomputation with the first pass. This costs memory and saves time.)
 
-    The result is exact if the complete gradient has a symmetric derivative, which every true gradient has. A
-    made-up derivative, such as gradient reversal, need not have one. A function that contains a
-    `jax.custom_vjp`, or a collective over a mapped axis, is therefore differentiated as by `checkpointed`. A
-    made-up rule of `jax.custom_jvp` is not noticed; `check_inner_grad` compares a few products.
+    The result is exact if ∇f is the gradient of a scalar function, because its Jacobian is then symmetric. A custom
+    rule that is not the derivative of its function, such as gradient reversal, breaks this. A function that
+    contains a `jax.custom_vjp`, or a collective over a mapped axis, is therefore differentiated as by
+    `checkpointed`. A rule of `jax.custom_jvp` that is no derivative is not noticed; `check_inner_grad` compares a
+    few products.
 
     The result may be differentiated any number of times, in both modes (`jax.grad`, `jax.jvp`, `jax.hessian`). From
     the second outer derivative on, the memory is that of `jax.value_and_grad`.
@@ -95,7 +96,8 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
       `(*args, **kwargs) -> (value, grads)`, or `((value, aux), grads)`.
 
     Raises:
-      TypeError, ValueError: as `jax.value_and_grad`, when called.
+      TypeError, ValueError: as `jax.value_and_grad`, when called. A TypeError when it is differentiated, if a rule of
+        `jax.custom_jvp` contains a `jax.custom_vjp`.
 
     References:
       Pearlmutter, 1994, Fast exact multiplication by the Hessian (the product with Hv); Kemaev et al.,
@@ -184,8 +186,9 @@ def check_inner_grad(
       The largest relative difference.
 
     Raises:
-      ValueError: if it is larger than `rtol`.
+      ValueError: if it is larger than `rtol` or not a number, or `num_products` no positive integer.
     """
+    num_products = check_integer("num_products", num_products, at_least=1)
     floating, fixed = partition(args, lambda _, leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
     def product_of(transform):
@@ -201,7 +204,10 @@ def check_inner_grad(
         keys = iter(jax.random.split(jax.random.key(index), len(jax.tree.leaves(args[0]))))
         cotangent = jax.tree.map(lambda x, keys=keys: jax.random.normal(next(keys), x.shape, x.dtype), args[0])
         difference = jnp.linalg.norm(product(cotangent) - exact_product(cotangent))
-        worst = max(worst, float(difference / jnp.maximum(jnp.linalg.norm(exact_product(cotangent)), 1e-30)))
+        relative = difference / jnp.maximum(jnp.linalg.norm(exact_product(cotangent)), 1e-30)
+        worst = float(np.maximum(worst, relative))  # NaN stays
+    if np.isnan(worst):
+        raise ValueError("a derivative of the inner gradient is not finite here; compare at other parameters or data")
     if not worst <= rtol:
         raise ValueError(
             f"the derivative of the inner gradient differs from reverse over reverse by {worst:.1%}. A custom "
@@ -214,8 +220,9 @@ def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
     """Makes the values that `fun` closes over arguments.
 
     Returns:
-      `(*args, closed_over) -> fun(*args)`; the closed-over values; whether forward over reverse suits `fun`: it
-      contains no `jax.custom_vjp`, and no collective over a mapped axis, whose name is not bound in a custom rule.
+      `(*args, closed_over) -> fun(*args)`; the closed-over values; whether `fun` can be differentiated forward over
+      reverse: it contains no `jax.custom_vjp`, and no collective over a mapped axis, whose name is not bound in a
+      custom rule.
     """
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
 
@@ -225,20 +232,7 @@ def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
         return jax.tree.structure(shapes).unflatten(outputs)
 
     has_axis_name = any(type(effect).__name__ == "NamedAxisEffect" for effect in closed.jaxpr.effects)
-    return converted, closed.consts, not has_axis_name and not _contains_custom_vjp(closed.jaxpr)
-
-
-def _contains_custom_vjp(jaxpr: Any) -> bool:
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    return any(
-        eqn.primitive.name.startswith("custom_vjp")
-        or any(
-            _contains_custom_vjp(value)
-            for value in jax.tree.leaves(eqn.params, is_leaf=lambda value: hasattr(value, "eqns"))
-            if hasattr(value, "eqns")
-        )
-        for eqn in jaxpr.eqns
-    )
+    return converted, closed.consts, not has_axis_name and not contains(closed, "custom_vjp")
 
 
 def _with_zeros(cotangents: Any, primals: Any) -> Any:

@@ -2,28 +2,27 @@
 
 from collections.abc import Callable
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.loop import inner_loop
-from maml_jax.types import InnerInfo, ObserveFn, check_integer, check_not_negative, holds_for
+from maml_jax.types import ArrayTree, InnerInfo, ObserveFn, check_integer, check_not_negative, holds_for
 
 
 def proximal_solution(
-    loss_fn: Callable[[chex.ArrayTree, chex.ArrayTree], jax.Array],
+    loss_fn: Callable[[ArrayTree, ArrayTree], jax.Array],
     rule: optax.GradientTransformation,
-    params: chex.ArrayTree,
-    support: chex.ArrayTree,
+    params: ArrayTree,
+    support: ArrayTree,
     *,
     strength: float | jax.Array,
     num_steps: int,
     num_cg_steps: int,
     damping: float | jax.Array = 0.0,
     observe_fn: ObserveFn | None = None,
-) -> tuple[chex.ArrayTree, InnerInfo]:
-    """Solves φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖² approximately, and differentiates φ* exactly where it is a solution.
+) -> tuple[ArrayTree, InnerInfo]:
+    """Solves φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖² approximately. The derivative is exact if it is solved exactly.
 
     The derivative does not depend on how the solution was found, and nothing of the inner steps is stored for it. A
     cotangent v is multiplied by dφ*/dθ = (I + H/λ)⁻¹, with H the Hessian of L_S at the solution, by conjugate
@@ -42,7 +41,7 @@ def proximal_solution(
       strength: λ > 0. Without the proximal term, the solution would not depend on θ.
       num_steps: K, steps of `rule`.
       num_cg_steps: steps of the conjugate gradients. They are exact if H has as many different eigenvalues.
-      damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact for δ = 0 alone.
+      damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact only for δ = 0.
       observe_fn: as in `inner_loop`. Its values are constants to the outer gradient.
 
     Returns:
@@ -104,9 +103,7 @@ def check_strength(strength: float | jax.Array) -> None:
         )
 
 
-def conjugate_gradients(
-    operator: Callable[[chex.ArrayTree], chex.ArrayTree], target: chex.ArrayTree, num_steps: int
-) -> chex.ArrayTree:
+def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: ArrayTree, num_steps: int) -> ArrayTree:
     """Solves operator(u) = target for a symmetric positive operator by a fixed number of steps from u = 0.
 
     A step that finds a zero residual changes nothing. The residual may grow for a while. If the operator is not

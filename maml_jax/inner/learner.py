@@ -20,6 +20,7 @@ from maml_jax.types import (
     Model,
     ObserveFn,
     PRNGKey,
+    check_function,
     check_integer,
     check_model,
 )
@@ -65,12 +66,15 @@ def gradient_based(
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if a count is no integer in its range, `model` is no `Model`, or microbatches are asked for of data
-        per step.
+      ValueError: if a count is no integer in its range, `model` is no `Model`, a loss or `inner_grad` no function, or
+        microbatches are asked for of data per step.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
     check_model(model)
+    check_function("loss_fn", loss_fn, "losses.cross_entropy")
+    check_function("query_loss_fn", query_loss_fn or loss_fn, "losses.cross_entropy")
+    check_function("inner_grad", inner_grad, "maml_jax.mixed_mode or maml_jax.first_order")
     if data_per_step and num_microbatches > 1:
         raise ValueError(
             f"num_microbatches={num_microbatches} divides a support set that all steps share; with data_per_step take "

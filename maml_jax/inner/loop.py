@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from functools import partial
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.types import (
+    ArrayTree,
     InnerGradFn,
     InnerInfo,
     ObserveFn,
@@ -24,17 +24,17 @@ from maml_jax.types import (
 def inner_loop(
     loss_fn: Callable[..., jax.Array],
     rule: optax.GradientTransformation,
-    params: chex.ArrayTree,
-    support: chex.ArrayTree,
+    params: ArrayTree,
+    support: ArrayTree,
     *,
     num_steps: int,
     where: Callable[[str], bool] | None = None,
-    per_step: chex.ArrayTree = None,
+    per_step: ArrayTree = None,
     num_microbatches: int = 1,
     inner_grad: InnerGradFn = mixed_mode,
     observe_fn: ObserveFn | None = None,
-    opt_state: chex.ArrayTree = None,
-) -> tuple[chex.ArrayTree, InnerInfo]:
+    opt_state: ArrayTree = None,
+) -> tuple[ArrayTree, InnerInfo]:
     """Adapts parameters to one support set with a differentiable optimiser.
 
     Iterates φ ← φ + rule(∇L_S(φ)) from φ = params. The result is differentiable in `params`, in
@@ -47,8 +47,8 @@ def inner_loop(
         or the loss function (`value`, `grad`, `value_fn` of optax) gets them. The meta-gradient through a rule
         that takes the square root of a second moment is not finite where that moment is zero: `adam`, `adamw` and
         `nadam` need `eps_root=1e-8`, and `rmsprop` its default `eps_in_sqrt=True`. `radam` is not finite with
-        `eps_root` either. Safe as they are: `sgd`, also with momentum, `lion`, `sign_sgd`, clipping, schedules and
-        `polyak_sgd`.
+        `eps_root` either. Reverse mode does not differentiate line searches, as of `lbfgs`. Safe as they are:
+        `sgd`, also with momentum, `lion`, `sign_sgd`, clipping, schedules and `polyak_sgd`.
       params: θ, a pytree of floating arrays.
       support: usually a `Batch` [S, ...]; any pytree.
       num_steps: K ≥ 0. With K = 0, `params` come back unchanged.
@@ -124,7 +124,7 @@ def inner_loop(
     return combine(adapting, fixed), InnerInfo(losses, observed, opt_state)
 
 
-def _batch(support: chex.ArrayTree, per_step: chex.ArrayTree, num_microbatches: int) -> tuple:
+def _batch(support: ArrayTree, per_step: ArrayTree, num_microbatches: int) -> tuple:
     """Shapes of what the loss is given beside the parameters, in one step and one part."""
 
     def without_leading_axis(tree):
@@ -134,7 +134,7 @@ def _batch(support: chex.ArrayTree, per_step: chex.ArrayTree, num_microbatches: 
     return (part,) if per_step is None else (part, without_leading_axis(per_step))
 
 
-def _mean_over_parts(function: Callable, support: chex.ArrayTree, own: tuple, num_parts: int) -> chex.ArrayTree:
+def _mean_over_parts(function: Callable, support: ArrayTree, own: tuple, num_parts: int) -> ArrayTree:
     """The mean of `function(part, *own)` over the parts [M, ...] of a support set, computed one after another."""
     if num_parts == 1:
         return function(support, *own)
@@ -146,7 +146,7 @@ def _mean_over_parts(function: Callable, support: chex.ArrayTree, own: tuple, nu
     return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), support)[0]
 
 
-def _check_leading_axis(tree: chex.ArrayTree, name: str, fits: Callable[[int], bool], what: str) -> None:
+def _check_leading_axis(tree: ArrayTree, name: str, fits: Callable[[int], bool], what: str) -> None:
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if not jnp.ndim(leaf) or not fits(jnp.shape(leaf)[0]):
             raise ValueError(f"{name}{jax.tree_util.keystr(path)} must hold {what}, got shape {jnp.shape(leaf)}")

@@ -56,6 +56,20 @@ def with_pullback(function: Callable, backward: Callable) -> Callable:
     return result
 
 
+def contains(jaxpr: Any, primitive: str) -> bool:
+    """Whether a jaxpr, or one within it, has a primitive whose name starts with `primitive`."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    return any(
+        eqn.primitive.name.startswith(primitive)
+        or any(
+            contains(value, primitive)
+            for value in jax.tree.leaves(eqn.params, is_leaf=lambda value: hasattr(value, "eqns"))
+            if hasattr(value, "eqns")
+        )
+        for eqn in jaxpr.eqns
+    )
+
+
 ListFn = Callable[[list, list], list]
 """`(residuals, linear) -> outputs`, lists of arrays; linear in its second argument."""
 
@@ -66,7 +80,7 @@ _linear_p.multiple_results = True
 def _linear_with_transpose(forward: ListFn, transpose: ListFn, residuals: list, linear: list) -> list:
     """Calls `forward(residuals, linear)`, which is transposed by calling `transpose`.
 
-    Neither function may close over traced values. The transpose of the result is transposed by `forward`. If the
+    Neither function may close over traced values. Transposing twice applies `forward` again. If the
     residuals are differentiated too, the result is that of `forward`, without a transpose of its own.
 
     Args:
@@ -77,8 +91,16 @@ def _linear_with_transpose(forward: ListFn, transpose: ListFn, residuals: list, 
 
     Returns:
       The outputs of `forward`.
+
+    Raises:
+      TypeError: if `forward` contains a `jax.custom_vjp`. Only one within a rule of `jax.custom_jvp` comes so far.
     """
     jaxpr = jax.make_jaxpr(forward)(residuals, linear)
+    if contains(jaxpr, "custom_lin"):
+        raise TypeError(
+            "a rule of jax.custom_jvp in the inner loss contains a jax.custom_vjp, which has no forward mode; choose "
+            "inner_grad=checkpointed, which is as exact and keeps as little"
+        )
     return _linear_p.bind(*residuals, *linear, jaxpr=jaxpr, transpose=transpose, num_residuals=len(residuals))
 
 

@@ -23,20 +23,20 @@ class LSTMState(NamedTuple):
     cell: jax.Array
 
 
-def init_lstm(key: PRNGKey, num_inputs: int, num_units: int, *, forget_bias: float = 1.0) -> ArrayTree:
+def init_lstm(key: PRNGKey, num_inputs: int, num_units: int) -> ArrayTree:
     """The parameters of an LSTM.
 
     Args:
       key: the randomness.
       num_inputs: I, the size of an input.
       num_units: H, the size of the hidden state.
-      forget_bias: the bias that the forget gate starts from; other biases start at zero.
 
     Returns:
-      "kernel" [I + H, 4H], Glorot uniform, and "bias" [4H], the gates in the order input, forget, cell, output.
+      "kernel" [I + H, 4H], Glorot uniform, and "bias" [4H], the gates in the order input, forget, cell, output. The
+      bias of the forget gate starts at one, the others at zero.
     """
     kernel = jax.nn.initializers.glorot_uniform()(key, (num_inputs + num_units, 4 * num_units))
-    bias = jnp.zeros((4, num_units)).at[1].set(forget_bias).reshape(-1)
+    bias = jnp.zeros((4, num_units)).at[1].set(1.0).reshape(-1)
     return {"kernel": kernel, "bias": bias}
 
 

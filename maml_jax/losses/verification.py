@@ -88,7 +88,7 @@ def soft_classification(scale: float = 64.0) -> VerificationLoss:
     return loss
 
 
-def domain_alignment(outputs: jax.Array, targets: jax.Array | None = None) -> jax.Array:
+def domain_alignment(outputs: jax.Array) -> jax.Array:
     """The mean over D domains of the squared distance between the mean embedding of the domain and that of all.
 
     With unit embeddings, c_d their mean in domain d and c the mean of c_d: (1/D) Σ_d |c_d − c|². The paper multiplies
@@ -97,7 +97,6 @@ def domain_alignment(outputs: jax.Array, targets: jax.Array | None = None) -> ja
 
     Args:
       outputs: embeddings [D, B, C] of B examples of each domain.
-      targets: not used.
 
     Returns:
       A scalar in [0, 1]; 0 if all domains have the same mean.

@@ -206,6 +206,28 @@ def test_what_is_not_finite_stops_the_run_before_it_is_saved(tmp_path, what, num
         assert checkpoint.latest(tmp_path / "checkpoints") is None
 
 
+def test_parameters_that_are_not_finite_stop_the_run(tmp_path):
+    def objective(params, episode):
+        loss, info = LEARNER.objective(params, episode)
+        return 1e3 * loss, info
+
+    # The meta-gradient is about a thousand, and the update larger than any number.
+    config = Config(outer_optimizer="sgd", outer_lr=1e38)
+    with pytest.raises(runs.RunError, match=r"the parameters are not finite at meta-step 0 .*lower --inner-lr"):
+        train(tmp_path, config, learner=LEARNER._replace(objective=objective))
+    assert checkpoint.latest(tmp_path / "checkpoints") is None
+
+
+@pytest.mark.parametrize("score", [np.nan, -np.inf])
+def test_a_run_whose_validations_are_not_finite_has_selected_nothing(tmp_path, score):
+    for _ in range(2):  # also when there is nothing left to train
+        with pytest.raises(runs.RunError, match=r"no validation of .* was finite.*metrics\.jsonl\. .*--inner-lr"):
+            train(tmp_path, validate=lambda params: score)
+    assert checkpoint.latest(tmp_path / "checkpoints") == 12
+    scores = iter([score, 0.5, score])
+    assert train(tmp_path / "other", validate=lambda params: next(scores)).best_step == 8
+
+
 def test_a_run_without_a_terminal_says_how_far_it_is(tmp_path, capsys, monkeypatch):
     train(tmp_path / "short")
     assert re.findall(r"step (\d+)/12 ", capsys.readouterr().out) == ["12"]

@@ -532,3 +532,33 @@ def test_memory_is_flat_in_the_number_of_inner_steps():
     assert temporaries["checkpointed", 20] <= 2 * temporaries["checkpointed", 1]
     assert temporaries["reverse", 20] > 2 * temporaries["reverse", 1]
     assert temporaries["reverse", 20] > 2 * temporaries["mixed_mode", 20]
+
+
+def test_a_product_that_is_no_number_is_no_agreement():
+    # The norm has no derivative at zero.
+    with pytest.raises(ValueError, match="a derivative of the inner gradient is not finite here"):
+        check_inner_grad(lambda p: jnp.linalg.norm(0.0 * p), jnp.ones(3))
+    with pytest.raises(ValueError, match="num_products must be an integer of at least 1, got 0"):
+        check_inner_grad(lambda p: jnp.sum(p**2), jnp.ones(3), num_products=0)
+
+
+def test_a_rule_that_hides_a_custom_vjp_is_named_and_checkpointed_takes_it(x64):
+    @jax.custom_vjp
+    def square(x):
+        return x**2
+
+    square.defvjp(lambda x: (x**2, x), lambda x, bar: (2.0 * x * bar,))
+
+    @jax.custom_jvp
+    def tanh(x):
+        return jnp.tanh(x)
+
+    tanh.defjvp(lambda primals, tangents: (tanh(*primals), (1.0 - square(tanh(*primals))) * tangents[0]))
+
+    def of_gradient(transform, function):
+        return jax.grad(lambda p: jnp.sum(transform(lambda p: jnp.sum(function(p)))(p)[1] ** 2))(jnp.array([0.3, -0.7]))
+
+    with pytest.raises(TypeError, match=r"contains a jax\.custom_vjp, .* inner_grad=checkpointed"):
+        of_gradient(mixed_mode, tanh)
+    expected = of_gradient(jax.value_and_grad, jnp.tanh)
+    chex.assert_trees_all_close(of_gradient(checkpointed, tanh), expected, rtol=1e-10)

@@ -5,7 +5,21 @@ import optax
 import pytest
 from linear_regression import Quadratic, half_mse, linear_model, make_episode
 
-from maml_jax import fomaml, gradient_based, inner_loop, maml
+from maml_jax import (
+    Model,
+    anil,
+    boil,
+    cavia,
+    fomaml,
+    gradient_based,
+    imaml,
+    inner_loop,
+    maml,
+    maml_plus_plus,
+    meta_curvature,
+    meta_lstm,
+    meta_sgd,
+)
 
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
 
@@ -49,6 +63,54 @@ def test_complex_parameters_are_refused():
     # JAX's gradient of |z|² is 2 z*: a step against it would ascend in the imaginary part.
     with pytest.raises(ValueError, match=r"dtype complex64 .* split complex numbers into two parts"):
         inner_loop(lambda z, _: jnp.sum(jnp.abs(z) ** 2), optax.sgd(0.25), jnp.array([1.0 + 2.0j]), None, num_steps=1)
+
+
+def is_first(name):
+    """Whether a parameter of a network is a weight."""
+    return name.endswith("weight")
+
+
+WITH_A_QUERY_LOSS = {
+    maml: {"inner_optimizer": optax.sgd(0.1)},
+    fomaml: {"inner_optimizer": optax.sgd(0.1)},
+    anil: {"inner_optimizer": optax.sgd(0.1), "head": is_first},
+    boil: {"inner_optimizer": optax.sgd(0.1), "head": lambda name: not is_first(name)},
+    meta_sgd: {"inner_lr": 0.1},
+    meta_curvature: {"inner_lr": 0.1},
+    maml_plus_plus: {"inner_lr": 0.1},
+    cavia: {"inner_optimizer": optax.sgd(0.1), "context_size": 2},
+    imaml: {"inner_optimizer": optax.sgd(0.1), "strength": 2.0, "num_cg_steps": 2},
+    meta_lstm: {},
+}
+
+
+@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=lambda builder: builder.__name__)
+def test_the_query_set_may_have_a_loss_of_its_own(builder):
+    model = Model(
+        init=lambda key, inputs: {"weight": jax.random.normal(key, inputs.shape[-1:]), "offset": jnp.zeros(())},
+        apply=lambda params, inputs: inputs @ params["weight"] + params["offset"],
+    )
+    episode, settings = make_episode(jax.random.key(0)), WITH_A_QUERY_LOSS[builder]
+    one, other = (
+        builder(model, half_mse, query_loss_fn, num_inner_steps=2, **settings)
+        for query_loss_fn in (None, lambda outputs, targets: 3.0 * half_mse(outputs, targets))
+    )
+    params = one.init(jax.random.key(1), episode.support.inputs)
+    losses = [float(learner.objective(params, episode)[0]) for learner in (one, other)]
+    assert losses[0] > 0
+    assert losses[1] == pytest.approx(3.0 * losses[0], rel=1e-5)
+    adapted = [learner.adapt(params, episode.support)[0] for learner in (one, other)]
+    chex.assert_trees_all_close(*adapted, rtol=1e-6)  # the inner loss is the same
+
+
+def test_losses_and_inner_gradients_are_checked_when_the_learner_is_built():
+    settings = {"inner_optimizer": optax.sgd(1.0), "num_inner_steps": 1}
+    with pytest.raises(ValueError, match=r"loss_fn must be a function such as losses\.cross_entropy, got None"):
+        maml(linear_model, None, **settings)
+    with pytest.raises(ValueError, match=r"query_loss_fn must be a function such as .* got 3"):
+        maml(linear_model, half_mse, 3, **settings)
+    with pytest.raises(ValueError, match=r"inner_grad must be a function such as .* got 'x'"):
+        maml(linear_model, half_mse, inner_grad="x", **settings)
 
 
 def test_counts_are_checked_when_the_learner_is_built():
