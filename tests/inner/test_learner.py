@@ -19,6 +19,7 @@ from maml_jax import (
     meta_curvature,
     meta_lstm,
     meta_sgd,
+    with_context,
 )
 
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
@@ -78,7 +79,7 @@ WITH_A_QUERY_LOSS = {
     meta_sgd: {"inner_lr": 0.1},
     meta_curvature: {"inner_lr": 0.1},
     maml_plus_plus: {"inner_lr": 0.1},
-    cavia: {"inner_optimizer": optax.sgd(0.1), "context_size": 2},
+    cavia: {"inner_optimizer": optax.sgd(0.1), "num_context": 2},
     imaml: {"inner_optimizer": optax.sgd(0.1), "strength": 2.0, "num_cg_steps": 2},
     meta_lstm: {},
 }
@@ -90,6 +91,7 @@ def test_the_query_set_may_have_a_loss_of_its_own(builder):
         init=lambda key, inputs: {"weight": jax.random.normal(key, inputs.shape[-1:]), "offset": jnp.zeros(())},
         apply=lambda params, inputs: inputs @ params["weight"] + params["offset"],
     )
+    model = with_context(model) if builder is cavia else model
     episode, settings = make_episode(jax.random.key(0)), WITH_A_QUERY_LOSS[builder]
     one, other = (
         builder(model, half_mse, query_loss_fn, num_inner_steps=2, **settings)
