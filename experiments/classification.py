@@ -509,7 +509,7 @@ def show(data: DataSet, results: dict) -> None:
     if last or "evaluations" not in results:
         table = Table("inner steps", "accuracy", title=title.format(f"{protocol['way']}-way {protocol['shot']}-shot"))
         for step in sorted({step for step in (0, 1, 2, 3, 4, 5, 10, 20) if step < last} | {last}):
-            table.add_row(str(step), runs.format_mean(accuracy["mean"][step], accuracy["ci95"][step], scale=100))
+            table.add_row(str(step), runs.format_metric(accuracy, step, scale=100))
         console.print(table)
     if evaluations := results.get("evaluations"):
         table = Table("task", "accuracy", title=title.format("after the last step"))
@@ -517,7 +517,7 @@ def show(data: DataSet, results: dict) -> None:
             accuracy = evaluation["metrics"]["accuracy"]
             task = f"{evaluation['way']}-way {evaluation['shot']}-shot"
             task = ", ".join([task, *filter(None, [evaluation.get("head")])])
-            table.add_row(task, runs.format_mean(accuracy["mean"][-1], accuracy["ci95"][-1], scale=100))
+            table.add_row(task, runs.format_metric(accuracy, scale=100))
         console.print(table)
     if instances := results.get("instances"):
         table = Table("image of its class in a sequence", "accuracy", title=title.format("sequences"))

@@ -6,7 +6,7 @@ import os
 import threading
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -287,25 +287,43 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             best[index] = keep_best(best[index], params, np.finfo(np.float32).min, 0, always=True)
         save()
     for member, one in zip(members, best, strict=True):
-        if not np.isfinite(one["score"][0]):
-            raise RunError(
-                f"no validation of {member.run_dir} was finite, so no state can be selected. The scores are in "
-                f"{member.run_dir / 'metrics.jsonl'}. {_remedies(config, is_skipped=True)}Choose another --run-dir for "
-                "other settings"
-            )
+        check_selected(one, member.run_dir, config)
     for index, member in enumerate(members if is_skipped else ()):
         num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
         console.print(f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}", markup=False)
-    first, execution = of_member(state, 0), {} if is_alone else {"seeds": len(members)}
+    execution = execution_of(training, optimizer, config, mesh, programs, of_member(state, 0), len(members))
+    return [Trained(selected(one), int(one["step"][0]), dict(seconds), dict(execution)) for one in best]
+
+
+def execution_of(
+    training: Training,
+    optimizer: optax.GradientTransformation | OuterRule,
+    config: Any,
+    mesh: jax.sharding.Mesh | None,
+    programs: Mapping[int, "Program"],
+    state: MetaState,
+    num_seeds: int,
+) -> dict[str, Any]:
+    """How a training was executed, for results.json.
+
+    Args:
+      training: what was trained.
+      optimizer: its outer optimiser or rule.
+      config: its settings.
+      mesh: what the tasks, or the seeds, were divided over.
+      programs: by their number of meta-steps. Without any, nothing was trained by this call.
+      state: of one seed.
+      num_seeds: how many were trained together.
+    """
+    execution = {"seeds": num_seeds} if num_seeds > 1 else {}
     if programs:  # what was trained by another call had devices of its own
         num_devices = 1 if mesh is None else mesh.size
-        longest = programs[max(programs)]
-        execution |= {"devices": num_devices, "temporary_bytes": longest.temporary_bytes}
+        execution |= {"devices": num_devices, "temporary_bytes": programs[max(programs)].temporary_bytes}
         execution["chunk_size"] = config.chunk_size or chosen_chunk_size(
-            learner, first, sample_episode, config, num_devices if is_alone else 1
+            training.learner, state, training.sample_episode, config, num_devices if num_seeds == 1 else 1
         )
-    execution["flops"] = flops_of_a_meta_step(learner, optimizer, first, sample_episode, config)
-    return [Trained(selected(one), int(one["step"][0]), dict(seconds), dict(execution)) for one in best]
+    flops = flops_of_a_meta_step(training.learner, optimizer, state, training.sample_episode, config)
+    return execution | {"flops": flops}
 
 
 class Program(NamedTuple):
@@ -492,6 +510,16 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path, config: Any, *, is_sk
             else f"There is no checkpoint in {run_dir} yet; choose another --run-dir for other settings"
         )
     )
+
+
+def check_selected(best: dict[str, Any], run_dir: Path, config: Any) -> None:
+    """Raises RunError if a finished training had validations and none was finite; `best` is as in `keep_best`."""
+    if not np.isfinite(best["score"][0]):
+        raise RunError(
+            f"no validation of {run_dir} was finite, so no state can be selected. The scores are in "
+            f"{run_dir / 'metrics.jsonl'}. {_remedies(config, is_skipped=True)}Choose another --run-dir for other "
+            "settings"
+        )
 
 
 def _remedies(config: Any, is_skipped: bool) -> str:

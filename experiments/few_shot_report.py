@@ -119,7 +119,7 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
         config, algorithm = group[0]["config"], group[0]["algorithm"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
         steps = len(accuracy[0]["mean"]) - 1
-        cells = [runs.format_mean(a["mean"][-1], a["ci95"][-1], scale=100) for a in accuracy]
+        cells = [runs.format_metric(a, scale=100) for a in accuracy]
         paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]))
         if paper is None or not as_published(group[0]):
             paper = ""
@@ -180,7 +180,7 @@ def budget_table(results: list[dict]) -> str:
     for group in by_command(results).values():
         config, algorithm = group[0]["config"], group[0]["algorithm"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
-        shown = runs.format_mean(accuracy[0]["mean"][-1], accuracy[0]["ci95"][-1], scale=100)
+        shown = runs.format_metric(accuracy[0], scale=100)
         if len(group) > 1:
             shown = runs.format_over_seeds([100 * a["mean"][-1] for a in accuracy])
         rows.append(
@@ -326,7 +326,7 @@ def images_table(results: list[dict]) -> str:
         for result in group:
             for evaluation in evaluations(result):
                 accuracy = evaluation["metrics"]["accuracy"]
-                cell = runs.format_mean(accuracy["mean"][-1], accuracy["ci95"][-1], scale=100)
+                cell = runs.format_metric(accuracy, scale=100)
                 by_head[evaluation.get("head", "")][evaluation["shot"]].append(cell)
         for head, cells in by_head.items():
             of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"

@@ -270,6 +270,18 @@ def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 
     return " ± ".join(format(scale * number, style) for number in (mean, ci95) if number is not None)
 
 
+def format_metric(metric: Mapping[str, Sequence[float | None]], step: int = -1, *, scale: float = 1.0) -> str:
+    """The mean and interval of a metric of results.json after some inner steps, as tables print it.
+
+    If episodes are not finite, it is their number and the mean of the others.
+    """
+    shown = format_mean(metric["mean"][step], metric["ci95"][step], scale=scale)
+    if metric["mean"][step] is None and "num_nonfinite" in metric:
+        others = format_mean(metric["finite_mean"][step], scale=scale)
+        shown += f" in {metric['num_nonfinite'][step]} episodes (others {others})"
+    return shown
+
+
 def format_over_seeds(values: list[float | None]) -> str:
     """The mean over seeds and, from two on, the smallest and largest; or the number of seeds without a finite value."""
     if bad := sum(value is None for value in values):

@@ -15,6 +15,7 @@ from maml_jax.types import (
     PRNGKey,
     SampleEpisodeFn,
     as_floating,
+    check_function,
     check_integer,
     check_learner,
     draw_episode,
@@ -63,9 +64,10 @@ def evaluate(
       An `Evaluation` with leaves [K+1, ...]; K = 0 for a learner that does not iterate.
 
     Raises:
-      ValueError: if a count is wrong, `num_episodes` does not divide over `mesh`, or the learner's `adapt` ignores
-        `observe_fn`.
+      ValueError: if a count is wrong, `metric_fn` no function, `num_episodes` does not divide over `mesh`, or the
+        learner's `adapt` ignores `observe_fn`.
     """
+    check_function("metric_fn", metric_fn, "losses.accuracy")
     score = (_query_scores, metric_fn, one_query_at_a_time, stochastic)
     return _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, chunk_size, mesh)
 

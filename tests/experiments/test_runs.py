@@ -87,6 +87,13 @@ def test_means_are_scaled_with_their_interval():
     assert runs.format_mean(0.5, 0.25, scale=100) == "50.00 ± 25.00"
 
 
+def test_episodes_that_are_not_finite_are_counted_in_tables():
+    metric = {"mean": [0.25, None], "ci95": [0.01, None], "num_nonfinite": [0, 3], "finite_mean": [0.25, 0.5]}
+    assert runs.format_metric(metric, 0, scale=100) == "25.00 ± 1.00"
+    assert runs.format_metric(metric, scale=100) == "not finite in 3 episodes (others 50.00)"
+    assert runs.format_metric({"mean": [None], "ci95": [None]}) == "not finite"
+
+
 def test_an_interval_is_students():
     # The variance of three ones and a zero is 1/4; the 0.975 quantile of Student's t with 3 degrees is 3.182.
     values = np.array([1.0, 0.0, 1.0, 1.0])
