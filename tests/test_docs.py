@@ -152,7 +152,7 @@ def test_every_public_name_is_in_the_api(site, pages):
 def test_tutorials_and_results_are_pages_with_figures(site):
     tutorial = (site / "experiments" / "tutorials" / "your_own_loss.html").read_text(encoding="utf-8")
     assert re.search(r'<img [^>]*src="your_own_loss_\d+.png"', tutorial)
-    assert "Each method" in (site / "experiments" / "RESULTS.html").read_text(encoding="utf-8")
+    assert "Equal meta-steps" in (site / "experiments" / "RESULTS.html").read_text(encoding="utf-8")
     assert "init_meta_state" in (site / "index.html").read_text(encoding="utf-8")  # the first example of the README
 
 
