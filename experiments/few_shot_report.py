@@ -17,6 +17,8 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 
 - A method whose parameters do not depend on the number of classes is tested in all four settings after one training.
 - Split by alphabet, the test has new alphabets. Numbers of different splits are not comparable.
+- Rows of MAML and its family with `--inductive`, `--split-by alphabet` have the test of the learners that compare
+  embeddings, and a twelfth of the recipe's meta-steps.
 - Queries are those of a class in a test episode.
 - An inductive test classifies every query on its own. In a transductive one the queries are normalised together.
 - The column of meta-steps has those of the training and those of the recipe. One of 20,000, or 40,000 for the
@@ -315,9 +317,7 @@ def images_table(results: list[dict]) -> str:
     """Accuracy on photographs with 1 and 5 examples of a class, one row a method, its head and its flags."""
     groups, rows = defaultdict(list), []
     for result in sorted(results, key=order_of):
-        # How often a run is validated and logged is left to the list of commands; the others have columns.
-        hidden = ("--size", "--eval-episodes", "--val-every", "--log-every")
-        flags = tuple(flag for flag in variation(result) if not flag.startswith(hidden))
+        flags = tuple(flag for flag in variation(result) if not flag.startswith(("--size", "--eval-episodes")))
         in_columns = result["config"]["size"], result["protocol"]["episodes"]
         groups[result["algorithm"], flags, result["meta_steps"], *in_columns].append(result)
     for (algorithm, flags, meta_steps, *_), group in groups.items():
@@ -388,9 +388,12 @@ def instance_table(results: list[dict]) -> str:
 
 
 def variation(results: dict) -> list[str]:
-    """The flags of the command that are neither in a column of the table nor the seed."""
-    in_columns = ("--way", "--shot", "--num-meta-steps", "--seed")
-    return [flag for flag in changed_flags(results) if not flag.startswith(in_columns)]
+    """The flags of the command that are neither in a column of the table nor the seed.
+
+    How often a run is validated and logged is left to the list of commands.
+    """
+    hidden = ("--way", "--shot", "--num-meta-steps", "--seed", "--val-every", "--log-every")
+    return [flag for flag in changed_flags(results) if not flag.startswith(hidden)]
 
 
 def departures(results: dict) -> list[str]:
