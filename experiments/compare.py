@@ -75,8 +75,8 @@ class Run(NamedTuple):
       experiment: such as "omniglot".
       config: its settings.
       data: what an experiment in few-shot classification says about its data; None in others.
-      trials: what an experiment on trials is about; None in others.
       results: the content of results.json; None if it is not finished.
+      trials: what an experiment on trials is about; None in others.
     """
 
     name: str
@@ -84,8 +84,8 @@ class Run(NamedTuple):
     experiment: str
     config: Any
     data: DataSet | None
-    trials: trials.Experiment | None
     results: dict[str, Any] | None
+    trials: trials.Experiment | None = None
 
 
 class Metric(NamedTuple):
@@ -164,8 +164,8 @@ def open_run(run_dir: Path, name: str | None = None) -> Run:
         module.__name__.rpartition(".")[2],
         config,
         getattr(module, "DATA", None),
-        getattr(module, "EXPERIMENT", None),
         runs.read_results(run_dir),
+        getattr(module, "EXPERIMENT", None),
     )
 
 

@@ -5,12 +5,17 @@ is the buffer assignment of XLA.
 """
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from maml_jax.inner.gradients import first_order, mixed_mode
+from maml_jax.meta_gradient import meta_gradient
+from maml_jax.types import ArrayTree, Episode, MetaLearner
 
 # Primitives by their cost. All others are free.
 _ARITHMETIC, _REDUCTIONS, _WINDOW_REDUCTIONS, _CUMULATIONS, _UNKNOWN = map(
@@ -111,6 +116,41 @@ def count_flops(function: Callable, *args: Any) -> int:
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return _count(jaxpr, [True] * len(jaxpr.outvars))[0]
+
+
+def inner_grad_costs(
+    build: Callable[..., MetaLearner], params: ArrayTree, episodes: Episode, *, chunk_size: int | None = None
+) -> dict[str, Cost]:
+    """Compares the costs of one meta-gradient for three ways to differentiate the inner gradient.
+
+    Args:
+      build: `build(inner_grad=...) -> MetaLearner`, such as `partial(maml, model, loss_fn, inner_optimizer=...,
+        num_inner_steps=...)`.
+      params: meta-parameters θ.
+      episodes: leaves [T, ...].
+      chunk_size: as in `meta_gradient.meta_gradient`.
+
+    Returns:
+      Costs by name: "first_order", "mixed_mode" and "reverse_over_reverse" of the meta-gradient, and "forward" of one
+      application of θ to the support set and one to the query set of every task.
+    """
+
+    def gradient(inner_grad):
+        return lambda params, episodes: meta_gradient(
+            build(inner_grad=inner_grad), params, episodes, chunk_size=chunk_size
+        )
+
+    def forward(params, episodes):
+        predict = partial(build(inner_grad=first_order).predict, params)
+        return jax.lax.map(lambda episode: (predict(episode.support.inputs), predict(episode.query.inputs)), episodes)
+
+    functions = {
+        "forward": forward,
+        "first_order": gradient(first_order),
+        "mixed_mode": gradient(mixed_mode),
+        "reverse_over_reverse": gradient(jax.value_and_grad),
+    }
+    return {name: cost_of(function, params, episodes) for name, function in functions.items()}
 
 
 def _count(jaxpr: Any, is_needed: list[bool]) -> tuple[int, list[bool]]:

@@ -8,8 +8,8 @@ import pytest
 from jax import lax
 
 from maml_jax import Batch, Episode, losses, maml, models, parallel
-from maml_jax.cost import Cost, cost_of, count_flops, temporary_bytes
-from maml_jax.inner import first_order, mixed_mode
+from maml_jax.cost import Cost, cost_of, count_flops, inner_grad_costs, temporary_bytes
+from maml_jax.inner import first_order
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.models.layers import conv_lax
 
@@ -245,23 +245,20 @@ def test_flops_of_a_meta_step_do_not_depend_on_the_chunks_and_grow_linearly_with
     assert flops(20, 4) - flops(10, 4) == 10 * (flops(2, 4) - flops(1, 4))
 
 
-def test_costs_of_the_inner_gradients():
+def test_inner_grad_costs():
     episodes = sinusoid_episodes(4)
     params = build(0).init(jax.random.key(0), episodes.support.inputs[0])
-    transforms = {"first order": first_order, "mixed mode": mixed_mode, "reverse over reverse": jax.value_and_grad}
-
-    def costs(steps, inner_grad):
-        gradient = partial(meta_gradient, build(steps, inner_grad=inner_grad), chunk_size=4)
-        return cost_of(gradient, params, episodes)
-
-    few, many = ({name: costs(steps, transform) for name, transform in transforms.items()} for steps in (2, 20))
-    assert few["first order"].flops < few["reverse over reverse"].flops < few["mixed mode"].flops
+    few, many = (inner_grad_costs(partial(build, steps), params, episodes, chunk_size=4) for steps in (2, 20))
+    model_flops = count_flops(build(0).predict, params, jnp.ones((10, 1)))
+    assert few["forward"].flops == many["forward"].flops == 4 * 2 * model_flops
+    assert few["first_order"].flops < few["reverse_over_reverse"].flops < few["mixed_mode"].flops
     # For each of 18 more steps and each of 4 tasks, mixed mode keeps the 1,761 parameters before it, and the loss.
     growth = {name: many[name].temporary_bytes - few[name].temporary_bytes for name in many}
     copies = 18 * 4 * (1761 + 1) * 4
-    assert growth["mixed mode"] <= 1.1 * copies
+    assert growth["mixed_mode"] <= 1.1 * copies
     # With ten points, the activations of one pass have half the size of the parameters. Both passes are kept.
-    assert growth["reverse over reverse"] > 1.5 * growth["mixed mode"]
+    assert growth["reverse_over_reverse"] > 1.5 * growth["mixed_mode"]
+    assert growth["forward"] == 0
 
 
 def test_temporaries_and_cost_of():

@@ -232,7 +232,8 @@ def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
         return jax.tree.structure(shapes).unflatten(outputs)
 
     has_axis_name = any(type(effect).__name__ == "NamedAxisEffect" for effect in closed.jaxpr.effects)
-    return converted, closed.consts, not has_axis_name and not contains(closed, "custom_vjp")
+    has_custom_vjp = contains(closed, lambda name: name.startswith("custom_vjp"))
+    return converted, closed.consts, not (has_axis_name or has_custom_vjp)
 
 
 def _with_zeros(cotangents: Any, primals: Any) -> Any:

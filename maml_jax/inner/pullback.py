@@ -56,13 +56,13 @@ def with_pullback(function: Callable, backward: Callable) -> Callable:
     return result
 
 
-def contains(jaxpr: Any, primitive: str) -> bool:
-    """Whether a jaxpr, or one within it, has a primitive whose name starts with `primitive`."""
+def contains(jaxpr: Any, is_meant: Callable[[str], bool]) -> bool:
+    """Whether a jaxpr, or one within it, has a primitive whose name fulfils `is_meant`."""
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     return any(
-        eqn.primitive.name.startswith(primitive)
+        is_meant(eqn.primitive.name)
         or any(
-            contains(value, primitive)
+            contains(value, is_meant)
             for value in jax.tree.leaves(eqn.params, is_leaf=lambda value: hasattr(value, "eqns"))
             if hasattr(value, "eqns")
         )
@@ -96,7 +96,7 @@ def _linear_with_transpose(forward: ListFn, transpose: ListFn, residuals: list, 
       TypeError: if `forward` contains a `jax.custom_vjp`. Only one within a rule of `jax.custom_jvp` comes so far.
     """
     jaxpr = jax.make_jaxpr(forward)(residuals, linear)
-    if contains(jaxpr, "custom_lin"):
+    if contains(jaxpr, lambda name: name == "custom_lin"):
         raise TypeError(
             "a rule of jax.custom_jvp in the inner loss contains a jax.custom_vjp, which has no forward mode; choose "
             "inner_grad=checkpointed, which is as exact and keeps as little"
