@@ -30,6 +30,7 @@ from experiments.classification import DataSet
 from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
 from experiments.runs import RunError, console, format_mean
+from experiments.trials import Experiment
 from maml_jax import checkpoint, evaluate, losses
 from maml_jax.types import MetaLearner, SampleEpisodeFn, check_integer
 
@@ -85,7 +86,7 @@ class Run(NamedTuple):
     config: Any
     data: DataSet | None
     results: dict[str, Any] | None
-    trials: trials.Experiment | None = None
+    trials: Experiment | None = None
 
 
 class Metric(NamedTuple):
