@@ -23,7 +23,7 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 - An inductive test classifies every query on its own. In a transductive one the queries are normalised together.
 - The column of meta-steps has those of the training and those of the recipe. One of 20,000, or 40,000 for the
   neural statistician, is ours, because those papers stop early, have no episodes or do not say.
-- Times are of two cores that often did other work too, unless a GPU is named. Compare operations where they were
+- Times are of one or two cores that often did other work too, unless a GPU is named. Compare operations where they were
   counted. The figure has the longest training of each method on a CPU. Its bars go from the smallest to the largest
   seed; with one seed they are the interval."""
 EQUAL_BUDGET = """5-way 1-shot, the same recipes with fewer meta-steps. A method has the rates, the schedule and the

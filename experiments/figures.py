@@ -233,7 +233,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
                 style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
                 drawn[label] = axes.errorbar(record["minutes"][setting], mean, bar, capsize=3, **style)
             # The last points below 100 % are the dear ones, and on this axis they are as wide as the first.
-            axes.set(xlabel="minutes of training on two cores", ylabel="test accuracy, %", xscale="log", yscale="logit")
+            axes.set(xlabel="minutes of training on a CPU", ylabel="test accuracy, %", xscale="log", yscale="logit")
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
             axes.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99]))
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
