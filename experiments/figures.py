@@ -108,7 +108,7 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
     """
     shots = sorted({evaluation["shot"] for evaluation in next(iter(evaluations.values()))})
     figure, row = plt.subplots(
-        1, len(shots), figsize=(2.5 + 4.5 * len(shots), 4.2), sharey=True, squeeze=False, layout="constrained"
+        1, len(shots), figsize=(4.5 * len(shots), 4.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, shot in zip(row[0], shots, strict=True):
         for index, (label, of_label) in enumerate(evaluations.items()):
@@ -117,7 +117,9 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
         axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", yscale="log", ylim=(1e-3, 10))
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("median squared error on new points")
-    figure.legend(*row[0][0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    figure.legend(
+        *row[0][0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2 * len(shots)
+    )
     save(figure, file)
 
 

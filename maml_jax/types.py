@@ -145,7 +145,15 @@ class ObjectiveFn(Protocol):
 
 
 class MetaLearner(NamedTuple):
-    """A meta-learning algorithm: four pure functions about ONE episode."""
+    """A meta-learning algorithm: four pure functions about ONE episode.
+
+    Attributes:
+      init: `(key, inputs) -> meta_params`, where inputs [S, ...] show the shape of one support set.
+      adapt: `(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`, what is deployed. A key is
+        only for an order that it draws; dropout and latent samples belong to `objective`.
+      predict: `(task_params, inputs) -> outputs`, one output an input, [M, ...].
+      objective: `(meta_params, episode) -> (scalar, info)`, how it is trained: what `jax.grad` is taken of.
+    """
 
     init: InitFn
     adapt: AdaptFn

@@ -1,6 +1,8 @@
 """Every test runs with eight virtual devices and without silent rank promotion."""
 
+import importlib.util
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -53,6 +55,20 @@ def resident_bytes():
     except OSError:
         return float("inf")
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture
+def browser():
+    """A headless Chromium."""
+    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if importlib.util.find_spec("playwright") is None or program is None:
+        pytest.skip("needs playwright and Chromium: `pip install playwright` and `apt-get install chromium`")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=program, args=["--no-sandbox"])
+        yield browser
+        browser.close()
 
 
 @pytest.fixture

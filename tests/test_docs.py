@@ -1,11 +1,14 @@
 """The documentation builds without a network, its links and its code work, and it has every public name."""
 
 import dataclasses
+import functools
+import http.server
 import importlib.util
 import os
 import re
 import subprocess
 import sys
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -102,6 +105,31 @@ def test_pages_load_nothing_from_elsewhere(site, pages):
         assert not re.search(r"(@import|url\()\s*[\"']?(https?:)?//", sheet.read_text(encoding="utf-8")), sheet
 
 
+def test_a_browser_shows_every_page_without_an_error(site, pages, browser):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    address, problems = "", []
+    shown = browser.new_page(viewport={"width": 390, "height": 844})
+    shown.on("pageerror", lambda error: problems.append((shown.url, str(error))))
+    shown.on("response", lambda response: response.status < 400 or problems.append((shown.url, response.url)))
+    shown.on("request", lambda request: request.url.startswith((address, "data:")) or problems.append(request.url))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/"
+        for page in pages:
+            shown.goto(address + page.relative_to(site).as_posix(), wait_until="load")
+            broken = "[...document.images].filter(image => !image.naturalWidth).map(image => image.src)"
+            problems += [(page, image) for image in shown.evaluate(broken)]
+            # A table or a line of code scrolls by itself. The page of a telephone does not.
+            if not shown.evaluate("document.documentElement.scrollWidth <= window.innerWidth"):
+                problems.append((page, "is wider than the screen"))
+        shown.close()
+        server.shutdown()
+    assert not problems
+
+
 def test_internal_links_resolve(site, pages):
     num_checked = 0
     for page, references in pages.items():
@@ -175,6 +203,14 @@ def test_figures_are_those_of_the_script(tmp_path):
     assert drawn == committed
     text = "".join(page.read_text(encoding="utf-8") for page in DOCS.rglob("*.md"))
     assert all(f"figures/{name}" in text for name in drawn)
+
+
+def test_the_picture_of_the_documentation_has_both_answers(browser, tmp_path):
+    photograph = load("photograph").photograph
+    photograph(browser, tmp_path / "page.png")
+    with PIL.Image.open(tmp_path / "page.png") as taken, PIL.Image.open(DOCS / "playground.png") as committed:
+        assert taken.width == committed.width
+        assert taken.height == pytest.approx(committed.height, rel=0.1)  # fonts differ
 
 
 def test_commands_and_flags_exist():

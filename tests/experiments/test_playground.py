@@ -3,10 +3,8 @@
 import base64
 import dataclasses
 import http.client
-import importlib.util
 import json
 import re
-import shutil
 import threading
 
 import jax
@@ -218,20 +216,6 @@ def test_what_is_missing_or_wrong_is_named(files, server, tmp_path):
 
 
 # In a browser
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture
-def browser():
-    if importlib.util.find_spec("playwright") is None or BROWSER is None:
-        pytest.skip("needs playwright and Chromium: `pip install playwright` and `apt-get install chromium`")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as started:
-        browser = started.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 def drag(page, pad, *points):
