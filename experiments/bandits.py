@@ -94,7 +94,7 @@ def reward_and_regret(problem: trials.Problem, probabilities: jax.Array, trial: 
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """The rewards and regrets of the policy and of the strategies, and the largest reward that can be expected."""
-    *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
+    *keys, strategy_key = trials.keys_of_test(config.seed)
     problem, metrics, regrets = problem_of(config), {}, {}
     names = {"reward": True, "reward_of_draws": False}
     for key, (name, greedy) in zip(keys, names.items(), strict=True):
@@ -141,6 +141,7 @@ EXPERIMENT = trials.Experiment(
     run_name=lambda config: f"{config.num_arms}arms-{config.num_pulls}pulls",
     problem_of=problem_of,
     test=test,
+    reward=functools.partial(trials.greedy_reward, problem_of),
     show=show,
     draw=draw,
 )

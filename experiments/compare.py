@@ -25,7 +25,7 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import classification, domains, figures, navigation, pictures, runs, sinusoid, trials
+from experiments import classification, domains, figures, navigation, pictures, runs, sinusoid
 from experiments.classification import DataSet
 from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
@@ -347,16 +347,12 @@ def navigation_test(run: Run) -> Test:
 
 
 def trial_test(run: Run) -> Test:
-    """The test of a run by its most probable actions; in mazes, where these may go in circles, by drawn ones."""
-    config, experiment, is_greedy = run.config, run.trials, run.experiment != "mazes"
+    """The test of a run on new tasks."""
+    config, experiment = run.config, run.trials
     problem = experiment.problem_of(config)
 
     def score(num_tasks: int, seed: int) -> np.ndarray:
-        key = runs.streams(seed).test
-        key = jax.random.split(key, 3)[0] if is_greedy else key  # as in the tests of the experiments
-        params = runs.load(run.run_dir).params
-        found = trials.outcome(config, problem, params, key, num_tasks, greedy=is_greedy)
-        return found.reward.sum(1, keepdims=True)
+        return experiment.reward(config, runs.load(run.run_dir).params, seed, num_tasks)[:, None]
 
     protocol = {"tasks": experiment.run_name(config), "horizon": problem.horizon, "episodes": problem.num_episodes}
     reported = run.results and run.results["metrics"].get("reward")

@@ -93,6 +93,11 @@ def _problem(size: int, view: int, num_episodes: int, horizon: int) -> trials.Pr
     )
 
 
+def reward(config: Config, params: ArrayTree, seed: int, count: int) -> np.ndarray:
+    """The total reward in the first mazes of a test, by drawn actions [count]. The most probable may go in circles."""
+    return trials.outcome(config, problem_of(config), params, runs.streams(seed).test, count).reward.sum(1)
+
+
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """Success and steps of every walk by the most probable actions and by drawn ones, beside the shortest path.
 
@@ -184,6 +189,7 @@ EXPERIMENT = trials.Experiment(
     run_name=lambda config: f"{config.size}x{config.size}-view{config.view}",
     problem_of=problem_of,
     test=test,
+    reward=reward,
     show=show,
     draw_behaviour=draw_behaviour,
 )

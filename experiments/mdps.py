@@ -10,8 +10,6 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-import jax
-
 from experiments import mdp_strategies, published, runs, trials
 from experiments.cli import check_counts, main
 from experiments.runs import console
@@ -80,7 +78,7 @@ def _problem(num_episodes: int) -> trials.Problem:
 
 def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     """The total reward of the policy and of the strategies."""
-    *keys, strategy_key = jax.random.split(runs.streams(config.seed).test, 3)
+    *keys, strategy_key = trials.keys_of_test(config.seed)
     problem, metrics = problem_of(config), {}
     names = {"reward": True, "reward_of_draws": False}
     for key, (name, greedy) in zip(keys, names.items(), strict=True):
@@ -107,6 +105,7 @@ EXPERIMENT = trials.Experiment(
     run_name=lambda config: f"{config.num_episodes}episodes",
     problem_of=problem_of,
     test=test,
+    reward=functools.partial(trials.greedy_reward, problem_of),
     show=show,
 )
 run = functools.partial(trials.run, EXPERIMENT)

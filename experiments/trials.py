@@ -194,6 +194,8 @@ class Experiment(NamedTuple):
       run_name: `(config) -> str`, the name of its run directory.
       problem_of: `(config) -> Problem`, the same object for the same sizes.
       test: `(config, params) -> dict` with "metrics" and whatever else is reported.
+      reward: `(config, params, seed, count) -> rewards` [count], the total reward in each of the first tasks of the
+        test of this seed, by which runs are compared.
       show: `(results) -> None`, prints them.
       draw: `(directory, results) -> None`, draws them; or None.
       draw_behaviour: `(file, config, params, count, seed) -> None`, draws what the policy does; or None.
@@ -203,6 +205,7 @@ class Experiment(NamedTuple):
     run_name: Callable[[Any], str]
     problem_of: Callable[[Any], Problem]
     test: Callable[[Any, ArrayTree], dict[str, Any]]
+    reward: Callable[[Any, ArrayTree, int, int], np.ndarray]
     show: Callable[[dict[str, Any]], None]
     draw: Callable[[Path, dict[str, Any]], None] | None = None
     draw_behaviour: Callable[[Path, Any, ArrayTree, int, int], None] | None = None
@@ -310,11 +313,24 @@ def training_of(config: TrialConfig, problem: Problem, start: ArrayTree | None =
     return Training(learner, sampler, validate, make_optimizer=lambda mesh: rule, inputs=inputs)
 
 
+def keys_of_test(seed: int) -> tuple[PRNGKey, PRNGKey, PRNGKey]:
+    """The keys of the test of a seed: for the most probable actions, for drawn ones, and for the strategies."""
+    return tuple(jax.random.split(runs.streams(seed).test, 3))
+
+
 def outcome(
     config: TrialConfig, problem: Problem, params: ArrayTree, key: PRNGKey, count: int, *, greedy: bool = False
 ) -> Outcome:
     """Goes through `count` trials of new tasks."""
     return through_trials(config, problem, params, key, count, of_episodes, greedy=greedy)
+
+
+def greedy_reward(
+    problem_of: Callable[[Any], Problem], config: TrialConfig, params: ArrayTree, seed: int, count: int
+) -> np.ndarray:
+    """The total reward in each of the first tasks of the test of a seed, by the most probable actions [count]."""
+    key, *_ = keys_of_test(seed)
+    return outcome(config, problem_of(config), params, key, count, greedy=True).reward.sum(1)
 
 
 def of_episodes(problem: Problem, task: ArrayTree, trial: rl.Trial) -> Outcome:
