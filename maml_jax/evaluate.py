@@ -133,8 +133,7 @@ def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, ch
     if chunk_size is None:
         chunk_size = 1 if jax.default_backend() == "cpu" else 100
     chunk_size = check_integer("chunk_size", chunk_size, at_least=1)
-    if mesh is not None:
-        parallel.check_divides(num_episodes, mesh.size, "num_episodes")
+    parallel.check_mesh(mesh, num_episodes, "num_episodes")
     is_built = isinstance(learner, jax.tree_util.Partial)
     learner, learner_data = function_and_data(learner)
     sample_episode, sample_data = function_and_data(sample_episode)

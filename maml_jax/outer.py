@@ -180,7 +180,7 @@ def make_meta_step(
     _check_chunk_size(chunk_size)
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:
-        _check_divides(count_tasks(episodes), mesh)
+        parallel.check_mesh(mesh, count_tasks(episodes), "meta_batch_size")
         gradient_fn = _gradient_fn(learner, state.step, chunk_size, mesh)
         return _update(rule, gradient_fn, state, episodes)
 
@@ -195,11 +195,6 @@ def _update(rule: OuterRule, gradient_fn: GradientFn, state: MetaState, episodes
 def _check_chunk_size(chunk_size: int | None) -> None:
     if chunk_size is not None:
         check_integer("chunk_size", chunk_size, at_least=1)
-
-
-def _check_divides(num_tasks: int, mesh: jax.sharding.Mesh | None) -> None:
-    if mesh is not None:
-        parallel.check_divides(num_tasks, mesh.size, "meta_batch_size")
 
 
 def pmap_meta_step(
@@ -292,7 +287,7 @@ def make_train_loop(
     meta_batch_size = check_integer("meta_batch_size", meta_batch_size, at_least=1)
     num_steps = check_integer("num_steps", num_steps, at_least=1)
     _check_chunk_size(chunk_size)
-    _check_divides(meta_batch_size, mesh)
+    parallel.check_mesh(mesh, meta_batch_size, "meta_batch_size")
     rule = _as_rule(optimizer)
 
     sample_episode, data = function_and_data(sample_episode)

@@ -35,6 +35,15 @@ def check_divides(num_tasks: int, num_devices: int, what: str) -> None:
         )
 
 
+def check_mesh(mesh: Mesh | None, num_tasks: int, what: str) -> None:
+    """Raises ValueError unless `mesh` is None, or one of `task_mesh` over which the tasks divide."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
+        raise ValueError(f"mesh {mesh!r} must be made by parallel.task_mesh(devices), or None for one device")
+    check_divides(num_tasks, mesh.size, what)
+
+
 def pmean(tree: ArrayTree, axis_name: str = AXIS) -> ArrayTree:
     """The mean over devices of a pytree of floating arrays, in one all-reduce of one flat vector."""
     flat, unravel = ravel_pytree(tree)

@@ -416,6 +416,9 @@ def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTre
     """Draws one episode.
 
     A distribution with a second required argument gets the parameters, as constants to the gradient.
+
+    Raises:
+      ValueError: if what the distribution returns has no support set.
     """
     required = [
         parameter
@@ -423,9 +426,14 @@ def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTre
         if parameter.default is parameter.empty
         and parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
-    if len(required) < 2:
-        return sample_episode(key)
-    return sample_episode(key, jax.lax.stop_gradient(params))
+    arguments = (key,) if len(required) < 2 else (key, jax.lax.stop_gradient(params))
+    episode = sample_episode(*arguments)
+    if not hasattr(episode, "support"):
+        raise ValueError(
+            f"a task distribution returns an Episode, and this one returned a {type(episode).__name__}; return "
+            "Episode(support, query, key)"
+        )
+    return episode
 
 
 def named_leaves(tree: ArrayTree) -> dict[str, Any]:

@@ -91,6 +91,8 @@ def test_fewer_than_two_episodes_are_refused(num_episodes):
 def test_episodes_that_do_not_divide_over_a_mesh_are_refused():
     with pytest.raises(ValueError, match=r"num_episodes=7 does not divide over the 4 devices .* multiple of 4"):
         run(7, mesh=parallel.task_mesh(jax.devices()[:4]))
+    with pytest.raises(ValueError, match=r"mesh 4 must be made by parallel\.task_mesh"):
+        run(8, mesh=4)
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, True, 2.5])

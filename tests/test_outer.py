@@ -168,6 +168,23 @@ def test_tasks_that_do_not_divide_over_a_mesh_are_refused(episodes):
         make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=6, num_steps=1, mesh=mesh)
 
 
+@pytest.mark.parametrize("mesh", [2, jax.make_mesh((2,), ("data",))], ids=["a number", "another axis"])
+def test_what_is_no_mesh_of_tasks_is_refused(mesh, episodes):
+    optimizer = optax.sgd(0.1)
+    with pytest.raises(ValueError, match=r"must be made by parallel\.task_mesh"):
+        make_meta_step(LEARNER, optimizer, mesh=mesh)(state_of(optimizer), episodes)
+    with pytest.raises(ValueError, match=r"must be made by parallel\.task_mesh"):
+        make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=6, num_steps=1, mesh=mesh)
+
+
+def test_a_distribution_that_returns_no_episode_is_refused():
+    loop = make_train_loop(
+        LEARNER, optax.sgd(0.1), lambda key: make_episode(key).support, meta_batch_size=2, num_steps=1
+    )
+    with pytest.raises(ValueError, match=r"returned a Batch; return Episode\(support, query, key\)"):
+        loop(state_of(optax.sgd(0.1)), jax.random.key(0))
+
+
 OPTIMIZERS = {
     "adamw": lambda: optax.adamw(0.1, weight_decay=0.5),
     "lamb": lambda: optax.lamb(0.1),

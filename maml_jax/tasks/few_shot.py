@@ -63,8 +63,8 @@ def make_sampler(
 
     Raises:
       ValueError: if a number is no positive integer, if not exactly one of `query_shot` and `num_queries` is given, if
-        both kinds of rotation are requested, if `images` has another dtype or shape, or if it has too few classes or
-        examples.
+        both kinds of rotation are requested, if `images` has another dtype or shape or a feature that is not finite,
+        or if it has too few classes or examples.
 
     References:
       Vinyals et al., 2016, section 4.1; `rotations`: Santoro et al., 2016. https://arxiv.org/abs/1606.04080
@@ -334,11 +334,22 @@ def class_table(images: jax.Array | Sequence[jax.Array], must_rotate: bool) -> C
 
 
 def _on_device(images: jax.Array | Sequence[jax.Array], table: ClassTable) -> tuple[jax.Array, ClassTable]:
-    """All examples [E, ...] in a row, and their table."""
+    """All examples [E, ...] in a row, and their table.
+
+    Raises:
+      ValueError: if a feature is not finite.
+    """
     if isinstance(images, list | tuple):
         examples = np.concatenate([np.asarray(examples) for examples in images])
     else:
         examples = images.reshape(-1, *images.shape[2:])
+    if jnp.issubdtype(examples.dtype, jnp.floating) and not isinstance(examples, jax.core.Tracer):
+        finite = np.isfinite(np.asarray(examples)).reshape(len(examples), -1).all(1)
+        if not finite.all():
+            where = np.searchsorted(table.starts + table.counts, np.argmin(finite), side="right")
+            raise ValueError(
+                f"a feature of class {where} is NaN or infinite; leave the example out, or mend what computes it"
+            )
     return jax.tree.map(jnp.asarray, (examples, table))
 
 
