@@ -13,6 +13,7 @@ from maml_jax._version import __version__ as __version__
 from maml_jax.algorithms import CATALOGUE as CATALOGUE
 from maml_jax.algorithms import ContextDescent as ContextDescent
 from maml_jax.algorithms import DomainSplits as DomainSplits
+from maml_jax.algorithms import DrawnRates as DrawnRates
 from maml_jax.algorithms import Entry as Entry
 from maml_jax.algorithms import ExternalMemory as ExternalMemory
 from maml_jax.algorithms import ImplicitDescent as ImplicitDescent
@@ -95,6 +96,7 @@ __all__ = [
     "Batch",
     "ContextDescent",
     "DomainSplits",
+    "DrawnRates",
     "Entry",
     "Environment",
     "Episode",

@@ -36,6 +36,7 @@ from maml_jax.algorithms.memory_module import memory_module as memory_module
 from maml_jax.algorithms.meta_curvature import meta_curvature as meta_curvature
 from maml_jax.algorithms.meta_lstm import LearnedOptimizer as LearnedOptimizer
 from maml_jax.algorithms.meta_lstm import meta_lstm as meta_lstm
+from maml_jax.algorithms.meta_sgd import DrawnRates as DrawnRates
 from maml_jax.algorithms.meta_sgd import meta_sgd as meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits as DomainSplits
 from maml_jax.algorithms.mldg import NoHyperparameters as NoHyperparameters
@@ -56,6 +57,7 @@ __all__ = [
     "CATALOGUE",
     "ContextDescent",
     "DomainSplits",
+    "DrawnRates",
     "Entry",
     "ExternalMemory",
     "ImplicitDescent",

@@ -18,14 +18,14 @@ from maml_jax.algorithms.cavia import ContextDescent, cavia, with_context
 from maml_jax.algorithms.classifier import PretrainedHead, pretrained_classifier
 from maml_jax.algorithms.imaml import ImplicitDescent, imaml
 from maml_jax.algorithms.leo import LatentDescent, leo
-from maml_jax.algorithms.maml import InnerDescent, LearnedRates, fomaml, maml
+from maml_jax.algorithms.maml import InnerDescent, fomaml, maml
 from maml_jax.algorithms.maml_plus_plus import MAMLPlusPlus, maml_plus_plus, multi_step_weights, switch_at
 from maml_jax.algorithms.mann import ExternalMemory, RecurrentUnits, lstm, mann
 from maml_jax.algorithms.matching import Matching, matching_networks
 from maml_jax.algorithms.memory_module import NeighbourMemory, memory_module
 from maml_jax.algorithms.meta_curvature import meta_curvature
 from maml_jax.algorithms.meta_lstm import LearnedOptimizer, meta_lstm
-from maml_jax.algorithms.meta_sgd import meta_sgd
+from maml_jax.algorithms.meta_sgd import DrawnRates, meta_sgd
 from maml_jax.algorithms.mldg import DomainSplits, NoHyperparameters, erm, mldg
 from maml_jax.algorithms.pretrained import pretrained
 from maml_jax.algorithms.protonets import protonets
@@ -121,6 +121,10 @@ def _build_classifier(
         return builder(problem.embedding, *loss, way=problem.way, **arguments)
 
     return build
+
+
+def _meta_sgd(problem: Problem, settings: DrawnRates) -> MetaLearner:
+    return _build(functools.partial(meta_sgd, inner_lr=settings.rates), has_rule=False)(problem, settings)
 
 
 def _cavia(problem: Problem, settings: ContextDescent) -> MetaLearner:
@@ -220,12 +224,12 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         "meta-sgd": Entry(
             "Meta-SGD",
             "Li et al., 2017",
-            _build(meta_sgd, of_settings=("inner_lr", "num_inner_steps"), has_rule=False),
-            LearnedRates,
+            _meta_sgd,
+            DrawnRates,
             {
-                "sinusoid": LearnedRates(),
-                "omniglot": LearnedRates(inner_lr=2.0, num_inner_steps=None),
-                "images": LearnedRates(inner_lr=0.05),
+                "sinusoid": DrawnRates(),
+                "omniglot": DrawnRates(inner_lr=2.0, num_inner_steps=None),
+                "images": DrawnRates(inner_lr=0.05),
             },
         ),
         "maml++": Entry(

@@ -4,15 +4,17 @@ Li, Zhou, Chen and Li, 2017, Meta-SGD: learning to learn quickly for few-shot le
 https://arxiv.org/abs/1707.09835
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from maml_jax.algorithms.maml import LearnedRates
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.learner import gradient_based
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_not_negative, select
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, MetaLearner, Model, check_not_negative, holds_for, select
 
 
 def meta_sgd(
@@ -56,7 +58,7 @@ def meta_sgd(
     is_drawn = isinstance(inner_lr, tuple)
     for rate in inner_lr if is_drawn else (inner_lr,):
         check_not_negative("inner_lr", rate)
-    if is_drawn and (len(inner_lr) != 2 or inner_lr[0] > inner_lr[1]):
+    if is_drawn and not (len(inner_lr) == 2 and holds_for(inner_lr[1] - inner_lr[0], lambda gap: gap >= 0)):
         raise ValueError(f"inner_lr={inner_lr} must be one rate, or the smallest and the largest one")
     low, high = inner_lr if is_drawn else (inner_lr, inner_lr)
 
@@ -88,3 +90,26 @@ def meta_sgd(
 def scaled_descent(rates: ArrayTree) -> optax.GradientTransformation:
     """Gradient descent with a rate for every entry of every parameter: the update is −rates ∘ gradient."""
     return optax.stateless(lambda grads, params: jax.tree.map(lambda g, rate: -rate * g, grads, rates))
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnRates(LearnedRates):
+    """Hyperparameters of an inner loop with a learned rate for every entry of every parameter."""
+
+    inner_lr_max: float | None = None
+    """Draw the initial rates uniformly between --inner-lr and this one; the paper does, between 0.005 and 0.1. By
+    default all are --inner-lr."""
+
+    def __post_init__(self):
+        """Raises ValueError for an interval that is none, and as `InnerDescent` does."""
+        super().__post_init__()
+        if self.inner_lr_max is not None and not holds_for(self.inner_lr_max - self.inner_lr, lambda gap: gap >= 0):
+            raise ValueError(
+                f"inner_lr_max={self.inner_lr_max} must be finite and at least inner_lr={self.inner_lr}; give the "
+                "smallest rate as inner_lr and the largest as inner_lr_max"
+            )
+
+    @property
+    def rates(self) -> float | tuple[float, float]:
+        """The initial rates, as `meta_sgd` takes them."""
+        return self.inner_lr if self.inner_lr_max is None else (self.inner_lr, self.inner_lr_max)

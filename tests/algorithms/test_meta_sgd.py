@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,7 +8,7 @@ import pytest
 from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode
 
-from maml_jax import first_order, maml, meta_sgd, mixed_mode
+from maml_jax import CATALOGUE, DrawnRates, Problem, first_order, maml, meta_sgd, mixed_mode
 
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
 RATES = jnp.array([0.1, 0.3, -0.2, 0.4])
@@ -57,6 +59,25 @@ def test_rates_are_drawn_from_an_interval():
     for wrong in ((0.1, 0.005), (-0.1, 0.1), (0.1,)):
         with pytest.raises(ValueError, match="inner_lr="):
             meta_sgd(model, half_mse, inner_lr=wrong)
+
+
+def test_the_hyperparameters_hold_the_interval():
+    inputs, learner_of = (
+        jnp.zeros((1, 4)),
+        functools.partial(CATALOGUE["meta-sgd"].build, Problem(linear_model, half_mse)),
+    )
+    expected = meta_sgd(linear_model, half_mse, inner_lr=(0.005, 0.1))
+    learner = learner_of(DrawnRates(inner_lr=0.005, inner_lr_max=0.1))
+    of = [built.init(jax.random.key(0), inputs)["rates"] for built in (learner, expected)]
+    chex.assert_trees_all_equal(*of)
+    assert DrawnRates(inner_lr=0.3).rates == 0.3
+    traced = jax.jit(
+        lambda rate: learner_of(DrawnRates(inner_lr=rate, inner_lr_max=0.1)).init(jax.random.key(0), inputs)
+    )
+    chex.assert_trees_all_close(traced(0.005)["rates"], of[1], rtol=1e-5)
+    for wrong in (0.001, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"inner_lr_max=.* must be finite and at least inner_lr=0\.005"):
+            DrawnRates(inner_lr=0.005, inner_lr_max=wrong)
 
 
 def test_parameters_that_do_not_adapt_have_no_rate():
