@@ -51,8 +51,9 @@ BELOW_PUBLISHED = """Where a number is below the published one:
   one image its test is 0.4 below the published number, more than the interval. The authors draw the number of examples
   of a training episode from 1 to 9, of 60 classes; ours have one, and five queries.
 - **MANN**: its first instance is below the published one, and can only be guessed. The published network saw images
-  that were turned and shifted a little, and ours are as they are. Its training is 40 % of the published one. That of
-  the LSTM beside it is 4 %, so the two rows do not say what the memory is worth.
+  that were turned and shifted a little, and ours are as they are. Its training is 40 % of the published one, and so is
+  that of the LSTM beside it. At these equal meta-steps the memory is worth 10.8 points on the second image of a class
+  and 7.1 on the fifth. The published LSTM is further behind: 49.5 and 63.6.
 - **Siamese networks**: those of the published number were fine-tuned on the support set, and ours are not. Two of the
   four numbers are above the published ones, and two below.
 - **The memory module** of the paper has pooling, and reaches 98.4 / 99.6 / 95.0 / 98.6. This run has stride 2. Its
