@@ -117,7 +117,10 @@ class RunConfig:
     address of process 0, with $JAX_NUM_PROCESSES and $JAX_PROCESS_ID. "off" is one process."""
 
     def __post_init__(self) -> None:
-        """Raises ValueError, before anything expensive, for a number that cannot be."""
+        """Raises ValueError, before anything expensive, for a number that cannot be; "~" in a path is the home."""
+        for field in dataclasses.fields(self):
+            if isinstance(path := getattr(self, field.name), Path):
+                object.__setattr__(self, field.name, path.expanduser())
         positive = ("shot", "query_shot", "meta_batch_size", "val_every", "log_every", "chunk_size", "outer_half_life")
         check_counts(self, **dict.fromkeys((*positive, "seeds"), 1), num_meta_steps=0, eval_episodes=2)
         check_seed(self.seed)

@@ -192,8 +192,9 @@ def load(run_dir: str | Path) -> Loaded:
       CheckpointError: if every checkpoint is damaged.
       RunError: if there is no such run, or it has no checkpoint.
     """
+    run_dir = Path(run_dir).expanduser()
     module = experiment_of(run_dir)
-    return Loaded(*module.load(run_dir), stored_config(module.METHODS, Path(run_dir)))
+    return Loaded(*module.load(run_dir), stored_config(module.METHODS, run_dir))
 
 
 def seed_directories(run_dir: Path) -> list[str]:

@@ -103,7 +103,7 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
         raise ValueError("the tree holds no values, and an empty checkpoint cannot be stored; save at least one array")
     if jax.process_index() > 0:
         return
-    directory = Path(directory).resolve()
+    directory = Path(directory).expanduser().resolve()
     path, incomplete = directory / str(step), directory / ".incomplete"
     if path.exists():
         try:
@@ -137,7 +137,7 @@ def latest(directory: str | Path) -> int | None:
     Args:
       directory: as given to `save`; it need not exist.
     """
-    return processes.on_process_zero(lambda: max(_steps(Path(directory)), default=None))
+    return processes.on_process_zero(lambda: max(_steps(Path(directory).expanduser()), default=None))
 
 
 def restore(directory: str | Path, step: int, like: ArrayTree) -> ArrayTree:
@@ -183,7 +183,7 @@ def restore_latest(directory: str | Path, like: ArrayTree) -> Restored | None:
 
     def read() -> tuple[int | None, list[int]]:
         damaged = []
-        for step in reversed(_steps(Path(directory))):
+        for step in reversed(_steps(Path(directory).expanduser())):
             try:
                 values.update(_read(directory, step, like))
                 return step, damaged
@@ -271,7 +271,7 @@ def _verify(path: Path) -> None:
 
 def _read(directory: str | Path, step: int, like: ArrayTree) -> dict[str, np.ndarray]:
     """Reads a checkpoint into the memory of the host; returns the arrays by the names of their leaves."""
-    path = Path(directory).resolve() / str(step)
+    path = Path(directory).expanduser().resolve() / str(step)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no checkpoint of step {step} in {directory}")
     _verify(path)

@@ -70,7 +70,7 @@ def count_tasks(episodes: Episode) -> int:
     """T, the size of the axis that all leaves of a meta-batch begin with.
 
     Raises:
-      ValueError: if they have no common leading axis, or `episodes` is a list of episodes.
+      ValueError: if they have no common leading axis, or `episodes` is a list of episodes or one without its axis.
     """
     if type(episodes) in (list, tuple):
         raise ValueError(
@@ -82,9 +82,11 @@ def count_tasks(episodes: Episode) -> int:
         for path, leaf in jax.tree_util.tree_leaves_with_path(episodes)
     }
     sizes = {shape[:1] for shape in shapes.values()}
-    if len(sizes) != 1 or () in sizes:
+    # Support and query sets of one size have a common leading axis too, that of the examples.
+    lacks_tasks = any(len(shape) < 2 for name, shape in shapes.items() if name.startswith("support.targets"))
+    if len(sizes) != 1 or () in sizes or lacks_tasks:
         raise ValueError(
-            "every leaf of a meta-batch has the number of tasks as its leading axis [T, ...], got "
+            "every leaf of a meta-batch has the number of tasks as its leading axis, and targets are [T, S, ...], got "
             + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             + ". Add the axis to a single episode with jax.tree.map(lambda x: x[None], episode)"
         )

@@ -30,6 +30,15 @@ def test_what_was_saved_comes_back(tmp_path):
     chex.assert_trees_all_equal_shapes_and_dtypes(restored, {"state": TREE["state"]})
 
 
+def test_a_tilde_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    checkpoint.save("~/run", 7, TREE)
+    assert (tmp_path / "run" / "7").is_dir()
+    assert checkpoint.latest("~/run") == 7
+    chex.assert_trees_all_equal(checkpoint.restore("~/run", 7, TREE)["state"], TREE["state"])
+    chex.assert_trees_all_equal(checkpoint.restore_latest("~/run", TREE).tree["state"], TREE["state"])
+
+
 class Unsuitable:
     """A leaf that is no array."""
 

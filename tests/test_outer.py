@@ -56,7 +56,11 @@ NOT_A_META_BATCH = {
     "a list of episodes": (lambda e: [e, e], r"got a list of 2 episodes; stack them into one Episode"),
     "one episode": (
         lambda e: jax.tree.map(lambda x: x[0], e),
-        r"leading axis \[T, \.\.\.\], got support\.inputs \[6, 4\].*query\.inputs \[5, 4\].*x\[None\]",
+        r"leading axis, .*\[T, S, \.\.\.\], got support\.inputs \[6, 4\].*query\.inputs \[5, 4\].*x\[None\]",
+    ),
+    "one episode with as many queries as support examples": (
+        lambda e: jax.tree.map(lambda x: x[0], Episode(e.query, e.query)),
+        r"targets are \[T, S, \.\.\.\], got support\.inputs \[5, 4\], support\.targets \[5\].*x\[None\]",
     ),
     "a scalar": (lambda e: e._replace(key=jax.random.key(0)), r"key \[\]"),
     "support and query of different T": (
@@ -270,7 +274,7 @@ PROBE = MetaLearner(lambda key, inputs: jnp.float32(2.0), None, None, probe)
 
 def numbers(key):
     support, query = jax.random.normal(key, (2,))
-    return Episode(Batch(support, support), Batch(query, query), jax.random.fold_in(key, 7))
+    return Episode(Batch(support, support[None]), Batch(query, query[None]), jax.random.fold_in(key, 7))
 
 
 @pytest.mark.parametrize("num_devices", [None, 2])

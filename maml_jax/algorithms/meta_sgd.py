@@ -63,11 +63,13 @@ def meta_sgd(
     low, high = inner_lr if is_drawn else (inner_lr, inner_lr)
 
     def init(key, inputs):
-        params = model.init(key, inputs)
+        # Not `fold_in(key, 1)`, which is a key that the model may split off too.
+        params_key, rates_key = jax.random.split(key) if is_drawn else (key, None)
+        params = model.init(params_key, inputs)
         rates = jax.tree.map(lambda x: jnp.full_like(x, low), select(params, where)[0])
         if is_drawn:
             leaves, tree = jax.tree.flatten(rates)
-            keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
+            keys = jax.random.split(rates_key, len(leaves))
             drawn = (jax.random.uniform(k, x.shape, x.dtype, low, high) for k, x in zip(keys, leaves, strict=True))
             rates = tree.unflatten(drawn)
         return {"params": params, "rates": rates}

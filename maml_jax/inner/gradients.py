@@ -85,7 +85,8 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
     few products.
 
     The result may be differentiated any number of times, in both modes (`jax.grad`, `jax.jvp`, `jax.hessian`). From
-    the second outer derivative on, the memory is that of `jax.value_and_grad`.
+    the second outer derivative on, the memory is that of `jax.value_and_grad`. Forward mode through a function with a
+    `jax.custom_vjp` needs a forward rule that does not call the function itself, here as in `jax.value_and_grad`.
 
     Args:
       fun: `(*args, **kwargs) -> scalar`, or `(scalar, aux)` with `has_aux`.

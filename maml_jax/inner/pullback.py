@@ -93,7 +93,7 @@ def _linear_with_transpose(forward: ListFn, transpose: ListFn, residuals: list, 
       The outputs of `forward`.
 
     Raises:
-      TypeError: if `forward` contains a `jax.custom_vjp`. Only one within a rule of `jax.custom_jvp` comes so far.
+      TypeError: if `forward` contains a `jax.custom_vjp`, which a rule of `jax.custom_jvp` had called.
     """
     jaxpr = jax.make_jaxpr(forward)(residuals, linear)
     if contains(jaxpr, lambda name: name == "custom_lin"):

@@ -83,3 +83,8 @@ class Normal(NamedTuple):
 
 
 Distribution = Categorical | Normal
+
+
+def unless_diverged(distribution: Distribution, action: jax.Array, reward: jax.Array) -> jax.Array:
+    """The rewards [...] of actions, NaN where the policy was: the largest of logits that are NaN is action 0."""
+    return jnp.where(jnp.isnan(distribution.log_prob(action)), jnp.nan, reward)

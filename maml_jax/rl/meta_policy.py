@@ -144,7 +144,14 @@ def clipped_epochs(
             (loss, info), grads = gradient_fn(params, batch)
             if max_kl is not None:
                 may_go_on &= _kl_of(info) <= max_kl
-            updates, new_opt_state = optimizer.update(grads, opt_state, params)
+            updates, new_opt_state = optax.with_extra_args_support(optimizer).update(
+                grads,
+                opt_state,
+                params,
+                value=loss,
+                grad=grads,
+                value_fn=lambda params: gradient_fn(params, batch)[0][0],
+            )
             new = (optax.apply_updates(params, updates), new_opt_state)
             params, opt_state = jax.tree.map(lambda a, b: jnp.where(may_go_on, a, b), new, (params, opt_state))
             return (params, opt_state, may_go_on, order), (loss, optax.tree.norm(grads), info)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.rl.advantages import AdvantageFn, Trajectories, linear_advantages
-from maml_jax.rl.distributions import Distribution
+from maml_jax.rl.distributions import Distribution, unless_diverged
 from maml_jax.rl.environments import check_environment
 from maml_jax.rl.surrogates import Transition
 from maml_jax.types import ArrayTree, Batch, Environment, Episode, MetaLearner, PRNGKey, SampleEpisodeFn, check_integer
@@ -55,7 +55,8 @@ def rollout(
         *after, reward, done = jax.vmap(environment.step, (None, 0, 0, 0))(
             task, state, action, jax.random.split(step_key, num_trajectories)
         )
-        step = Trajectories(observation, action, jnp.where(mask > 0, reward, 0.0), mask, distribution)
+        reward = jnp.where(mask > 0, unless_diverged(distribution, action, reward), 0.0)
+        step = Trajectories(observation, action, reward, mask, distribution)
         # A trajectory that has ended stands still: what an environment does after the end may not be finite.
         going = mask * (1.0 - done)
         state, observation = jax.tree.map(

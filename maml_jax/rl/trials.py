@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from maml_jax import models
 from maml_jax.rl.advantages import generalised_advantages, standardised
-from maml_jax.rl.distributions import Categorical
+from maml_jax.rl.distributions import Categorical, unless_diverged
 from maml_jax.rl.environments import check_environment
 from maml_jax.rl.surrogates import Transition, clipped_surrogate, masked_mean
 from maml_jax.types import (
@@ -228,7 +228,7 @@ def run_trial(
         action = distribution.mode() if greedy else distribution.sample(action_key)
         mask = (episode < num_episodes).astype(inputs.dtype)
         state, observation, reward, done = environment.step(task, state, action, step_key)
-        reward = jnp.where(mask > 0, reward, 0.0)
+        reward = jnp.where(mask > 0, unless_diverged(distribution, action, reward), 0.0)
         ends = done | (time + 1 >= horizon)
         step = Trial(inputs, action, reward, mask, episode, mask * done, distribution, value)
         state, observation = jax.tree.map(

@@ -61,6 +61,16 @@ def test_rates_are_drawn_from_an_interval():
             meta_sgd(model, half_mse, inner_lr=wrong)
 
 
+def test_the_rates_do_not_share_the_keys_of_the_model():
+    def init(key, inputs):
+        leaf_keys = jax.random.split(jax.random.split(key)[1])
+        return {name: jax.random.uniform(leaf_key, (3,)) for name, leaf_key in zip("ab", leaf_keys, strict=True)}
+
+    drawn = meta_sgd(linear_model._replace(init=init), half_mse, inner_lr=(0.0, 1.0)).init(jax.random.key(0), None)
+    for rates in jax.tree.leaves(drawn["rates"]):
+        assert not any(jnp.any(rates == weights) for weights in jax.tree.leaves(drawn["params"]))
+
+
 def test_the_hyperparameters_hold_the_interval():
     inputs, learner_of = (
         jnp.zeros((1, 4)),

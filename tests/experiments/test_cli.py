@@ -129,3 +129,9 @@ def test_a_rate_that_is_left_out_is_that_of_the_recipe():
     assert steps.hyperparameters.num_inner_steps == 5
     with pytest.raises(ValueError, match="inner_lr=None must be a positive number"):
         ReptileDescent(inner_lr=None).rule()
+
+
+def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = cli.parse(omniglot.METHODS, "", ["leo", "--run-dir=~/run", "--pretrained-run=~/features"])
+    assert (config.run_dir, config.pretrained_run) == (tmp_path / "run", tmp_path / "features")

@@ -327,6 +327,26 @@ sine.defvjp(lambda x: (sine(x), x), lambda x, bar: (bar * jnp.cos(x),))
 
 
 @jax.custom_vjp
+def known_sine(x):
+    return jnp.sin(x)
+
+
+known_sine.defvjp(lambda x: (jnp.sin(x), x), lambda x, bar: (bar * jnp.cos(x),))
+
+
+@pytest.mark.parametrize("transform", [mixed_mode, checkpointed])
+@pytest.mark.parametrize("mode", FORWARD)
+def test_forward_mode_through_a_custom_vjp(x64, transform, mode):
+    def result(sine, transform):
+        def norm_of_gradient(*args):
+            return jnp.sum(transform(lambda x, y: jnp.sum(sine(x) * y**2))(*args)[1] ** 2)
+
+        return FORWARD[mode](norm_of_gradient, (normal(0, 3), normal(1, 3)), (normal(2, 3), normal(3, 3)))
+
+    chex.assert_trees_all_close(result(known_sine, transform), result(jnp.sin, jax.value_and_grad), rtol=1e-9)
+
+
+@jax.custom_vjp
 def reverse_gradient(x):
     return x
 
@@ -439,7 +459,9 @@ def test_under_shard_map(x64, check_vma):
         return gradients(jax.lax.pcast(params, "tasks", to="varying") if check_vma else params, scales)
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(PartitionSpec(), tasks), out_specs=tasks, check_vma=check_vma)
-    chex.assert_trees_all_close(jax.jit(sharded)(params, scales), jax.jit(gradients)(params, scales), rtol=1e-12)
+    expected = jax.jit(gradients)(params, scales)
+    chex.assert_trees_all_close(jax.jit(sharded)(params, scales), expected, rtol=1e-12)
+    chex.assert_trees_all_close(sharded(params, scales), expected, rtol=1e-12)
 
 
 CONTEXTS = {

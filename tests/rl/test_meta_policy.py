@@ -248,6 +248,15 @@ def test_a_later_step_that_is_not_finite_shows_in_the_norm():
     assert not info.finite
 
 
+@pytest.mark.parametrize("optimizer", [optax.polyak_sgd(0.5), optax.contrib.reduce_on_plateau(patience=1)])
+def test_the_optimiser_gets_the_value_of_its_batch(optimizer):
+    new, state, _ = update(rl.clipped_epochs(optimizer, num_epochs=1))
+    (loss, _), grads = gradient_fn(PARAMS, EPISODES)
+    updates, expected = optimizer.update(grads, optimizer.init(PARAMS), PARAMS, value=loss)
+    chex.assert_trees_all_close(new, optax.apply_updates(PARAMS, updates), rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(state["optimizer"], expected, rtol=1e-4, atol=1e-6)
+
+
 def test_minibatches_go_through_all_tasks():
     # One step of plain descent on each half, in a random order; with a rate near 0 their sum is that of a whole step.
     rule = rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1, num_minibatches=2)

@@ -51,6 +51,17 @@ def test_a_trajectory_is_what_the_environment_does():
     assert len({tuple(column) for column in np.asarray(found.action).T}) > 1  # the trajectories differ
 
 
+def test_a_policy_that_has_diverged_earns_no_number():
+    # It acts all the same: the largest of several NaN is the first.
+    found = roll(counter(limit=5), lambda seen: Categorical(jnp.full((len(seen), 2), jnp.nan)))
+    assert np.all(found.action == 0)
+    assert np.all(np.isnan(found.reward) == (np.asarray(found.mask) > 0))
+    # Of an action that can never be taken the logit is minus infinity.
+    assert np.all(
+        np.isfinite(roll(policy=lambda seen: Categorical(jnp.tile(jnp.array([0.0, -jnp.inf]), (N, 1)))).reward)
+    )
+
+
 def test_after_the_end_nothing_counts():
     found = roll(counter(limit=5))
     counts = np.cumsum(1 + np.asarray(found.action), 0)

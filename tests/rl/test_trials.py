@@ -79,6 +79,12 @@ def test_the_state_crosses_episodes_and_not_trials():
     np.testing.assert_allclose(values, np.broadcast_to(np.arange(E * H), (5, E * H)), atol=1e-4)  # each from 0
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_a_policy_that_has_diverged_earns_no_number(greedy):
+    found = trial(params=jax.tree.map(lambda x: x * jnp.nan, PARAMS), greedy=greedy)
+    assert np.all(np.isnan(found.reward) == (np.asarray(found.mask) > 0))
+
+
 def test_greedy_takes_the_most_probable_action():
     params = {"w": jnp.array([0.0, 0.1, 0.0])}
     assert np.all(trial(0, COUNTER, params, greedy=True).action == 1)
