@@ -1,6 +1,6 @@
 """Classifies images of your own from a few examples of each class, with a trained MAML, ProtoNets or another learner.
 
-The examples lie in one folder for each class. All images are made like those of the training, and their size and
+There is one folder of examples for each class. All images are made like those of the training, and their size and
 format do not matter. After a training on photographs (experiments.images) they are resized, whatever their aspect
 ratio. After one on Omniglot they are drawings: turned grey, padded to a square, scaled to 28x28, and the ink becomes
 light on a dark background, so a photograph should show the drawing and little else. ProtoNets take any number of

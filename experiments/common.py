@@ -1,6 +1,7 @@
 """What the experiments share: devices and the training loop."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import threading
@@ -163,7 +164,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     """Trains for `config.num_meta_steps`, or goes on from the newest undamaged checkpoints.
 
     Several seeds are one program, vmapped over them and divided over the devices; each has its own directory, with what
-    a run of that seed alone writes. With one seed the tasks of a meta-batch are divided over the devices.
+    a run of one seed writes. With one seed the tasks of a meta-batch are divided over the devices.
 
     Every `config.val_every` steps the states are validated and checkpointed; between validations they are checkpointed
     every `SAVE_SECONDS`. With `validate` the parameters with the highest scores are returned, else the last. The result
@@ -172,7 +173,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     from the checkpoint before.
 
     Args:
-      members: the seeds. Their settings differ in the seed and the directory alone.
+      members: the seeds. Their settings differ only in the seed and the directory.
       training: what is trained. Each member has a validation of its own.
 
     Returns:
@@ -185,40 +186,13 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
       SystemExit: after a signal, with the code 128 plus its number.
     """
     config, is_alone = members[0].config, len(members) == 1
-    learner, sample_episode, num_best = training.learner, training.sample_episode, training.num_best
     keys = [streams(member.config.seed) for member in members]
     # An outer update may be made on a part of the meta-batch, which is divided over the devices too.
     minibatches = getattr(getattr(config, "hyperparameters", None), "minibatches", 1)
     mesh = mesh_for(config.meta_batch_size // minibatches if is_alone else len(members))
     optimizer = training.optimizer(config, mesh if is_alone else None)
-    inputs = training.inputs
-    if inputs is None:
-        inputs = jax.eval_shape(sample_episode, keys[0].train).support.inputs
-    with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
-        starts = [initial_state(learner, optimizer, inputs, k.init, mesh if is_alone else None) for k in keys]
-        saved = load_states([member.run_dir / "checkpoints" for member in members], starts, num_best)
-    states, best = [record["state"] for record in saved], [record["best"] for record in saved]
-    state = states[0] if is_alone else jax.tree.map(lambda *leaves: np.stack(list(map(np.asarray, leaves))), *states)
+    now = starting_point(members, training, optimizer, mesh)
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
-    step = int(states[0].step)
-    if 0 < step < config.num_meta_steps:
-        resumed = members[0].run_dir if is_alone else members[0].run_dir.parent
-        console.print(f"resuming {resumed} from step {step}", markup=False)
-    seconds = {"compile": 0.0, "train": float(saved[0]["train_seconds"])}
-
-    def of_member(tree: ArrayTree, index: int) -> ArrayTree:
-        return tree if is_alone else jax.tree.map(lambda leaf: leaf[index], tree)
-
-    def save() -> None:
-        train_seconds = np.asarray(seconds["train"], np.float32)
-        for index, member in enumerate(members):
-            checkpoints = member.run_dir / "checkpoints"
-            last = checkpoint.latest(checkpoints)
-            if not is_alone and last is not None and last >= step:
-                continue  # of several seeds, some had saved this step when the process was killed
-            content = {"state": of_member(state, index), "best": best[index], "train_seconds": train_seconds}
-            checkpoint.save(checkpoints, step, content)
-
     programs: dict[int, Program] = {}
     saved_at = time.monotonic()
     tracking, num_calls = getattr(config, "tracking", OFF), 0
@@ -226,73 +200,151 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     with contextlib.ExitStack() as stack:
         sinks = [
             (
-                stack.enter_context(metrics_log(member.run_dir, step)),
-                stack.enter_context(trackers(member.run_dir, member.config, step)),
+                stack.enter_context(metrics_log(member.run_dir, now.step)),
+                stack.enter_context(trackers(member.run_dir, member.config, now.step)),
             )
             for member in members
         ]
         show = stack.enter_context(progress_bar(config.num_meta_steps))
-        requested = stack.enter_context(stop_requests(lambda: step))
-        while step < config.num_meta_steps:
-            boundary = min(config.num_meta_steps, (step // config.val_every + 1) * config.val_every)
-            num_steps = min(config.log_every, boundary - step)
-            with processes.watchdog(f"the meta-steps after step {step}", PROCESS_TIMEOUT_SECONDS):
+        requested = stack.enter_context(stop_requests(lambda: now.step))
+        while now.step < config.num_meta_steps:
+            boundary = min(config.num_meta_steps, (now.step // config.val_every + 1) * config.val_every)
+            num_steps = min(config.log_every, boundary - now.step)
+            with processes.watchdog(f"the meta-steps after step {now.step}", PROCESS_TIMEOUT_SECONDS):
                 if num_steps not in programs:
                     start = time.perf_counter()
-                    programs[num_steps] = program_of(training, optimizer, config, mesh, num_steps, state, train_key)
-                    seconds["compile"] += time.perf_counter() - start
+                    programs[num_steps] = program_of(training, optimizer, config, mesh, num_steps, now.state, train_key)
+                    now.seconds["compile"] += time.perf_counter() - start
                 # The second call, because the first has what is made once; the first if there is no other.
-                is_traced = num_calls == 1 or (num_calls == 0 and step + num_steps == config.num_meta_steps)
+                is_traced = num_calls == 1 or (num_calls == 0 and now.step + num_steps == config.num_meta_steps)
                 with profiled(members[0].run_dir / "profile", tracking.profile and is_traced):
                     start = time.perf_counter()
-                    state, info = programs[num_steps].run(state, train_key)
+                    now.state, info = programs[num_steps].run(now.state, train_key)
                     info = jax.tree.map(np.asarray, info)
                     elapsed = time.perf_counter() - start
                 num_calls += 1
-            infos = [of_member(info, index) for index in range(len(members))]
+            infos = [now.of_member(info, index) for index in range(len(members))]
             for of_seed, member in zip(infos, members, strict=True):
-                check_finite(of_seed, step, member.run_dir, config, is_skipped=is_skipped)
-            seconds["train"] += elapsed / len(members)
-            step += num_steps
-            records = [record_of(of_seed, step, elapsed / len(members), is_skipped) for of_seed in infos]
-            if step == boundary:
-                # On the host, because validation may use other devices than training.
-                for index, member in enumerate(members):
-                    params, score = jax.tree.map(np.asarray, of_member(state.params, index)), 0.0
-                    if member.validate is not None:
-                        with processes.watchdog(f"the validation after step {step}", PROCESS_TIMEOUT_SECONDS):
-                            score = records[index]["val"] = member.validate(params)
-                    best[index] = keep_best(best[index], params, score, step, always=member.validate is None)
+                check_finite(of_seed, now.step, member.run_dir, config, is_skipped=is_skipped)
+            now.seconds["train"] += elapsed / len(members)
+            now.step += num_steps
+            records = [record_of(of_seed, now.step, elapsed / len(members), is_skipped) for of_seed in infos]
+            if now.step == boundary:
+                now.validate(records)
             # Before the checkpoint: a resumed run drops what was logged after it, and cannot make up for a gap.
             for (log, track), record in zip(sinks, records, strict=True):
                 log(record)
                 track(record)
             means = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
             # The log of a seed has its share of the time; what is shown is the speed of all together.
-            show(means | {"step": step, "steps_per_second": num_steps / elapsed})
-            with processes.watchdog(f"the decision to go on after step {step}", PROCESS_TIMEOUT_SECONDS):
+            show(means | {"step": now.step, "steps_per_second": num_steps / elapsed})
+            with processes.watchdog(f"the decision to go on after step {now.step}", PROCESS_TIMEOUT_SECONDS):
                 signalled = processes.largest(requested[0] if requested else 0)
             is_leaving = signalled > 0
-            if step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
-                save()
+            if now.step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
+                now.save()
                 saved_at = time.monotonic()
             if is_leaving:
-                goes_on = "resumes from there" if step < config.num_meta_steps else "does the test"
-                console.print(f"stopped after step {step}; the same command {goes_on}")
+                goes_on = "resumes from there" if now.step < config.num_meta_steps else "does the test"
+                console.print(f"stopped after step {now.step}; the same command {goes_on}")
                 raise SystemExit(128 + signalled)
-    if step == 0 and not np.isfinite(best[0]["score"][0]):  # nothing is trained: the initial parameters are the result
-        for index in range(len(members)):
-            params = jax.tree.map(np.asarray, of_member(state.params, index))
+    if now.step == 0:
+        now.keep_initial()
+    for index, (member, best) in enumerate(zip(members, now.best, strict=True)):
+        check_selected(best, member.run_dir, config)
+        if is_skipped:
+            num_skipped = int(optax.tree.get(now.of_member(now.state, index).opt_state, "total_notfinite"))
+            console.print(
+                f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}", markup=False
+            )
+    one_state = now.of_member(now.state, 0)
+    execution = execution_of(training, optimizer, config, mesh, programs, one_state, len(members))
+    return [Trained(selected(best), int(best["step"][0]), dict(now.seconds), dict(execution)) for best in now.best]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a training of several seeds, or of one, is.
+
+    Attributes:
+      members: the seeds.
+      state: of the training; of several seeds with an axis for them.
+      best: the best states so far, one record a seed.
+      step: meta-steps taken.
+      seconds: of compilation and of training.
+    """
+
+    members: Sequence[Member]
+    state: MetaState
+    best: list[dict[str, Any]]
+    step: int
+    seconds: dict[str, float]
+
+    def of_member(self, tree: ArrayTree, index: int) -> ArrayTree:
+        """The part of a seed; the whole if there is one seed."""
+        return tree if len(self.members) == 1 else jax.tree.map(lambda leaf: leaf[index], tree)
+
+    def params(self, index: int) -> ArrayTree:
+        """The parameters of a seed on the host, because validation may use other devices than training."""
+        return jax.tree.map(np.asarray, self.of_member(self.state.params, index))
+
+    def validate(self, records: Sequence[dict[str, float]]) -> None:
+        """Scores every seed, keeps its best states, and adds the score to its record."""
+        for index, member in enumerate(self.members):
+            params, score = self.params(index), 0.0
+            if member.validate is not None:
+                with processes.watchdog(f"the validation after step {self.step}", PROCESS_TIMEOUT_SECONDS):
+                    score = records[index]["val"] = member.validate(params)
+            always = member.validate is None
+            self.best[index] = keep_best(self.best[index], params, score, self.step, always=always)
+
+    def save(self) -> None:
+        """Writes a checkpoint of every seed."""
+        train_seconds = np.asarray(self.seconds["train"], np.float32)
+        for index, member in enumerate(self.members):
+            checkpoints = member.run_dir / "checkpoints"
+            last = checkpoint.latest(checkpoints)
+            if len(self.members) > 1 and last is not None and last >= self.step:
+                continue  # of several seeds, some had saved this step when the process was killed
+            state = self.of_member(self.state, index)
+            content = {"state": state, "best": self.best[index], "train_seconds": train_seconds}
+            checkpoint.save(checkpoints, self.step, content)
+
+    def keep_initial(self) -> None:
+        """Selects and saves the initial parameters, the result of no training, unless that was done before."""
+        if np.isfinite(self.best[0]["score"][0]):
+            return
+        for index in range(len(self.members)):
             # Any score of a later validation is higher.
-            best[index] = keep_best(best[index], params, np.finfo(np.float32).min, 0, always=True)
-        save()
-    for member, one in zip(members, best, strict=True):
-        check_selected(one, member.run_dir, config)
-    for index, member in enumerate(members if is_skipped else ()):
-        num_skipped = int(optax.tree.get(of_member(state, index).opt_state, "total_notfinite"))
-        console.print(f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}", markup=False)
-    execution = execution_of(training, optimizer, config, mesh, programs, of_member(state, 0), len(members))
-    return [Trained(selected(one), int(one["step"][0]), dict(seconds), dict(execution)) for one in best]
+            lowest = np.finfo(np.float32).min
+            self.best[index] = keep_best(self.best[index], self.params(index), lowest, 0, always=True)
+        self.save()
+
+
+def starting_point(
+    members: Sequence[Member],
+    training: Training,
+    optimizer: optax.GradientTransformation | OuterRule,
+    mesh: jax.sharding.Mesh | None,
+) -> Progress:
+    """The newest undamaged checkpoints, or the initial states."""
+    config, is_alone = members[0].config, len(members) == 1
+    keys = [streams(member.config.seed) for member in members]
+    inputs = training.inputs
+    if inputs is None:
+        inputs = jax.eval_shape(training.sample_episode, keys[0].train).support.inputs
+    over = mesh if is_alone else None
+    with processes.watchdog("the start of training", PROCESS_TIMEOUT_SECONDS):
+        starts = [initial_state(training.learner, optimizer, inputs, k.init, over) for k in keys]
+        saved = load_states([member.run_dir / "checkpoints" for member in members], starts, training.num_best)
+    states = [record["state"] for record in saved]
+    state = states[0] if is_alone else jax.tree.map(lambda *leaves: np.stack(list(map(np.asarray, leaves))), *states)
+    step = int(states[0].step)
+    if 0 < step < config.num_meta_steps:
+        resumed = members[0].run_dir if is_alone else members[0].run_dir.parent
+        console.print(f"resuming {resumed} from step {step}", markup=False)
+    seconds = {"compile": 0.0, "train": float(saved[0]["train_seconds"])}
+    return Progress(members, state, [record["best"] for record in saved], step, seconds)
 
 
 def execution_of(

@@ -42,7 +42,7 @@ def translations(
         vocabulary = gain.shape[-1]
         is_pad = (jnp.arange(vocabulary) == PAD)[None, None]
         ended = ((last == END) | (last == PAD))[..., None]
-        # What has ended goes on with PAD alone, and nothing else does.
+        # What has ended goes on with only PAD, and nothing else does.
         gain = jnp.where(ended, jnp.where(is_pad, 0.0, -jnp.inf), jnp.where(is_pad, -jnp.inf, gain))
         score, place = jax.lax.top_k((score[..., None] + gain).reshape(count, -1), beam)
         parent, token = place // vocabulary, (place % vocabulary).astype(jnp.int32)

@@ -248,7 +248,7 @@ def read(settings: TextSettings) -> Text:
 
     The last lines of "train" are the pool that the few sentences of a low-resource language are drawn from. No training
     pair of a source language is of these lines. Subwords, and the vectors of a lexical representation, are learned from
-    the text alone of every language, the low-resource ones and all English of "train" included.
+    the text of every language, the low-resource ones and all English of "train" included.
 
     Raises:
       FileNotFoundError: if a file is missing.

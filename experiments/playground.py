@@ -1,6 +1,6 @@
 """A page in your browser on which you draw symbols, and MAML and ProtoNets learn them from a few examples each.
 
-The page and its server run on this computer alone: nothing is loaded from elsewhere, and no drawing is sent there.
+The page and its server run only on this computer: nothing is loaded from elsewhere, and no drawing is sent there.
 Stop the server with Ctrl-C.
 """
 

@@ -3,6 +3,7 @@
 A network is trained on sine waves of random amplitude and phase with 10 support points a task, and
 tested with 5 and with 10 after 0 to 10 gradient steps. Without flags this is MAML with the settings
 behind the published table: rate 0.001, the default of the authors' code, where the text says 0.01.
+Its 70,000 meta-steps take less than a minute on one core of a CPU.
 """
 
 import dataclasses

@@ -104,7 +104,7 @@ class Config(RunConfig):
     shot: int = 32
     """Pairs of an inner step."""
     query_shot: int = 64
-    """Pairs of the query set. Pretraining has these alone."""
+    """Pairs of the query set. Pretraining has only these."""
     network: Literal["transformer", "gru"] = "transformer"
     """A transformer of --depth layers on each side, or gated recurrent units with attention."""
     width: int = 64
@@ -355,7 +355,7 @@ def training_of(config: Config) -> Training:
 
 
 def keep_text(run_dir: Path, text: Text) -> None:
-    """Writes the subwords, and the vectors of the English ones, into a run directory, so that it can be used alone.
+    """Writes the subwords, and the vectors of the English ones, into a run directory, so that it needs no other file.
 
     Process 0 does it for all processes.
 

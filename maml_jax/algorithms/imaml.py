@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient of a regularised inner problem, from its solution alone.
+"""iMAML: the meta-gradient of a regularised inner problem, from nothing but its solution.
 
 Rajeswaran, Finn, Kakade and Levine, 2019, Meta-learning with implicit gradients. https://arxiv.org/abs/1909.04630
 """
@@ -41,8 +41,8 @@ def imaml(
     The inner problem is solved by K steps of `inner_optimizer` from θ. The meta-gradient (I + ∇²L_S(φ*)/λ)⁻¹ ∇L_Q(φ*)
     takes memory that does not depend on K. It is exact if φ_K is a solution and the conjugate gradients converge.
 
-    This is the paper's method. The authors' code differs: its K steps are on L_S alone, one step on the proximal term
-    alone follows, and the system is damped. For λ = 2 its meta-gradient is half that of `damping=22`.
+    This is the paper's method. The authors' code differs: its K steps are on L_S without the proximal term, one step on
+    only that term follows, and the system is damped. For λ = 2 its meta-gradient is half that of `damping=22`.
 
     Args:
       model: the network.

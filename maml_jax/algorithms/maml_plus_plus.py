@@ -1,7 +1,7 @@
 """MAML++: learned rates per layer and step, a loss at every step, normalisation parameters per step, annealing.
 
-Every part works alone: `maml_plus_plus` takes rates, step weights and per-step parameters independently, and
-`multi_step_weights` and `switch_at` serve any learner that depends on the meta-step.
+Every part works without the others: `maml_plus_plus` takes rates, step weights and per-step parameters independently,
+and `multi_step_weights` and `switch_at` serve any learner that depends on the meta-step.
 
 Antoniou, Edwards and Storkey, 2019, How to train your MAML. https://arxiv.org/abs/1810.09502
 """
@@ -56,7 +56,7 @@ def maml_plus_plus(
       num_inner_steps: K ≥ 0. A learner with more steps than the trained one uses the last rates and parameters.
       learn_rates: whether the rate of each parameter array and step is learned.
       step_weights: w [K], the weights of the query losses after each step, such as `multi_step_weights` gives; None
-        for the last one alone.
+        for only the last one.
       per_step: `(name) -> bool`, parameters of which every φ_k has its own, such as scales and offsets of
         normalisations. They are meta-learned and do not adapt. The paper uses set k for the support pass of step k
         and for the query pass after it; here φ_k has set k in both, so there are K + 1 sets.
@@ -246,7 +246,7 @@ class MAMLPlusPlus(LearnedRates):
     learn_rates: bool = True
     """Whether the inner rate of each layer and step is learned."""
     num_multi_step: int = 5000
-    """Meta-steps over which the losses before the last inner step lose their weight; 0 for the last loss alone."""
+    """Meta-steps over which the losses before the last inner step lose their weight; 0 for only the last loss."""
     num_first_order: int = 0
     """First meta-steps that are first order; 25,000 in the paper, none in the authors' settings for Omniglot."""
     per_step_norm: bool = True

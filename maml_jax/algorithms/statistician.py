@@ -1,7 +1,7 @@
 """Neural statistician: learn a generative model of sets of images, and classify by what it infers from a set.
 
 A statistic network maps a set to a Gaussian over a context, from which the images of the set can be generated. An
-image belongs to the class whose context is most like the one inferred from the image alone.
+image belongs to the class whose context is most like the one inferred from only that image.
 
 Edwards and Storkey, 2017, Towards a neural statistician. https://arxiv.org/abs/1606.02185
 """
@@ -54,7 +54,7 @@ def neural_statistician(
 
     The statistic network is a layer on the embeddings, a mean over the set, to which the size of the set is appended,
     and two more layers. `adapt` infers q(c | D) for every class, from the probabilities of the pixels. The outputs of
-    `predict` are −KL(q(c | D_n) ‖ q(c | x)), with the set of the query image alone.
+    `predict` are −KL(q(c | D_n) ‖ q(c | x)), with a set of only the query image.
 
     The networks have dense layers with ELU and no normalisation. There is one layer of latents, as in the paper's
     model of Omniglot; that has 512 context variables, batch normalisation everywhere and a convolutional decoder.

@@ -73,7 +73,7 @@ class _SourceVectors(nn.Module):
     """[B, S, D], the vectors of the source tokens.
 
     With a lexicon, the vector of token w is Σ_m softmax_m(k_m·A q_w / τ) u_m + Δ_w, as in MetaNMT (Gu, Wang, Chen, Li
-    and Cho, 2018). The keys k are fixed, as in the authors' code. A token whose vector q_w is 0 has Δ_w alone.
+    and Cho, 2018). The keys k are fixed, as in the authors' code. A token whose vector q_w is 0 has only Δ_w.
     """
 
     vocabulary: int

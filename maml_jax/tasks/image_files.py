@@ -160,7 +160,7 @@ def numbers(image: Any) -> np.ndarray | None:
 
 
 def on_background(image: Any, grey: int) -> Any:
-    """An image without transparency; what lies beneath is grey, in 0..255."""
+    """An image without transparency; the background is grey, in 0..255."""
     if not image.has_transparency_data:
         return image
     image = image.convert("RGBA")

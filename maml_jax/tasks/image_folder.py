@@ -270,7 +270,7 @@ def _list_classes_of_zip(where: Path) -> tuple[dict[str, list[_File]], list[str]
                 stray.append(label)
             continue
         if len(parts) > 2:
-            raise ValueError(f"{label} lies in a folder of the class {parts[0]!r}; a class has no folders within")
+            raise ValueError(f"{label} is in a folder of the class {parts[0]!r}; a class has no folders within")
         if not has_image_name(parts[1]):
             raise ValueError(f"{label} is no image file such as .png or .jpg; remove it, or convert it to one")
         if parts in seen:

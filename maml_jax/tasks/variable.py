@@ -100,7 +100,7 @@ def make_selector(
       max_query_shot: the largest number of query examples of a class.
 
     Returns:
-      `(key) -> Selection`, a function for the host: it is not traceable. A selection depends on the key alone, and
+      `(key) -> Selection`, a function for the host: it is not traceable. A selection depends only on the key, and
       serves any array of examples in the order of `labels`. Its attributes `ways` and `query_shot` say what is drawn.
 
     Raises:
