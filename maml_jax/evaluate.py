@@ -52,7 +52,8 @@ def evaluate(
       key: the randomness; episode i depends on `key` and i only.
       metric_fn: `(outputs, targets) -> pytree of numbers` for one query set, such as `losses.accuracy`.
       num_episodes: E ≥ 2.
-      chunk_size: episodes that are vmapped together; by default 1 on a CPU and 100 elsewhere.
+      chunk_size: episodes that are vmapped together; by default 1 on a CPU and 100 elsewhere, whatever their size. If
+        the memory of the device does not suffice, give a smaller number.
       mesh: from `parallel.task_mesh`, to divide the episodes over devices.
       one_query_at_a_time: whether each query goes through the network with only the support set beside it.
         The prediction is then inductive: a normalisation by batch statistics sees no other query. Otherwise
