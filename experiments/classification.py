@@ -487,8 +487,14 @@ def normalisation(config: Any) -> str:
 
 
 def load(data: DataSet, run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
-    """The learner of the test protocol and the selected parameters of a run; an ensemble if the run has one."""
+    """The learner of the test protocol and the selected parameters of a run; an ensemble if the run has one.
+
+    Raises:
+      RunError: if the run has --population and the images are not those of its training.
+    """
     config = stored_config(data.methods, Path(run_dir))
+    if config.population:  # the statistics of its normalisation are those of its training images
+        runs.check_data(Path(run_dir), digest_of(data, config))
     learner = make_tester(config)
     inputs = np.zeros((config.way * config.shot, *data.input_shape(config)), np.float32)
     if config.network == "features":

@@ -121,6 +121,7 @@ class RunConfig:
         for field in dataclasses.fields(self):
             if isinstance(path := getattr(self, field.name), Path):
                 object.__setattr__(self, field.name, path.expanduser())
+        check_run_dir(self.run_dir)
         positive = ("shot", "query_shot", "meta_batch_size", "val_every", "log_every", "chunk_size", "outer_half_life")
         check_counts(self, **dict.fromkeys((*positive, "seeds"), 1), num_meta_steps=0, eval_episodes=2)
         check_seed(self.seed)
@@ -134,6 +135,12 @@ class RunConfig:
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
                 "between compiled calls of --log-every meta-steps"
             )
+
+
+def check_run_dir(run_dir: Path | None) -> None:
+    """Raises ValueError for the current directory, which an empty shell variable names too."""
+    if run_dir == Path():
+        raise ValueError("--run-dir is empty or the current directory; name a directory of its own for the run")
 
 
 def check_counts(config: Any, **least: int) -> None:
@@ -363,7 +370,14 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
             raise
         Console(stderr=True).print("stopped; a run goes on from its last checkpoint with the same command")
         sys.exit(128 + signal.SIGINT)
-    except (RunError, ValueError, OSError, processes.ProcessError, jax.errors.JaxRuntimeError) as error:
+    except (
+        RunError,
+        ValueError,
+        OSError,
+        ModuleNotFoundError,
+        processes.ProcessError,
+        jax.errors.JaxRuntimeError,
+    ) as error:
         message = str(error)
         if isinstance(error, jax.errors.JaxRuntimeError):
             message = OUT_OF_MEMORY.format(message) if "RESOURCE_EXHAUSTED" in message else None

@@ -484,7 +484,7 @@ def show(results: dict) -> None:
     title = f"accuracy in %, {protocol['episodes']} episodes of each data set"
     table = Table(title=title, caption=caption if is_starred else None)
     for header in ("method", *names, "average rank"):
-        table.add_column(header, justify="left" if header == "method" else "right")
+        table.add_column(header, justify="left" if header == "method" else "right", overflow="fold")
     for record in results["methods"]:
         cells = [cell_text(record["data_sets"][name]) for name in names]
         rank = "–" if record["average_rank"] is None else f"{record['average_rank']:.2f}"

@@ -1,5 +1,6 @@
 """Figures of the experiments."""
 
+import contextlib
 import io
 import itertools
 import math
@@ -60,7 +61,8 @@ def save(figure: plt.Figure, file: Path) -> None:
                 partial.write_bytes(drawn.getvalue())
                 os.replace(partial, target)
             except OSError as error:
-                partial.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # the disk may have become read-only
+                    partial.unlink()
                 raise OSError(f"the figure {target} cannot be written: {error}") from error
     finally:
         plt.close(figure)
@@ -432,8 +434,8 @@ def roc(file: Path, curves: Mapping[str, Mapping[str, Sequence[float]]]) -> None
     labels = list(dict.fromkeys(label for of_domain in curves.values() for label in of_domain))
     for axes, (domain, of_domain) in zip(panels, curves.items(), strict=True):
         for label, rates in of_domain.items():
-            index = labels.index(label)
-            axes.plot(ROC_POINTS, rates, label=label, color=f"C{index % 10}", linestyle=DASHES[index % 4])
+            style = line_style(labels.index(label))
+            axes.plot(ROC_POINTS, rates, label=label, markevery=max(1, len(ROC_POINTS) // 8), markersize=5, **style)
         axes.set(
             title=f"unseen domain: {domain}",
             xscale="log",

@@ -168,6 +168,8 @@ def about() -> dict[str, str]:
         line = f"{entry.title} ({entry.reference})."
         if numbers:
             line += f" Published accuracy, % (sources: experiments/RESULTS.md): {', '.join(numbers)}."
+        if entry.settings["omniglot"] == CATALOGUE["maml"].settings["omniglot"]:
+            line += published.SUMMED_LOSS.format(code=0.4, ours=2.0)
         if by_way := defaults_by_way(name):
             line += f" Defaults for up to 5 classes or for more: {', '.join(by_way)}."
         lines[name] = line

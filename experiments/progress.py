@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from experiments.runs import console, device_name
 
@@ -18,12 +19,11 @@ LINE_SECONDS = 60.0
 @contextlib.contextmanager
 def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
     """A bar with speed, time left, loss, validation and memory. Without a terminal, a line for each validation."""
-    bar = Progress(
-        TextColumn(f"meta-steps on {device_name().partition(',')[0]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+    bar = Progress(  # on a narrow terminal the bar shrinks, and no number is cut
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[speed]:.1f}/s"),
-        TimeRemainingColumn(elapsed_when_finished=True),
+        TimeRemainingColumn(elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("loss {task.fields[loss]:.4f}"),
         TextColumn("{task.fields[val]}"),
         TextColumn("{task.fields[memory]}"),
@@ -47,6 +47,8 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
                 f"{record['steps_per_second']:.1f} meta-steps/s  {left:.0f} min left  {memory_in_use()}"
             )
 
+    if console.is_terminal:
+        console.print(f"meta-steps on {device_name()}")
     with bar:
         task = bar.add_task("", total=num_steps, speed=0.0, loss=math.nan, val="", memory="")
         yield show

@@ -65,7 +65,8 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         runs.check_is_run(run_dir)
         raise FileNotFoundError(f"{run_dir} has no results.json; finish it, by the command that began it")
     config = results["config"]
-    if results["experiment"] == "images" and (config["way"] != 5 or config["tfds"] or config["split_file"]):
+    others = ("tfds", "split_file", "data_dir")
+    if results["experiment"] == "images" and (config["way"] != 5 or any(config[name] for name in others)):
         raise ValueError(
             f"{run_dir} was trained on other tasks than those of the table of photographs, which are 5-way and on "
             "the data that $MAML_JAX_IMAGES names; experiments.compare shows runs side by side"

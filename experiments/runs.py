@@ -190,7 +190,8 @@ def load(run_dir: str | Path) -> Loaded:
 
     Raises:
       CheckpointError: if every checkpoint is damaged.
-      RunError: if there is no such run, or it has no checkpoint.
+      RunError: if there is no such run, it has no checkpoint, or it has --population, which needs the images of its
+        training, and these are others.
     """
     run_dir = Path(run_dir).expanduser()
     module = experiment_of(run_dir)

@@ -11,18 +11,31 @@ from rich.table import Table
 
 from experiments import figures
 from experiments.common import Member, Training, train_together
-from experiments.runs import RunError, console, curve, finite, format_mean, mean_and_interval, open_run, write_json
+from experiments.runs import (
+    RunError,
+    console,
+    curve,
+    finite,
+    format_mean,
+    mean_and_interval,
+    open_run,
+    read_results,
+    write_json,
+)
 from maml_jax import checkpoint
 
 
 def _unfinished(members: list[Member]) -> list[Member]:
     """The seeds that are still to be trained; all of them if none is.
 
+    A seed at the end whose test is missing may have been there first when the process was killed. It is trained again
+    with the others, from where they are, because a program of fewer seeds rounds in another way.
+
     Raises:
       RunError: if they are so far apart that those ahead have no checkpoint where the last one is.
     """
     found = [(checkpoint.latest(member.run_dir / "checkpoints") or 0, member) for member in members]
-    found = [(step, member) for step, member in found if step < member.config.num_meta_steps] or found
+    found = [(step, member) for step, member in found if not _is_tested(member)] or found
     (least, last), (most, first) = (choose(found, key=lambda pair: pair[0]) for choose in (min, max))
     if most - least > last.config.val_every:
         raise RunError(
@@ -31,6 +44,12 @@ def _unfinished(members: list[Member]) -> list[Member]:
             "without --seeds"
         )
     return [member for _, member in found]
+
+
+def _is_tested(member: Member) -> bool:
+    """Whether the results of a seed are those of its whole training, after which no seed is trained further."""
+    results = read_results(member.run_dir)
+    return results is not None and results["meta_steps"] >= member.config.num_meta_steps
 
 
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:

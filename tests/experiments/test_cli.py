@@ -135,3 +135,15 @@ def test_a_tilde_in_a_path_is_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     config = cli.parse(omniglot.METHODS, "", ["leo", "--run-dir=~/run", "--pretrained-run=~/features"])
     assert (config.run_dir, config.pretrained_run) == (tmp_path / "run", tmp_path / "features")
+
+
+@pytest.mark.parametrize("run_dir", ["", ".", "./"])
+def test_a_run_directory_that_is_empty_is_refused(run_dir):
+    with pytest.raises(ValueError, match="--run-dir is empty or the current directory; name a directory"):
+        cli.parse(sinusoid.METHODS, "", ["maml", "--run-dir", run_dir])
+
+
+def test_a_package_that_is_missing_ends_in_one_paragraph(capsys):
+    with pytest.raises(SystemExit, match=r"^2$"), cli.mistakes_in_one_paragraph():
+        raise ModuleNotFoundError("install it with `pip install pillow`")
+    assert "error: install it with `pip install pillow`" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The training loop of the experiments."""
 
 import dataclasses
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from rich.console import Console
 
 from experiments import bandits, common, hyperparameters, progress, runs
 from experiments import sinusoid as sinusoid_experiment
@@ -430,3 +432,14 @@ def test_fewer_validations_than_states_make_a_smaller_ensemble(tmp_path):
         )
     assert {len(leaf) for leaf in jax.tree.leaves(trained.params)} == {2}
     assert trained.best_step == 4
+
+
+def test_a_narrow_terminal_shows_every_number(monkeypatch):
+    shown = Console(width=80, force_terminal=True, file=io.StringIO(), color_system=None)
+    monkeypatch.setattr(progress, "console", shown)
+    with progress.progress_bar(60_000) as show:
+        show({"step": 12_000, "loss": 1.2345, "steps_per_second": 123.4, "val": 0.9123})
+    text = shown.file.getvalue()
+    for part in ("12000/60000", "123.4/s", "loss 1.2345", "validation 0.9123", "GB"):
+        assert part in text
+    assert "…" not in text

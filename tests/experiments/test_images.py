@@ -82,6 +82,14 @@ def test_a_run_on_a_folder_is_tested_and_loaded(photographs, finished):
     np.testing.assert_allclose(again.mean, results["metrics"]["accuracy"]["mean"], atol=1e-6)
 
 
+def test_statistics_of_other_images_are_refused(photographs, tmp_path):
+    images.run(config_of("protonets", data_dir=photographs, run_dir=tmp_path, train_way=3))
+    runs.load(tmp_path)
+    (tmp_path / "data.json").write_text(json.dumps({"sha256": "that of other images"}))
+    with pytest.raises(runs.RunError, match="was made with other data"):
+        runs.load(tmp_path)
+
+
 @pytest.fixture
 def pool(photographs, tmp_path):
     """The same photographs in one folder of classes, and the split file that divides them."""

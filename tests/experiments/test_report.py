@@ -302,6 +302,15 @@ def test_a_test_on_other_data_sets_is_added_without_a_method(tmp_path):
     assert json.loads(added.read_text()) == json.loads(content)
 
 
+@pytest.mark.parametrize("changes", [{"data_dir": "my_photographs"}, {"tfds": "cifar100"}, {"way": 10}])
+def test_photographs_of_ones_own_are_not_added(changes, tmp_path):
+    results = json.loads((RESULTS / "images_leo_num-meta-steps-5000_size-64_seed-0.json").read_text())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"config": results["config"] | changes}))
+    with pytest.raises(ValueError, match=r"on the data that \$MAML_JAX_IMAGES names"):
+        report.add(tmp_path / "run", tmp_path)
+
+
 def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
     def result(algorithm, heads=(None,), **settings):
         config = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS[algorithm], **settings))
