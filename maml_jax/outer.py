@@ -57,25 +57,37 @@ def gradient_step(optimizer: optax.GradientTransformation) -> OuterRule:
       ValueError: if `optimizer` is no optax transformation.
     """
     check_optimizer("optimizer", optimizer)
-    with_extra_args = optax.with_extra_args_support(optimizer)
 
     def update(gradient_fn, params, episodes, opt_state):
         (loss, info), grads = gradient_fn(params, episodes)
-        updates, opt_state = with_extra_args.update(
-            grads,
-            opt_state,
-            params,
-            value=loss,
-            grad=grads,
-            value_fn=lambda params: gradient_fn(params, episodes)[0][0],
-        )
-        params = optax.apply_updates(params, updates)
+        params, opt_state = optax_step(optimizer, gradient_fn, params, episodes, loss, grads, opt_state)
         # In at least float32: squares of float16 overflow above 256.
         grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, grad_norm, params))])
         return params, opt_state, MetaInfo(loss, grad_norm, jnp.all(finite), info)
 
     return OuterRule(optimizer.init, update)
+
+
+def optax_step(
+    optimizer: optax.GradientTransformation,
+    gradient_fn: GradientFn,
+    params: ArrayTree,
+    episodes: Episode,
+    loss: jax.Array,
+    grads: ArrayTree,
+    opt_state: ArrayTree,
+) -> tuple[ArrayTree, ArrayTree]:
+    """The parameters and the state after one step of an optimiser, which gets the value and the function if it asks."""
+    updates, opt_state = optax.with_extra_args_support(optimizer).update(
+        grads,
+        opt_state,
+        params,
+        value=loss,
+        grad=grads,
+        value_fn=lambda params: gradient_fn(params, episodes)[0][0],
+    )
+    return optax.apply_updates(params, updates), opt_state
 
 
 def _as_rule(optimizer: optax.GradientTransformation | OuterRule) -> OuterRule:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax import parallel
-from maml_jax.outer import OuterRule
+from maml_jax.outer import OuterRule, optax_step
 from maml_jax.rl.rollout import returns_of
 from maml_jax.rl.surrogates import masked_mean, ratio_surrogate
 from maml_jax.types import (
@@ -144,15 +144,7 @@ def clipped_epochs(
             (loss, info), grads = gradient_fn(params, batch)
             if max_kl is not None:
                 may_go_on &= _kl_of(info) <= max_kl
-            updates, new_opt_state = optax.with_extra_args_support(optimizer).update(
-                grads,
-                opt_state,
-                params,
-                value=loss,
-                grad=grads,
-                value_fn=lambda params: gradient_fn(params, batch)[0][0],
-            )
-            new = (optax.apply_updates(params, updates), new_opt_state)
+            new = optax_step(optimizer, gradient_fn, params, batch, loss, grads, opt_state)
             params, opt_state = jax.tree.map(lambda a, b: jnp.where(may_go_on, a, b), new, (params, opt_state))
             return (params, opt_state, may_go_on, order), (loss, optax.tree.norm(grads), info)
 
