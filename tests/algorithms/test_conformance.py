@@ -189,6 +189,7 @@ def test_every_hyperparameter_has_an_effect(name):
     few = {
         "reptile": {"batch_size": 4, "inner_optimizer": "adam"},
         "memory-module": {"num_slots": 4, "num_neighbours": 2},
+        "meta-sgd": {"inner_lr_max": 0.1},
     }
     base = SMALL.get(name, {}) | few.get(name, {}) | {"num_inner_steps": NUM_STEPS}
     if name == "pretrained-classifier":
