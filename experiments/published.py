@@ -7,7 +7,7 @@ SINUSOID = {
 """Mean squared error after 1, 5 and 10 gradient steps on 5 support points, by algorithm and inner rate: Finn et al.,
 2017, appendix C.1, table 2. The rate is that of the authors' code; the paper's text says 0.01."""
 
-SUMMED_LOSS = " The authors' code sums the cross-entropy over the classes: its inner rate of {code} is {ours} here."
+SUMMED_LOSS = " The authors' code sums the cross-entropy over the classes: with 5, its rate of {code} is {ours} here."
 """A sentence for the methods that have the recipe of Finn et al., with the rates of 5 classes."""
 
 OMNIGLOT = {
