@@ -260,30 +260,10 @@ def orders_panels(of: Mapping[str, Sequence[dict]]) -> dict[tuple[str, str], dic
     return {text: dict(panel) for text, panel in panels.items() if len(panel) == 2}
 
 
-def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
-    """Writes the report and its figures, and the tables between the markers of other pages."""
-    results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
-    of = defaultdict(list)
-    for result in results:
-        of[result["experiment"]].append(result)
-    curves_of_seeds = seed_curves(results)
-    sections = few_shot_report.tables(of) | {
-        "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
-        "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
-        "domains": domain_table(of["domains"]),
-        "hyperparameters": hyperparameter_table(of["hyperparameters"]),
-    }
-    verification = ""
-    if of["faces"]:
-        verification = (
-            "\n\n## Verification in unseen domains\n\nTrue accept rate in % at a false accept rate of 1 %, mean over "
-            "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
-            "seed. All methods are selected on other identities of the source domains. The test has six random "
-            "images of each identity, the same for every method. No published number can be "
-            f"compared with these.\n\n{faces_report.section(of['faces'], flags_but_seed)}\n\n![ROC](figures/faces.png)"
-        )
-    report.write_text(
-        "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
+def sinusoid_section(tables: Mapping[str, str], has_seeds: bool) -> str:
+    """The text on sinusoids, around its two tables."""
+    curves = "![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if has_seeds else ""
+    return (
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
@@ -291,55 +271,102 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "benchmarks.methods --workload sinusoid`. iMAML is not here, because its meta-gradient does not see the inner "
         "steps, and nothing keeps them stable. MAML++ is not here, because the rates of its five steps, 0.01 at first, "
         "grow by the outer rate of 0.001 a meta-step until training is no longer finite.\n\n"
-        f"### 5 support points\n\n{sections['sinusoid-5']}\n\n### 10 support points\n\n{sections['sinusoid-10']}\n\n"
-        "![error against inner steps](figures/sinusoid.png)\n\n"
-        + ("![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if curves_of_seeds else "")
-        + orders_section(of)
-        + few_shot_report.section(of, sections)
-        + rl_report.section(of, flags_but_seed)
-        + verification
-        + translation_report.section(of["translation"], flags_but_seed)
-        + "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
+        f"### 5 support points\n\n{tables['sinusoid-5']}\n\n### 10 support points\n\n{tables['sinusoid-10']}\n\n"
+        f"![error against inner steps](figures/sinusoid.png)\n\n{curves}"
+    )
+
+
+def verification_section(results: list[dict]) -> str:
+    """The text on faces, its tables and its figure; empty without results."""
+    if not results:
+        return ""
+    return (
+        "\n\n## Verification in unseen domains\n\nTrue accept rate in % at a false accept rate of 1 %, mean over "
+        "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
+        "seed. All methods are selected on other identities of the source domains. The test has six random "
+        "images of each identity, the same for every method. No published number can be "
+        f"compared with these.\n\n{faces_report.section(results, flags_but_seed)}\n\n![ROC](figures/faces.png)"
+    )
+
+
+def domain_section(table: str) -> str:
+    """The text on unseen domains, around its table."""
+    return (
+        "\n\n## Unseen domains\n\nAccuracy in % on a domain that was never seen, mean over seeds with the smallest "
         "and largest seed in parentheses, and the same on validation examples of the source domains in brackets. Both "
         "methods are selected by the latter. No model adapts, and no batch statistics are used. The difference has its "
-        "95 % interval over seeds. Of the rotations, two angles were held out.\n\n"
-        f"{sections['domains']}\n\n"
+        f"95 % interval over seeds. Of the rotations, two angles were held out.\n\n{table}\n\n"
+    )
+
+
+def hyperparameter_section(results: list[dict], table: str) -> str:
+    """The text on learned hyperparameters, around its table, with its figures."""
+    return (
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
         "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
         "hyperparameters are chosen by the held-out loss, and no choice used the test digits. The "
         "seconds are those of learning or searching. One seed; the intervals are over training runs. "
-        f"{hyperparameter_summary(of['hyperparameters'])}\n\n{sections['hyperparameters']}\n\n"
+        f"{hyperparameter_summary(results)}\n\n{table}\n\n"
         "![the learned schedules](figures/hyperparameters.png)\n\n"
         "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
-        f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
     )
+
+
+def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[str, list[list[dict]]]) -> None:
+    """Writes every figure that there are results for."""
     if of["sinusoid"]:
         curves = {}
         for group in by_command(of["sinusoid"]).values():
             name, rate = group[0]["algorithm"], group[0]["config"]["inner_lr"]
             label = name if name not in curves else f"{figures.title(name)}, rate {rate:g}"
             curves[label] = [evaluation for result in group for evaluation in result["evaluations"]]
-        figures.inner_curves(report.parent / "figures" / "sinusoid.png", curves)
+        figures.inner_curves(directory / "sinusoid.png", curves)
     if panels := orders_panels(of):
         labels = {f"{figures.title(name)}, rate 0.001": figures.title(name) for name in ("maml", "fomaml")}
         curves = {labels[label]: curve for label, curve in curves_of_seeds.items() if label in labels}
-        figures.orders(report.parent / "figures" / "first_against_second_order.png", curves, panels)
-    few_shot_report.draw(report.parent / "figures", of)
-    rl_report.draw(report.parent / "figures", of, flags_but_seed)
-    if characters := [result for result in of["faces"] if result["config"]["data"] == "characters"]:
-        figures.roc(
-            report.parent / "figures" / "faces.png", faces.curves_of(faces_report.labelled(characters, flags_but_seed))
-        )
-    if of["translation"]:
-        translation_report.draw(report.parent / "figures" / "translation.png", of["translation"], flags_but_seed)
+        figures.orders(directory / "first_against_second_order.png", curves, panels)
     if curves_of_seeds:
-        figures.learning_curves(report.parent / "figures" / "learning_curves.png", curves_of_seeds)
+        figures.learning_curves(directory / "learning_curves.png", curves_of_seeds)
+    few_shot_report.draw(directory, of)
+    rl_report.draw(directory, of, flags_but_seed)
+    if characters := [result for result in of["faces"] if result["config"]["data"] == "characters"]:
+        figures.roc(directory / "faces.png", faces.curves_of(faces_report.labelled(characters, flags_but_seed)))
+    if of["translation"]:
+        translation_report.draw(directory / "translation.png", of["translation"], flags_but_seed)
     for result in of["hyperparameters"]:
-        figures.schedules(report.parent / "figures" / "hyperparameters.png", result["methods"])
-        figures.memory(report.parent / "figures" / "hyperparameters_memory.png", result["memory"])
+        figures.schedules(directory / "hyperparameters.png", result["methods"])
+        figures.memory(directory / "hyperparameters_memory.png", result["memory"])
+
+
+def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
+    """Writes the report and its figures, and the tables between the markers of other pages."""
+    results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
+    of = defaultdict(list)
+    for result in results:
+        of[result["experiment"]].append(result)
+    curves_of_seeds = seed_curves(results)
+    tables = few_shot_report.tables(of) | {
+        "sinusoid-5": sinusoid_table(of["sinusoid"], 5),
+        "sinusoid-10": sinusoid_table(of["sinusoid"], 10),
+        "domains": domain_table(of["domains"]),
+        "hyperparameters": hyperparameter_table(of["hyperparameters"]),
+    }
+    report.write_text(
+        "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
+        + sinusoid_section(tables, has_seeds=bool(curves_of_seeds))
+        + orders_section(of)
+        + few_shot_report.section(of, tables)
+        + rl_report.section(of, flags_but_seed)
+        + verification_section(of["faces"])
+        + translation_report.section(of["translation"], flags_but_seed)
+        + domain_section(tables["domains"])
+        + hyperparameter_section(of["hyperparameters"], tables["hyperparameters"])
+        + f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
+    )
+    draw(report.parent / "figures", of, curves_of_seeds)
     for page in pages:
         text = page.read_text()
-        for name, table in sections.items():
+        for name, table in tables.items():
             marker = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             text = marker.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
         page.write_text(text)

@@ -9,6 +9,7 @@ https://arxiv.org/abs/1807.05960
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -114,7 +115,7 @@ def leo(
     References:
       Rusu et al., 2019, Algorithm 1 and section 2.3; for the published numbers https://github.com/deepmind/leo.
     """
-    LatentDescent(  # which checks the numbers
+    settings = LatentDescent(  # which checks the numbers
         num_latent=num_latent,
         num_latent_steps=num_latent_steps,
         num_finetuning_steps=num_finetuning_steps,
@@ -131,28 +132,10 @@ def leo(
     way = check_integer("way", way, at_least=1)
 
     def init(key, inputs):
-        embedding_key, encoder_key, decoder_key, *relation_keys = jax.random.split(key, 6)
+        embedding_key, *keys = jax.random.split(key, 6)
         params = embedding.init(embedding_key, inputs)
         features = jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs)
-        num_features, dtype = features.shape[1], jnp.result_type(features.dtype, 0.0)
-
-        def kernel(key, *shape):
-            return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
-
-        return {
-            "embedding": params,
-            "encoder": kernel(encoder_key, num_features, num_latent),
-            "relation": [kernel(key, 2 * num_latent, 2 * num_latent) for key in relation_keys],
-            "decoder": kernel(decoder_key, num_latent, 2 * num_features),
-            "latent_rates": jnp.full(num_latent, latent_lr, dtype),
-            "weight_rates": jnp.full(num_features, finetuning_lr, dtype),
-        }
-
-    def decode(decoder, latents, key=None):
-        """The weights [N, D]: their means, or a draw."""
-        num_features = decoder.shape[1] // 2
-        offset = math.sqrt(2.0 / (way + num_features))
-        return _draw(_gaussian(latents @ decoder, offset), key)
+        return {"embedding": params} | _init_codes(keys, features, settings)
 
     def loss_of_weights(weights, support, key=None):
         features = dropout(key, support["features"], dropout_rate)
@@ -160,7 +143,7 @@ def leo(
 
     def loss_of_latents(latents, support, key=None):
         decoder_key, dropout_key = _split(key, 2)
-        return loss_of_weights(decode(support["decoder"], latents, decoder_key), support, dropout_key)
+        return loss_of_weights(decode(support["decoder"], latents, way, decoder_key), support, dropout_key)
 
     def embed_all(meta_params, inputs, key):
         params = meta_params["embedding"]
@@ -195,12 +178,12 @@ def leo(
             start,
             latents_key,
             num_latent_steps,
-            lambda latents: decode(meta_params["decoder"], latents),
+            lambda latents: decode(meta_params["decoder"], latents, way),
         )
         weights, second = descend(
             loss_of_weights,
             meta_params["weight_rates"],
-            decode(meta_params["decoder"], latents, decoder_key),
+            decode(meta_params["decoder"], latents, way, decoder_key),
             weights_key,
             num_finetuning_steps,
             lambda weights: weights,
@@ -228,14 +211,7 @@ def leo(
         )
         queries = dropout(dropout_key, embed_all(meta_params, episode.query.inputs, query_key), dropout_rate)
         loss = loss_fn(queries @ task_params["weights"].T, episode.query.targets)
-        kernels = [meta_params["encoder"], *meta_params["relation"], meta_params["decoder"]]
-        penalties = (
-            kl_weight * kl_to_standard(code)
-            + encoder_penalty_weight * jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - start))
-            + l2_weight * 0.5 * sum(jnp.sum(jnp.square(kernel)) for kernel in kernels)
-            + orthogonality_weight * orthogonality_penalty(meta_params["decoder"])
-        )
-        return loss + penalties, info
+        return loss + _penalties(settings, meta_params, code, start, latents), info
 
     return MetaLearner(init, adapt, predict, objective)
 
@@ -270,6 +246,19 @@ def encode(meta_params: ArrayTree, features: jax.Array, targets: jax.Array, way:
     return _gaussian(class_means(jnp.mean(pairs, 1), targets, way), 0.0)
 
 
+def decode(decoder: jax.Array, latents: jax.Array, way: int, key: PRNGKey | None = None) -> jax.Array:
+    """The weights [N, D] that codes stand for: their means, or a draw with a key.
+
+    Args:
+      decoder: G, [L, 2D].
+      latents: codes [N, L].
+      way: the number of classes that the deviation of the weights depends on.
+      key: of the draw.
+    """
+    num_features = decoder.shape[1] // 2
+    return _draw(_gaussian(latents @ decoder, math.sqrt(2.0 / (way + num_features))), key)
+
+
 def kl_to_standard(code: Gaussian) -> jax.Array:
     """KL(code ‖ N(0, I)), the mean over all entries, in nats."""
     variance = jnp.square(code.deviation)
@@ -280,6 +269,36 @@ def orthogonality_penalty(decoder: jax.Array) -> jax.Array:
     """The mean of (C − I)², with C the cosines of all pairs of the rows of the decoder [L, 2D]."""
     rows = unit_length(decoder)
     return jnp.mean(jnp.square(rows @ rows.T - jnp.eye(len(decoder), dtype=decoder.dtype)))
+
+
+def _penalties(
+    settings: "LatentDescent", meta_params: ArrayTree, code: Gaussian, start: jax.Array, latents: jax.Array
+) -> jax.Array:
+    """What the objective adds to the query loss, for the codes [N, L] at the start and after their steps."""
+    kernels = [meta_params["encoder"], *meta_params["relation"], meta_params["decoder"]]
+    return (
+        settings.kl_weight * kl_to_standard(code)
+        + settings.encoder_penalty_weight * jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - start))
+        + settings.l2_weight * 0.5 * sum(jnp.sum(jnp.square(kernel)) for kernel in kernels)
+        + settings.orthogonality_weight * orthogonality_penalty(meta_params["decoder"])
+    )
+
+
+def _init_codes(keys: Sequence[PRNGKey], features: jax.ShapeDtypeStruct, settings: "LatentDescent") -> ArrayTree:
+    """The meta-parameters but those of the embedding, for five keys and the shape of features [S, D]."""
+    encoder_key, decoder_key, *relation_keys = keys
+    num_features, dtype, num_latent = features.shape[1], jnp.result_type(features.dtype, 0.0), settings.num_latent
+
+    def kernel(key, *shape):
+        return jax.nn.initializers.glorot_uniform()(key, shape, dtype)
+
+    return {
+        "encoder": kernel(encoder_key, num_features, num_latent),
+        "relation": [kernel(key, 2 * num_latent, 2 * num_latent) for key in relation_keys],
+        "decoder": kernel(decoder_key, num_latent, 2 * num_features),
+        "latent_rates": jnp.full(num_latent, settings.latent_lr, dtype),
+        "weight_rates": jnp.full(num_features, settings.finetuning_lr, dtype),
+    }
 
 
 def dropout(key: PRNGKey | None, features: jax.Array, rate: float) -> jax.Array:

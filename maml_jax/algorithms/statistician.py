@@ -93,29 +93,25 @@ def neural_statistician(
     check_not_negative("alpha", alpha)
 
     def init(key, inputs):
-        embedding_key, pooled_key, statistic_key, inference_key, prior_key, decoder_key = jax.random.split(key, 6)
+        embedding_key, *keys, decoder_key = jax.random.split(key, 6)
         _check_images(inputs)
         params = embedding.init(embedding_key, inputs)
         features = jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs)
         num_features, dtype = features.shape[1], jnp.result_type(features.dtype, 0.0)
-
-        def mlp(key, *widths):
-            return _init_mlp(key, widths, dtype)
-
-        if decoder is None:
-            decoder_params = mlp(
-                decoder_key, num_latent + num_context, num_hidden, num_hidden, math.prod(inputs.shape[1:])
-            )
-        else:
-            decoder_params = decoder.init(decoder_key, jnp.zeros((len(inputs), num_latent + num_context), dtype))
-        return {
-            "embedding": params,
-            "pooled": mlp(pooled_key, num_features, num_hidden),
-            "statistic": mlp(statistic_key, num_hidden + 1, num_hidden, 2 * num_context),
-            "inference": mlp(inference_key, num_features + num_context, num_hidden, num_hidden, 2 * num_latent),
-            "prior": mlp(prior_key, num_context, num_hidden, num_hidden, 2 * num_latent),
-            "decoder": decoder_params,
+        num_codes = num_latent + num_context
+        widths = {
+            "pooled": (num_features, num_hidden),
+            "statistic": (num_hidden + 1, num_hidden, 2 * num_context),
+            "inference": (num_features + num_context, num_hidden, num_hidden, 2 * num_latent),
+            "prior": (num_context, num_hidden, num_hidden, 2 * num_latent),
         }
+        networks = {name: _init_mlp(key, widths[name], dtype) for name, key in zip(widths, keys, strict=True)}
+        if decoder is None:
+            num_pixels = math.prod(inputs.shape[1:])
+            networks["decoder"] = _init_mlp(decoder_key, (num_codes, num_hidden, num_hidden, num_pixels), dtype)
+        else:
+            networks["decoder"] = decoder.init(decoder_key, jnp.zeros((len(inputs), num_codes), dtype))
+        return {"embedding": params, **networks}
 
     def generate(params, codes, key):
         """Logits of the pixels, [S, P]."""
@@ -163,19 +159,7 @@ def neural_statistician(
         prior = _gaussian(members @ _mlp(meta_params["prior"], context))
         latent = _draw(latent_key, posterior)
         logits = generate(meta_params["decoder"], jnp.concatenate([latent, own_context], -1), decoder_key)
-        pixels = images.reshape(len(images), -1)
-        if logits.shape != pixels.shape:
-            raise ValueError(
-                f"the decoder must return a logit for each of the {pixels.shape[1]} entries of an image, got "
-                f"{logits.shape[1]}"
-            )
-
-        standard = jax.tree.map(jnp.zeros_like, contexts)
-        evidence = Evidence(
-            reconstruction=jnp.mean(jnp.sum(pixels * logits - jax.nn.softplus(logits), -1)),
-            context_divergence=jnp.sum(kl_divergence(contexts, standard)) / len(images),
-            latent_divergence=jnp.mean(kl_divergence(posterior, prior)),
-        )
+        evidence = _evidence(contexts, posterior, prior, logits, images.reshape(len(images), -1))
         weight = jnp.asarray(1.0 + alpha, evidence.reconstruction.dtype)
         divergence = evidence.context_divergence + evidence.latent_divergence
         return divergence / weight - weight * evidence.reconstruction, evidence
@@ -238,6 +222,23 @@ def kl_divergence(first: Gaussian, second: Gaussian) -> jax.Array:
     difference = first.log_variance - second.log_variance
     distance = jnp.square(first.mean - second.mean) * jnp.exp(-second.log_variance)
     return 0.5 * jnp.sum(jnp.exp(difference) - difference + distance - 1.0, -1)
+
+
+def _evidence(
+    contexts: Gaussian, posterior: Gaussian, prior: Gaussian, logits: jax.Array, pixels: jax.Array
+) -> Evidence:
+    """The parts of the bound, for contexts [N, num_context], latents [S, num_latent], logits and pixels [S, P]."""
+    if logits.shape != pixels.shape:
+        raise ValueError(
+            f"the decoder must return a logit for each of the {pixels.shape[1]} entries of an image, got "
+            f"{logits.shape[1]}"
+        )
+    standard = jax.tree.map(jnp.zeros_like, contexts)
+    return Evidence(
+        reconstruction=jnp.mean(jnp.sum(pixels * logits - jax.nn.softplus(logits), -1)),
+        context_divergence=jnp.sum(kl_divergence(contexts, standard)) / len(pixels),
+        latent_divergence=jnp.mean(kl_divergence(posterior, prior)),
+    )
 
 
 def _kept(key: PRNGKey, targets: jax.Array, members: jax.Array, rate: float) -> jax.Array:

@@ -246,7 +246,7 @@ def trust_region(
         )
         mask = seen.query.targets.mask
         outputs, pull = jax.vjp(lambda params: over_tasks(adapted_outputs)(params, seen), params)
-        # J v is the derivative of u -> Jᵀ u along v. Forward mode would not pass `mixed_mode`.
+        # J v is the derivative of u -> Jᵀ u along v. Forward mode would not pass a `custom_vjp` of the policy.
         _, push = jax.vjp(lambda cotangent: pull(cotangent)[0], jax.tree.map(jnp.zeros_like, outputs))
 
         def product(vector: ArrayTree) -> ArrayTree:
@@ -271,21 +271,13 @@ def trust_region(
         # Where the objective is flat there is no direction, and no step.
         length = jnp.where(curvature > 0, jnp.sqrt(2.0 * max_kl / jnp.where(curvature > 0, curvature, 1.0)), 0.0)
 
-        def at(attempt):
+        def at(attempt: jax.Array) -> ArrayTree:
             return optax.tree.add_scale(params, -length * backtrack**attempt, direction)
 
-        def is_refused(search):
-            attempt, tried_loss, kl = search
-            accepted = (attempt >= 0) & (tried_loss < loss) & (kl <= max_kl)
-            return ~accepted & (attempt < num_backtracks - 1)
+        def is_accepted(tried_loss: jax.Array, kl: jax.Array) -> jax.Array:
+            return (tried_loss < loss) & (kl <= max_kl)
 
-        def shorten(search):
-            attempt = search[0] + 1
-            return (attempt, *measure(at(attempt), episodes))
-
-        start = (jnp.int32(-1), loss, jnp.zeros_like(loss))
-        attempt, tried_loss, kl = jax.lax.while_loop(is_refused, shorten, start)
-        accepted = (tried_loss < loss) & (kl <= max_kl)
+        attempt, accepted, kl = _search(lambda n: measure(at(n), episodes), is_accepted, num_backtracks, loss)
         new = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), at(attempt), params)
         grad_norm = optax.tree.norm(grads)
         computed = (loss, grad_norm, curvature, direction, new)
@@ -294,3 +286,30 @@ def trust_region(
         return new, state, MetaInfo(loss, grad_norm, jnp.all(finite), info)
 
     return OuterRule(lambda params: (), update, looks_at_episodes=True)
+
+
+def _search(
+    measure: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    is_accepted: Callable[[jax.Array, jax.Array], jax.Array],
+    num_attempts: int,
+    loss: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tries attempts 0, 1, ... until one is accepted: the last attempt, whether it was accepted, and its KL.
+
+    Args:
+      measure: `(attempt) -> (loss, kl)`.
+      is_accepted: `(loss, kl) -> bool`.
+      num_attempts: how many there are.
+      loss: that before the update, for its dtype.
+    """
+
+    def is_refused(search: tuple) -> jax.Array:
+        attempt, *measured = search
+        return (attempt < 0) | (~is_accepted(*measured) & (attempt < num_attempts - 1))
+
+    def shorten(search: tuple) -> tuple:
+        return search[0] + 1, *measure(search[0] + 1)
+
+    start = (jnp.int32(-1), loss, jnp.zeros_like(loss))
+    attempt, *measured = jax.lax.while_loop(is_refused, shorten, start)
+    return attempt, is_accepted(*measured), measured[1]
