@@ -65,8 +65,8 @@ def evaluate(
       An `Evaluation` with leaves [K+1, ...]; K = 0 for a learner that does not iterate.
 
     Raises:
-      ValueError: if a count is wrong, `metric_fn` no function, `num_episodes` does not divide over `mesh`, or the
-        learner's `adapt` ignores `observe_fn`.
+      ValueError: if a count is wrong, `metric_fn` is no function or returns no number, `num_episodes` does not divide
+        over `mesh`, or the learner's `adapt` ignores `observe_fn`.
     """
     check_function("metric_fn", metric_fn, "losses.accuracy")
     score = (_query_scores, metric_fn, one_query_at_a_time, stochastic)
@@ -112,7 +112,10 @@ def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stoc
             outputs = predict_beside_support(learner.predict, task_params, support.inputs, query.inputs)
         else:
             outputs = learner.predict(task_params, query.inputs)
-        return jax.tree.map(jnp.asarray, metric_fn(outputs, query.targets))
+        found = metric_fn(outputs, query.targets)
+        if not jax.tree.leaves(found):
+            raise ValueError(f"metric_fn returned {found!r}, in which there is no number; return one, or a tree of them")
+        return jax.tree.map(jnp.asarray, found)
 
     _, info = learner.adapt(params, support, key=episode.key if stochastic else None, observe_fn=observe)
     observed = getattr(info, "observed", None)

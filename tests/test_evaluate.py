@@ -199,6 +199,11 @@ def test_a_learner_that_does_not_observe_is_named():
         run(learner=LEARNER._replace(adapt=lambda params, support, **kwargs: (params, None)))
 
 
+def test_a_metric_without_a_number_is_refused():
+    with pytest.raises(ValueError, match="metric_fn returned None, in which there is no number"):
+        evaluate(LEARNER, THETA, make_episode, KEY, metric_fn=lambda outputs, targets: None, num_episodes=2)
+
+
 class Unhashable:
     """A function that cannot be the key of a cache."""
 
