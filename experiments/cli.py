@@ -1,5 +1,6 @@
 """The command line: settings that experiments share, one subcommand for each method of the catalogue."""
 
+import _thread
 import ast
 import contextlib
 import dataclasses
@@ -11,6 +12,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -364,7 +366,8 @@ def main(
 def mistakes_in_one_paragraph() -> Iterator[None]:
     """Ends the process with a paragraph and the code 2 where a mistake was found, or 130 after Ctrl-C; see `main`."""
     try:
-        yield
+        with _interrupts():
+            yield
     except KeyboardInterrupt:
         if os.environ.get("MAML_JAX_TRACEBACK"):
             raise
@@ -385,3 +388,24 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
             raise
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(message)}", highlight=False)
         sys.exit(2)
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Lets Ctrl-C raise KeyboardInterrupt again, also where Python would swallow it."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # see experiments/__init__.py
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    hook = sys.unraisablehook
+
+    def again(unraisable: Any) -> None:
+        # A destructor or a callback of the garbage collector, such as JAX's, cannot raise. It is over in a moment.
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            threading.Timer(0.1, _thread.interrupt_main).start()
+        else:
+            hook(unraisable)
+
+    sys.unraisablehook = again
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook

@@ -114,7 +114,9 @@ def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stoc
             outputs = learner.predict(task_params, query.inputs)
         found = metric_fn(outputs, query.targets)
         if not jax.tree.leaves(found):
-            raise ValueError(f"metric_fn returned {found!r}, in which there is no number; return one, or a tree of them")
+            raise ValueError(
+                f"metric_fn returned {found!r}, in which there is no number; return one, or a tree of them"
+            )
         return jax.tree.map(jnp.asarray, found)
 
     _, info = learner.adapt(params, support, key=episode.key if stochastic else None, observe_fn=observe)

@@ -1,6 +1,11 @@
 """The command line: one subcommand for each method, with its own flags."""
 
+import gc
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import jax
@@ -69,6 +74,39 @@ def test_an_interruption_ends_in_a_sentence(capsys):
         raise KeyboardInterrupt
     assert ended.value.code == 130
     assert "a run goes on from its last checkpoint with the same command" in capsys.readouterr().err
+
+
+def test_an_interruption_that_a_garbage_collection_swallows_is_raised_again(capsys):
+    def callback(phase, info):
+        if phase == "start":
+            signal.raise_signal(signal.SIGINT)
+
+    def collect_and_wait():
+        gc.collect()
+        time.sleep(60)
+
+    gc.callbacks.append(callback)
+    try:
+        with pytest.raises(SystemExit) as ended, cli.mistakes_in_one_paragraph():
+            collect_and_wait()
+    finally:
+        gc.callbacks.remove(callback)
+    assert ended.value.code == 130
+    assert "Exception ignored" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0, 3.0])
+def test_an_interruption_of_the_start_has_no_traceback(tmp_path, seconds):
+    """Of the imports, which it ends by the signal, or later with the documented code."""
+    long = ["--num-meta-steps", "1000000", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "experiments.sinusoid", *long]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert "Traceback" not in said
+    assert "Exception ignored" not in said
 
 
 def test_a_device_without_memory_ends_in_a_paragraph(capsys):
