@@ -9,6 +9,7 @@ import itertools
 import math
 import os
 import re
+import shutil
 import signal
 import sys
 import textwrap
@@ -214,7 +215,7 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     if not isinstance(configs, Mapping):
-        return tyro.cli(configs, prog=program, description=description, args=arguments, config=style)
+        return tyro.cli(configs, prog=program, description=_wrapped(description), args=arguments, config=style)
     first, *rest = _with_method(arguments, list(configs))
     about = dict(about or {})
     if first in configs:  # the parser of one method, because that of all takes seconds
@@ -227,8 +228,17 @@ def parse(
             prefix_names=False,
             sort_subcommands=False,
         )
-    parsed = tyro.cli(kind, prog=program, description=description, args=arguments, config=style)
+    parsed = tyro.cli(kind, prog=program, description=_wrapped(description), args=arguments, config=style)
     return _ungrouped(parsed, configs)
+
+
+def _wrapped(text: str) -> str:
+    """Text whose lines fit the terminal. Tyro joins the lines of a paragraph, but not those that begin with a space."""
+    width = min(shutil.get_terminal_size().columns, 100) - 1
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return "\n\n".join(
+        textwrap.indent(textwrap.fill(paragraph, width, break_on_hyphens=False), " ") for paragraph in paragraphs
+    )
 
 
 def _grouped(config: Any) -> Any:

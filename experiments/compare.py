@@ -52,7 +52,7 @@ class Config:
     seed: int = 0
     """Seed of these episodes. Its episodes are those of the test of a run with the same --seed."""
     figure: OptionalPath = None
-    """The file for the learning curves: .png, .pdf or .svg. By default none is drawn."""
+    """The file for a figure of the learning curves: .png, .pdf or .svg. By default a table shows a few points."""
     json: bool = False
     """Print JSON in place of tables. It holds the score of every episode."""
     precision: Precision = "float32"
@@ -413,8 +413,8 @@ def compare(config: Config) -> dict[str, Any]:
     """All that is known about the runs, as a record for JSON.
 
     Returns:
-      "experiment", "runs", "settings" (those that differ, with a value of every run), "evaluations" (the scores on the
-      same episodes), "pairs" and "figure".
+      "experiment", "runs", "settings" (those that differ, with a value of every run), "curves" (see `curves`),
+      "evaluations" (the scores on the same episodes), "pairs" and "figure".
     """
     opened = open_runs(config.runs, needs_checkpoint=config.episodes > 0)
     if config.figure is not None:
@@ -463,6 +463,7 @@ def compare(config: Config) -> dict[str, Any]:
         "experiment": opened[0].experiment,
         "runs": [describe(run, of_runs[run.name]) for run in opened],
         "settings": differing_settings(opened),
+        "curves": curves({run.name: runs.read_log(run.run_dir) for run in opened}),
         "seed": config.seed,
         "evaluations": [
             {
@@ -588,8 +589,44 @@ def describe(run: Run, of_run: Sequence[Test]) -> dict[str, Any]:
     }
 
 
+def curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], num_steps: int = 6) -> dict[str, Any]:
+    """The learning curves at a few meta-steps up to the last of all runs.
+
+    Args:
+      logs: the records of metrics.jsonl by run.
+      num_steps: at how many meta-steps.
+
+    Returns:
+      "metric" ("val", the validation score, if all runs have one, else "loss"), "steps" and "values": by run, the last
+      one that was logged up to each step, or None where the run has none or ended before.
+    """
+    is_validated = all(any("val" in record for record in log) for log in logs.values())
+    name = "val" if is_validated else "loss"
+    points = {run: {r["step"]: r[name] for r in log if name in r} for run, log in logs.items()}
+    logged = sorted({step for of_run in points.values() for step in of_run})
+    chosen = sorted({logged[round(index)] for index in np.linspace(0, len(logged) - 1, num_steps)}) if logged else []
+
+    def value(of_run: Mapping[int, float | None], step: int) -> float | None:
+        before = [logged_step for logged_step in of_run if logged_step <= step]
+        return of_run[max(before)] if before and step <= max(of_run) else None
+
+    values = {run: [value(of_run, step) for step in chosen] for run, of_run in points.items()}
+    return {"metric": name, "steps": chosen, "values": values}
+
+
+def _curve_table(found: Mapping[str, Any]) -> Table:
+    """The learning curves of `curves`."""
+    what = {"val": "Validation score", "loss": "Training objective; methods may have different ones"}[found["metric"]]
+    table = Table(title=what)
+    for heading in ("meta-steps", *(f"{step:,}" for step in found["steps"])):
+        table.add_column(heading, overflow="fold")
+    for run, values in found["values"].items():
+        table.add_row(escape(run), *("–" if value is None else f"{value:.4g}" for value in values))
+    return table
+
+
 def show(compared: Mapping[str, Any]) -> None:
-    """Prints the settings that differ, the results and what the pairs have come to."""
+    """Prints the settings that differ, the learning curves, the results and what the pairs have come to."""
     names = [run["name"] for run in compared["runs"]]
     table = Table(title="Settings that differ")
     for heading in ("", *names):
@@ -600,6 +637,8 @@ def show(compared: Mapping[str, Any]) -> None:
         console.print(table)
     else:
         console.print("The runs have the same settings.")
+    if compared["curves"]["steps"]:
+        console.print(_curve_table(compared["curves"]))
     metric = METRICS.get(compared["experiment"])
     table = Table(title=f"{metric.heading if metric else 'Reported'}, with 95 % interval")
     counts = {f"{one['episodes']:,} {one['counted']}" for one in compared["evaluations"]}

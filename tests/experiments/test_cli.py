@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bandits, cli, domains, images, omniglot, sinusoid
+from experiments import bandits, cli, domains, images, navigation, omniglot, sinusoid
 from experiments.commands import EXPERIMENTS
 from maml_jax import CATALOGUE, ReptileDescent
 
@@ -156,6 +156,16 @@ def test_help_lists_the_methods_with_their_published_numbers(module, published, 
     assert "--inner-lr FLOAT" not in help_of()  # the flags are those of a method
     assert "--inner-lr FLOAT" in help_of("fomaml")
     assert "--algorithm" not in help_of("fomaml")
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["maml", "--help"]])
+def test_no_line_of_a_help_is_wider_than_the_terminal(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.parse(navigation.METHODS, navigation.__doc__, arguments, about=navigation.about())
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert "usage" in usage
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_rate_that_is_left_out_is_that_of_the_recipe():

@@ -246,6 +246,27 @@ def test_json_is_all_that_is_printed(waves, tmp_path, capsys):
     assert (tmp_path / "curves.svg").read_text().lstrip().startswith("<?xml")
 
 
+def test_the_curves_are_those_of_the_logs():
+    long = [{"step": step, "loss": 1.0 / step, "val": step / 100} for step in range(10, 101, 10)]
+    short = [{"step": 20, "loss": 3.0}, {"step": 40, "loss": None, "val": 0.5}, {"step": 50, "loss": 2.0}]
+    found = compare.curves({"long": long, "short": short}, num_steps=4)
+    assert found == {
+        "metric": "val",
+        "steps": [10, 40, 70, 100],
+        "values": {"long": [0.1, 0.4, 0.7, 1.0], "short": [None, 0.5, None, None]},
+    }
+    unscored = [{"step": record["step"], "loss": record["loss"]} for record in short]
+    found = compare.curves({"long": long, "short": unscored}, num_steps=3)
+    assert (found["metric"], found["steps"]) == ("loss", [10, 50, 100])
+    assert found["values"] == {"long": [0.1, 0.02, 0.01], "short": [None, 2.0, None]}
+    assert compare.curves({"new": [], "other": []})["steps"] == []
+
+
+def test_the_curves_are_shown(waves, capsys):
+    run(waves["maml"], waves["other"], "--episodes", 0)
+    assert "Training objective" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("suffix", [".png", ".pdf"])
 def test_learning_curves_are_drawn(suffix, characters, waves, tmp_path):
     for runs_of_one in (characters, waves):
