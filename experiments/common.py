@@ -194,7 +194,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     now = starting_point(members, training, optimizer, mesh)
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
     programs: dict[int, Program] = {}
-    saved_at = time.monotonic()
+    saved_at = time.monotonic() if now.step else -math.inf  # the first finite state is kept at once
     tracking, num_calls = getattr(config, "tracking", OFF), 0
     is_skipped = getattr(config, "on_nonfinite", "stop") == "skip"
     with contextlib.ExitStack() as stack:

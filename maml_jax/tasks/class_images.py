@@ -72,7 +72,8 @@ def check_counts(counts: dict[str, int], needed: int, what: str) -> None:
         name = min(small, key=small.__getitem__)
         raise ValueError(
             f"{len(small)} of {len(counts)} classes of {what} have fewer than {needed} images, such as {name!r} with "
-            f"{small[name]}; use fewer examples of a class, add images, or leave these classes out"
+            f"{small[name]}; use fewer examples of a class, add images, or leave these classes out with "
+            "leave_out_small (in the experiments --leave-out-small)"
         )
 
 

@@ -169,6 +169,16 @@ def test_long_training_is_saved_between_validations(tmp_path, monkeypatch):
     chex.assert_trees_all_equal(often.params, whole.params)
 
 
+def test_the_first_call_is_saved_although_no_time_has_passed(tmp_path, monkeypatch):
+    saved, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda *arguments: (saved.append(arguments[1]), save(*arguments)))
+    train(tmp_path, Config(num_meta_steps=4, val_every=4, log_every=1))
+    assert saved == [1, 4]
+    saved.clear()
+    train(tmp_path, Config(num_meta_steps=8, val_every=4, log_every=1))
+    assert saved == [8]
+
+
 def test_a_damaged_checkpoint_is_left_out_and_the_one_before_is_used(tmp_path, capsys):
     whole = train(tmp_path)
     shutil.rmtree(next((tmp_path / "checkpoints" / "12").glob("*/d"), tmp_path / "checkpoints" / "12"))

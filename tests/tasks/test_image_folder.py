@@ -175,7 +175,7 @@ def test_small_classes_are_refused_by_name_or_left_out(tmp_path, split_file):
     message = refused(directory, "test", split_file=split_file, min_images=4)
     assert message == (
         f"1 of 2 classes of {directory} have fewer than 4 images, such as 'dog' with 2; use fewer examples of a class, "
-        "add images, or leave these classes out"
+        "add images, or leave these classes out with leave_out_small (in the experiments --leave-out-small)"
     )
     found = load(directory, "test", size=8, cache_dir=tmp_path, split_file=split_file)
     assert image_folder.check_examples(found, 2) is found
