@@ -22,6 +22,7 @@ from experiments.verification import ROC_POINTS
 from maml_jax import CATALOGUE
 
 MARKERS = "osD^v<>pP*X"
+PUBLISHED_MARKERS = "x+14"
 DASHES = ("-", "--", ":", "-.")
 TIMED_SETTINGS = ((5, 1), (20, 1))
 """Way and shot of the panels of `accuracy_against_time`."""
@@ -366,10 +367,10 @@ def returns(
         text = label + (f", {len(metrics)} seeds" if len(metrics) > 1 else "")
         axes.errorbar(range(means.shape[1]), means.mean(0), half, label=text, capsize=3, **line_style(index))
         if numbers := paper.get(label):
-            shown = numbers[: means.shape[1]]
-            axes.plot(range(len(shown)), shown, marker="x", color=f"C{index % 10}", linestyle="none", markersize=9)
+            shown, marker = numbers[: means.shape[1]], PUBLISHED_MARKERS[list(paper).index(label)]
+            style = {"marker": marker, "color": f"C{index % 10}", "linestyle": "none", "markersize": 9}
+            axes.plot(range(len(shown)), shown, label=f"{label}, published", **style)
     for axes in row:
-        axes.plot([], [], marker="x", color="0.3", linestyle="none", label="published")
         axes.set(xlabel="updates", ylabel="mean return")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
