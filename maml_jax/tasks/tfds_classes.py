@@ -117,7 +117,9 @@ def _find(name: str, data_dir: Path) -> Any:
     if not isinstance(name, str):
         raise ValueError(f"name must be that of a set of tensorflow-datasets, got {name!r}")
     if not data_dir.is_dir():
-        raise FileNotFoundError(f"there is no data directory {data_dir}; give data_dir (in the experiments --data-dir) or set TFDS_DATA_DIR")
+        raise FileNotFoundError(
+            f"there is no data directory {data_dir}; give data_dir (in the experiments --data-dir) or set TFDS_DATA_DIR"
+        )
     try:
         builder = tfds.core.read_only_builder.builder_from_files(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:

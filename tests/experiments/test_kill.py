@@ -1,9 +1,11 @@
 """A run that is really killed, again and again, against one that never was."""
 
+import fnmatch
 import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -141,6 +143,65 @@ def test_a_signal_ends_the_process_with_its_code_and_nothing_is_lost(tmp_path, n
     assert f"stopped after step {step}; the same command resumes from there" in said
     assert lines(tmp_path / "run")[-1]["step"] == step
     checkpoint._verify(tmp_path / "run" / "checkpoints" / str(step))
+
+
+def described_names():
+    """Patterns of the names that the README's table of a run directory has."""
+    text = (TESTS.parent / "README.md").read_text().partition("### What a run directory holds")[2].partition("###")[0]
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
+    names = [name.split("/")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return [re.sub("[A-Z]+", "*", name) for name in names if not name.startswith(".")]
+
+
+def test_several_seeds_end_with_one_step_after_a_signal_and_go_on(tmp_path, forks):
+    run_dir, whole = tmp_path / "stopped", tmp_path / "whole"
+    process = forks(target=train_worker.train_seeds, args=(run_dir, 100_000))
+    process.start()
+    deadline = time.monotonic() + 120
+    while checkpoint.latest(run_dir / "seed-1" / "checkpoints") is None:
+        assert process.is_alive(), "the worker ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    reached = {checkpoint.latest(run_dir / seed / "checkpoints") for seed in ("seed-0", "seed-1")}
+    assert len(reached) == 1
+    steps = reached.pop() + 3
+    for directory in (run_dir, whole):
+        finish(forks, train_worker.train_seeds, directory, steps)
+    for seed in ("seed-0", "seed-1"):
+        assert_same(run_dir / seed, whole / seed, steps)
+    found = {file.name for directory in (run_dir, run_dir / "seed-0") for file in directory.iterdir()}
+    assert {"seeds.json", "config.json", "results.json", "lock"} < found
+    assert not [name for name in found if not any(fnmatch.fnmatch(name, known) for known in described_names())]
+
+
+LONG_TEST = """
+import sys
+from pathlib import Path
+import jax, jax.numpy as jnp
+from experiments import runs, sinusoid
+long = jax.jit(lambda x: jax.lax.while_loop(lambda y: y < 2.0, jnp.sin, x)).lower(1.0).compile()  # for ever
+def test():
+    print("started", flush=True)
+    long(1.0).block_until_ready()
+runs.finish(Path(sys.argv[1]), "sinusoid", sinusoid.METHODS["maml"], None, {}, test)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_during_the_test_ends_it_at_once(tmp_path, number):
+    (tmp_path / "long.py").write_text(LONG_TEST)
+    of_test = [sys.executable, str(tmp_path / "long.py"), str(tmp_path)]
+    process = subprocess.Popen(of_test, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "started\n"
+    time.sleep(0.2)
+    process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "the training is kept, and the same command does the test" in said
+    assert not (tmp_path / "results.json").exists()
 
 
 LONG_CALL = """

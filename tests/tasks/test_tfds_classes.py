@@ -184,7 +184,8 @@ def test_what_is_no_such_set_is_refused(data_dir, tmp_path, name, error, message
 
 def test_a_missing_directory_and_a_wrong_split_are_refused(data_dir, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match=r"there is no data directory .*/none; give data_dir \(in the experiments --data-dir\) or set TFDS"
+        FileNotFoundError,
+        match=r"there is no data directory .*none; give data_dir \(in the experiments --data-dir\)",
     ):
         load("small", "train", size=8, data_dir=tmp_path / "none")
     with pytest.raises(ValueError, match=r"unknown split 'validation'; choose one of train, val, test"):
