@@ -5,7 +5,8 @@ same episodes. The differences of their scores, episode by episode, say which ru
 tell the two apart: by their mean (Student's t, paired), and by how often one is ahead (sign test), because a few
 episodes that diverge make a mean meaningless. The level is 5 %, adjusted for the number of tests. Runs whose tests
 differ in the split, the number of classes, examples or queries, or in what a prediction may see, are not tested against
-each other. Runs of navigation are tested at the same goals, and those of bandits, mdps and mazes on the same tasks. Of
+each other. Of two directories of several seeds, the runs of the same seed are compared, and then their differences over
+the seeds. Runs of navigation are tested at the same goals, and those of bandits, mdps and mazes on the same tasks. Of
 faces and translation only the settings, the learning curves and the reported numbers are shown.
 """
 
@@ -46,7 +47,7 @@ class Config:
         tyro.conf.Positional[tuple[Path, ...]],
         tyro.conf.arg(metavar="RUN RUN [RUN ...]", help_behavior_hint="(required)"),
     ]
-    """Two or more run directories of one experiment."""
+    """Two or more run directories of one experiment. One made with --seeds stands for the runs of all its seeds."""
     episodes: int = 600
     """Episodes of the test; 0 for none, and then runs need no checkpoint. Domains are tested on all examples."""
     seed: int = 0
@@ -78,6 +79,7 @@ class Run(NamedTuple):
       data: what an experiment in few-shot classification says about its data; None in others.
       results: the content of results.json; None if it is not finished.
       trials: what an experiment on trials is about; None in others.
+      group: the directory of several seeds that it is in, as it was given; None for a run of its own.
     """
 
     name: str
@@ -87,6 +89,7 @@ class Run(NamedTuple):
     data: DataSet | None
     results: dict[str, Any] | None
     trials: Experiment | None = None
+    group: str | None = None
 
 
 class Metric(NamedTuple):
@@ -151,7 +154,7 @@ class Test(NamedTuple):
     counted: str = "episodes"
 
 
-def open_run(run_dir: Path, name: str | None = None) -> Run:
+def open_run(run_dir: Path, name: str | None = None, group: str | None = None) -> Run:
     """The settings and results of a run directory; nothing in it is changed.
 
     Raises:
@@ -167,6 +170,7 @@ def open_run(run_dir: Path, name: str | None = None) -> Run:
         getattr(module, "DATA", None),
         runs.read_results(run_dir),
         getattr(module, "EXPERIMENT", None),
+        group,
     )
 
 
@@ -174,7 +178,7 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
     """The runs to compare.
 
     Args:
-      run_dirs: their directories.
+      run_dirs: their directories. That of several seeds stands for all of them.
       needs_checkpoint: whether each must hold a checkpoint, if the experiment has tests that can be repeated.
 
     Raises:
@@ -191,7 +195,10 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
     names = [run_dir.resolve().name for run_dir in run_dirs]
     if len(set(names)) < len(names):
         names = [str(run_dir) for run_dir in run_dirs]
-    opened = [open_run(run_dir, name) for run_dir, name in zip(run_dirs, names, strict=True)]
+    opened = []
+    for run_dir, name in zip(run_dirs, names, strict=True):
+        seeds = [] if (run_dir / "config.json").exists() else runs.seed_directories(run_dir)
+        opened += [open_run(run_dir / seed, f"{name}/{seed}", name) for seed in seeds] or [open_run(run_dir, name)]
     for run in opened[1:]:
         if run.experiment != opened[0].experiment:
             raise RunError(
@@ -202,6 +209,13 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
         for run in opened:
             check_checkpoint(run.run_dir)
     return opened
+
+
+def is_paired(a: Run, b: Run) -> bool:
+    """Whether two runs are compared: seeds of one command are not, and those of two only if the seed is the same."""
+    if a.group is None or b.group is None:
+        return True
+    return a.group != b.group and a.config.seed == b.config.seed
 
 
 def check_checkpoint(run_dir: Path) -> None:
@@ -413,8 +427,9 @@ def compare(config: Config) -> dict[str, Any]:
     """All that is known about the runs, as a record for JSON.
 
     Returns:
-      "experiment", "runs", "settings" (those that differ, with a value of every run), "curves" (see `curves`),
-      "evaluations" (the scores on the same episodes), "pairs" and "figure".
+      "experiment", "runs", "names" (of the runs, or of the directories of several seeds), "settings" (those that
+      differ, with a value for each name), "curves" (see `curves`), "evaluations" (the scores on the same episodes),
+      "pairs", "over_seeds" (see `over_seeds`) and "figure".
     """
     opened = open_runs(config.runs, needs_checkpoint=config.episodes > 0)
     if config.figure is not None:
@@ -441,7 +456,8 @@ def compare(config: Config) -> dict[str, Any]:
         return images and fingerprint(images())
 
     pairs = []
-    for a, b in itertools.combinations(names, 2) if config.episodes else ():
+    wanted = [(a.name, b.name) for a, b in itertools.combinations(opened, 2) if is_paired(a, b)]
+    for a, b in wanted if config.episodes else ():
         for i, j, gaps in matches(of_runs[a], of_runs[b]):
             test = of_runs[a][i]
             if not gaps and checksum(a, i) != checksum(b, j):
@@ -459,10 +475,13 @@ def compare(config: Config) -> dict[str, Any]:
     num_tests = sum(pair["comparable"] for pair in pairs)
     for pair in pairs:
         pair["sentence"] = sentence(pair, num_tests)
+    # The runs of a directory differ in their seeds only.
+    named = {run.group or run.name: run for run in reversed(opened)}
     compared = {
         "experiment": opened[0].experiment,
         "runs": [describe(run, of_runs[run.name]) for run in opened],
-        "settings": differing_settings(opened),
+        "names": list(reversed(named)),
+        "settings": differing_settings(list(reversed(named.values()))),
         "curves": curves({run.name: runs.read_log(run.run_dir) for run in opened}),
         "seed": config.seed,
         "evaluations": [
@@ -478,12 +497,54 @@ def compare(config: Config) -> dict[str, Any]:
             for (name, index), values in sorted(found.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))
         ],
         "pairs": pairs,
+        "over_seeds": over_seeds(pairs, {run.name: run.group for run in opened}),
         "figure": None if config.figure is None else str(config.figure),
     }
     if config.figure is not None:
-        logs = {f"{run.name} ({figures.title(run.config.algorithm)})": [runs.read_log(run.run_dir)] for run in opened}
-        figures.learning_curves(config.figure, logs)
+        logs: dict[str, list] = {}
+        for run in opened:
+            label = f"{run.group or run.name} ({figures.title(run.config.algorithm)})"
+            logs.setdefault(label, []).append(runs.read_log(run.run_dir))
+        # The log of a seed that is being trained may be a line ahead of the others.
+        shortest = {label: min(map(len, of_seeds)) for label, of_seeds in logs.items()}
+        cut = {label: [log[: shortest[label]] for log in of_seeds] for label, of_seeds in logs.items()}
+        figures.learning_curves(config.figure, cut)
     return runs.finite(compared)
+
+
+def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | None]) -> list[dict[str, Any]]:
+    """The differences of two commands over their seeds, which say what another seed would give.
+
+    Args:
+      pairs: records of `compare`.
+      groups: by name of a run, the directory of several seeds that it is in, or None.
+
+    Returns:
+      For each pair of directories and each task that two or more seeds of both were tested on: "a", "b", "task",
+      "metric", "seeds" (how many), the mean "difference", its "ci95" and "p" (Student's t over seeds), and "sentence".
+    """
+    found: dict[tuple[str, str, str, str], list[float]] = {}
+    for pair in pairs:
+        first, second = groups[pair["a"]], groups[pair["b"]]
+        if first and second and "difference" in pair:
+            found.setdefault((first, second, pair["task"], pair["metric"]), []).append(pair["difference"])
+    records = []
+    for (a, b, task, name), differences in found.items():
+        if len(differences) < 2:
+            continue
+        metric = next(metric for metric in METRICS.values() if metric.name == name)
+        test = paired_test(np.array(differences), np.zeros(len(differences)))
+        mean, ci95 = test.mean * metric.scale, test.ci95 * metric.scale
+        better, worse = (a, b) if metric.is_better(mean) else (b, a)
+        verdict = f"{better} is better than {worse}" if test.p < LEVEL else f"{a} and {b} cannot be told apart"
+        text = (
+            f"Over {len(differences)} seeds {verdict}, {task}; mean {name} of {a} minus that of {b}: "
+            f"{number(mean)}{metric.unit} (95 % interval {number(mean - ci95)} to {number(mean + ci95)}, "
+            f"p = {test.p:.2g})."
+        )
+        records.append({"a": a, "b": b, "task": task, "metric": name, "seeds": len(differences)})
+        records[-1] |= {"difference": test.mean, "ci95": test.ci95, "p": test.p, "sentence": text}
+    return records
 
 
 def difference(a: np.ndarray, b: np.ndarray, metric: Metric) -> dict[str, Any]:
@@ -627,9 +688,8 @@ def _curve_table(found: Mapping[str, Any]) -> Table:
 
 def show(compared: Mapping[str, Any]) -> None:
     """Prints the settings that differ, the learning curves, the results and what the pairs have come to."""
-    names = [run["name"] for run in compared["runs"]]
     table = Table(title="Settings that differ")
-    for heading in ("", *names):
+    for heading in ("", *compared["names"]):
         table.add_column(escape(heading), overflow="fold")
     for name, values in compared["settings"].items():
         table.add_row(name, *(escape(_setting(value)) for value in values))
@@ -668,7 +728,9 @@ def show(compared: Mapping[str, Any]) -> None:
         )
     for pair in compared["pairs"]:
         console.print(f"- {escape(pair['sentence'])}", highlight=False)
-    if any(pair["comparable"] for pair in compared["pairs"]):
+    for record in compared["over_seeds"]:
+        console.print(f"[bold]- {escape(record['sentence'])}[/]", highlight=False)
+    if any(pair["comparable"] for pair in compared["pairs"]) and not compared["over_seeds"]:
         console.print(
             "A test compares two trained states. Another --seed of the training may come out otherwise, so compare "
             "several seeds before you prefer a method.",

@@ -312,6 +312,31 @@ def test_one_diverged_episode_does_not_hide_who_is_ahead():
     assert found.startswith("A is better than B on average")
 
 
+def test_directories_of_several_seeds_are_compared_seed_by_seed_and_over_the_seeds(waves, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    for seed, name in enumerate(("maml", "other")):
+        shutil.copytree(waves[name], first / f"seed-{seed}")
+        changed(waves["maml"], second / f"seed-{seed}", seed=seed, outer_lr=0.5)
+    compared = run(first, second, "--episodes", 20, "--figure", tmp_path / "curves.png")
+    names = [(pair["a"], pair["b"]) for pair in compared["pairs"]]
+    assert set(names) == {(f"first/seed-{seed}", f"second/seed-{seed}") for seed in (0, 1)}
+    assert compared["names"] == ["first", "second"]
+    assert compared["settings"] == {"outer_lr": [0.001, 0.5]}
+    (record,) = compared["over_seeds"]  # one seed was tested with 10 points
+    differences = [pair["difference"] for pair in compared["pairs"] if pair["task"] == "5 support points"]
+    test = stats.ttest_1samp(differences, 0.0)
+    mean, ci95 = np.mean(differences), test.confidence_interval().high - np.mean(differences)
+    assert [record[name] for name in ("a", "b", "task", "seeds")] == ["first", "second", "5 support points", 2]
+    np.testing.assert_allclose([record["difference"], record["ci95"], record["p"]], [mean, ci95, test.pvalue])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Over 2 seeds first and second cannot be told apart, 5 support points; mean mse of first minus" in printed
+    assert "Another --seed" not in printed
+    # A single run is compared with every seed.
+    compared = run(waves["maml"], second, "--episodes", 2)
+    assert {(pair["a"], pair["b"]) for pair in compared["pairs"]} == {("maml", f"second/seed-{n}") for n in (0, 1)}
+    assert compared["over_seeds"] == []
+
+
 def test_mistakes_are_named_before_anything_is_computed(waves, characters, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "evaluate", None)
     maml = waves["maml"]
