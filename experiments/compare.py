@@ -246,8 +246,13 @@ def tests(run: Run) -> list[Test]:
 
 
 def image_sampler(run: Run) -> SampleEpisodeFn:
-    """The test episodes of a run as images, whatever its network sees of them."""
+    """The test episodes of a run as images, whatever its network sees of them.
+
+    Raises:
+      RunError: if the images are not those that the run was made with.
+    """
     config = run.config
+    runs.check_data(run.run_dir, classification.digest_of(run.data, config))
     if config.network == "features":  # those of images that are not turned within an episode
         config = runs.replace_known(config, network="conv4", pretrained_run=None, rotations=False)
     return classification.make_sampler(run.data, config, "test", config.way, config.shot)

@@ -187,6 +187,9 @@ def test_runs_on_characters(characters):
 
 def test_other_images_are_not_comparable(characters, tmp_path):
     elsewhere = changed(characters["fomaml"], tmp_path / "elsewhere", data_dir="elsewhere")
+    with pytest.raises(RunError, match="elsewhere was made with other data"):
+        run(characters["fomaml"], elsewhere, "--episodes", EPISODES)
+    (elsewhere / runs.DATA_FILE).unlink()  # as if it had been made there
     (pair,) = run(characters["fomaml"], elsewhere, "--episodes", EPISODES)["pairs"]
     assert list(pair["differing"]) == ["the checksum of an episode's images"]
     alphabets = changed(characters["fomaml"], tmp_path / "alphabets", split_by="alphabet")
