@@ -1,6 +1,7 @@
 """The command line: settings that experiments share, one subcommand for each method of the catalogue."""
 
 import _thread
+import argparse
 import ast
 import contextlib
 import dataclasses
@@ -54,6 +55,22 @@ GROUPS = {
 _RECORDS = {"method": "hyperparameters", "tracking": "tracking"}
 """The settings that are records, by the name of their group."""
 _OWN_GROUPS = ("algorithm", *_RECORDS.values())
+_CONV4 = ("conv4",)
+_READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "outer_lr_end": ("outer_schedule", ("linear", "cosine")),
+    "outer_half_life": ("outer_schedule", ("halved",)),
+    "filters": ("network", ("conv4", "multi-scale", "resnet12")),
+    "pooling": ("network", _CONV4),
+    "flatten": ("network", _CONV4),
+    "num_characters": ("data", ("rotated-omniglot",)),
+    "rotated_test_classes": ("rotated_classes", (True,)),
+    "carry_state": ("inner_optimizer", ("adam",)),
+    "adapt_norm": (
+        "algorithm",
+        tuple(name for name, entry in CATALOGUE.items() if not entry.classifies and name not in ("anil", "cavia")),
+    ),
+}
+"""By setting, another one and its values with which the first has an effect."""
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 OUT_OF_MEMORY = (
     "the memory of the device does not suffice; compute fewer tasks together with a smaller --chunk-size, make tasks "
@@ -291,19 +308,25 @@ def _ungrouped(parsed: Any, configs: Mapping[str, ConfigT]) -> ConfigT:
             settings = {_RECORDS[group]: record}
         values |= settings
     given = dataclasses.replace(config, **values)
-    _check_schedule(given, config)
+    _check_read(given, config)
     return given
 
 
-def _check_schedule(given: Any, default: Any) -> None:
-    """Raises ValueError for a setting of an outer schedule that was not chosen, unless it is that of the method."""
-    schedules = {"outer_lr_end": ("linear", "cosine"), "outer_half_life": ("halved",)}
-    for name, used_by in schedules.items():
-        value = getattr(given, name, None)
-        if value is not None and value != getattr(default, name) and given.outer_schedule not in used_by:
+def _check_read(given: Any, default: Any) -> None:
+    """Raises ValueError for a setting that nothing reads with another one, unless it is that of the method."""
+
+    def values(config: Any) -> dict[str, Any]:
+        return {**vars(config), **vars(getattr(config, "hyperparameters", None) or argparse.Namespace())}
+
+    found, of_method = values(given), values(default)
+    for name, (other, read_with) in _READ_WITH.items():
+        if name not in found or other not in found or found[name] in (None, of_method[name]):
+            continue
+        if found[other] not in read_with:
+            where = f"the method {found[other]}" if other == "algorithm" else f"{flag(other)} {found[other]}"
             raise ValueError(
-                f"{flag(name)} {value} has no effect with --outer-schedule {given.outer_schedule}; leave it at "
-                f"{getattr(default, name)}, or choose another schedule"
+                f"{flag(name)} {found[name]} has no effect with {where}; leave it at {of_method[name]}, or choose "
+                f"{' or '.join(map(str, read_with))}"
             )
 
 

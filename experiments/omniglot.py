@@ -2,9 +2,9 @@
 
 Trains one of the algorithms, keeps the state with the best validation accuracy and tests it. Without flags this is
 MAML, 5-way 1-shot, with the paper's settings: 60,000 meta-steps, which take about 50 minutes on two cores of a CPU and
-about a minute on a large GPU. With --num-meta-steps 1000 it takes two minutes on a CPU. The method, --way and --shot
-choose others. --way and --shot are those of validation and of the first test. Methods whose parameters do not depend on
-the number of classes are tested in all four published settings.
+about seven minutes on a large GPU, two of them for compilation. With --num-meta-steps 1000 it takes two minutes on a
+CPU. The method, --way and --shot choose others. --way and --shot are those of validation and of the first test. Methods
+whose parameters do not depend on the number of classes are tested in all four published settings.
 """
 
 import functools

@@ -21,7 +21,7 @@ from experiments import common, figures, published, runs, seeds
 from experiments.cli import RunConfig, check_counts, main, methods, recipe_of, with_defaults
 from experiments.common import Training
 from experiments.runs import console, replace_known, stored_config
-from maml_jax import CATALOGUE, Problem, evaluate, losses, models
+from maml_jax import CATALOGUE, LearnedRates, Problem, evaluate, losses, models
 from maml_jax.tasks import sinusoid
 from maml_jax.types import (
     ArrayTree,
@@ -78,6 +78,10 @@ class Config(RunConfig):
             raise ValueError(f"--eval-shots needs positive numbers of support points, got {self.eval_shots}")
         if not self.inner_lr_grid or not all(rate > 0 and math.isfinite(rate) for rate in self.inner_lr_grid):
             raise ValueError(f"--inner-lr-grid needs positive rates, got {self.inner_lr_grid}")
+        if self.tune_inner_lr and isinstance(self.hyperparameters, LearnedRates):
+            raise ValueError(
+                f"--tune-inner-lr has no effect with {self.algorithm}, whose rates are learned; leave it out"
+            )
 
 
 METHODS = methods("sinusoid", Config)

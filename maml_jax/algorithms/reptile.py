@@ -59,8 +59,9 @@ def reptile(
         and then anew, by the key of `adapt`; without one, in the same order in every call. A support set that is not
         larger is used whole. None for the whole support set in each step.
       carry_state: whether the state of the inner optimiser is carried from task to task, as in the authors' code. It
-        is then a part of the meta-parameters, and the outer optimiser is wrapped in `replace_inner_state`. With
-        several tasks in a meta-batch the next state is the mean of theirs.
+        is then a part of the meta-parameters, and the outer optimiser must be wrapped in `replace_inner_state`: any
+        other moves the state by its own rule, and no error says so. With several tasks in a meta-batch the next state
+        is the mean of theirs.
       where: `(name) -> bool`, the parameters that adapt; by default all.
 
     Returns:
@@ -69,7 +70,7 @@ def reptile(
 
     Raises:
       ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range.
+        range; from `init`, if a state with random keys or an array of integers were to be carried.
 
     References:
       Nichol et al., 2018, Algorithms 1 and 2, sections 4 and 6. https://arxiv.org/abs/1803.02999
@@ -84,9 +85,8 @@ def reptile(
         params = model.init(key, inputs)
         if not carry_state:
             return params
-        # Counters of steps are floating there, because every meta-parameter is.
-        state = jax.tree.map(lambda x: x.astype(jnp.float32), inner_optimizer.init(select(params, where)[0]))
-        return {"params": params, "inner_state": state}
+        state = inner_optimizer.init(select(params, where)[0])
+        return {"params": params, "inner_state": jax.tree.map_with_path(_as_meta_parameter, state)}
 
     def loss(params, support, own):
         batch, key = own
@@ -128,6 +128,22 @@ def reptile(
         return 0.5 * optax.tree.norm(gap, squared=True), info
 
     return MetaLearner(init, adapt, model.apply, objective)
+
+
+def _as_meta_parameter(path: tuple, leaf: jax.Array) -> jax.Array:
+    """A part of the carried state as a meta-parameter, all of which are floating; so is a counter of steps.
+
+    Raises:
+      ValueError: if a mean over tasks of this part means nothing.
+    """
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    if leaf.ndim or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.extended):
+        raise ValueError(
+            f"carry_state=True cannot carry {jax.tree_util.keystr(path)} of the inner optimiser, {leaf.dtype} "
+            f"{leaf.shape}, as a mean over tasks; use an inner optimiser without random keys, or carry_state=False"
+        )
+    return leaf.astype(jnp.float32)
 
 
 def _draw_batches(support: Batch, batch_size: int | None, num_steps: int, key: PRNGKey | None) -> Batch | None:

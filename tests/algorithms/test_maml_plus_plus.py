@@ -9,6 +9,8 @@ from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_epi
 
 from maml_jax import (
     CATALOGUE,
+    Batch,
+    Episode,
     MAMLPlusPlus,
     Model,
     Problem,
@@ -252,3 +254,23 @@ def test_the_entry_of_the_catalogue_has_every_part(x64, step):
     found = gradient(of_catalogue)
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
     assert optax.tree.norm(optax.tree.sub(found, other)) > 1e-3 * optax.tree.norm(found)
+
+
+def test_the_query_passes_draw_with_a_key_of_their_own():
+    drawn = {"support": set(), "query": set()}
+
+    def apply(params, inputs, *, key=None):
+        part = "support" if len(inputs) == 2 else "query"
+        jax.debug.callback(lambda data: drawn[part].add(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        return inputs @ params
+
+    model = Model(lambda key, inputs: jnp.ones(inputs.shape[1]), apply, stochastic=True)
+    learner = maml_plus_plus(
+        model, losses.mean_squared_error, inner_lr=0.1, num_inner_steps=3, step_weights=jnp.ones(3) / 3
+    )
+    support, query = (Batch(jnp.ones((n, 4)), jnp.ones(n)) for n in (2, 5))
+    meta_params = learner.init(jax.random.key(0), support.inputs)
+    jax.block_until_ready(learner.objective(meta_params, Episode(support, query, jax.random.key(1))))
+    jax.effects_barrier()
+    assert (len(drawn["support"]), len(drawn["query"])) == (3, 1)
+    assert not drawn["support"] & drawn["query"]

@@ -113,6 +113,31 @@ def test_with_several_tasks_the_next_state_is_the_mean_of_theirs(x64):
     chex.assert_trees_all_close(state.params["inner_state"][0].nu, (1 - 0.999) * jnp.mean(grads**2, 0), rtol=1e-6)
 
 
+def test_a_carried_state_keeps_its_precision(x64):
+    learner = reptile(linear_model, half_mse, inner_optimizer=optax.adam(0.1), num_inner_steps=1, carry_state=True)
+    state = learner.init(jax.random.key(0), jnp.ones((2, 4), jnp.float64))["inner_state"][0]
+    assert state.mu.dtype == learner.init(jax.random.key(0), jnp.ones((2, 4), jnp.float64))["params"].dtype
+    assert state.count.dtype == jnp.float32
+
+
+def test_a_state_that_has_no_mean_is_not_carried():
+    noisy = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(0.1))
+    learner = reptile(linear_model, half_mse, inner_optimizer=noisy, num_inner_steps=1, carry_state=True)
+    with pytest.raises(ValueError, match=r"carry_state=True cannot carry .*rng_key.* of the inner optimiser"):
+        learner.init(jax.random.key(0), jnp.ones((2, 4)))
+
+
+def test_the_adam_of_the_recipe_has_no_momentum():
+    ours, rule = ReptileDescent(inner_lr=0.1, inner_optimizer="adam").rule(), optax.adam(0.1, b1=0.0)
+    params = jnp.ones(3)
+    state, expected_state = ours.init(params), rule.init(params)
+    for grads in (jnp.array([1.0, -2.0, 3.0]), jnp.array([-1.0, 0.5, 0.0])):
+        updates, state = ours.update(grads, state)
+        expected, expected_state = rule.update(grads, expected_state)
+        chex.assert_trees_all_equal(updates, expected)
+    assert updates[2] == 0.0  # momentum would still move it
+
+
 def test_batches_and_a_stochastic_model_draw_with_different_keys():
     drawn = []
 

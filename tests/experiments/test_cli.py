@@ -69,6 +69,24 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         assert cli.parse(module.METHODS, "", [name, "--outer-schedule", "halved"]).outer_schedule == "halved"
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments", "message"),
+    [
+        (omniglot, ["anil", "--adapt-norm"], "--adapt-norm True has no effect with the method anil; leave it at False"),
+        (omniglot, ["protonets", "--adapt-norm"], "has no effect with the method protonets"),
+        (omniglot, ["maml", "--network", "mlp", "--filters", "9"], "--filters 9 has no effect with --network mlp"),
+        (omniglot, ["maml", "--network", "mlp", "--pooling"], "--pooling True has no effect with --network mlp"),
+        (omniglot, ["maml", "--rotated-test-classes"], "no effect with --rotated-classes False; .* or choose True"),
+        (sinusoid, ["reptile", "--carry-state"], "--carry-state True has no effect with --inner-optimizer sgd"),
+        (domains, ["mldg", "--data", "pacs", "--num-characters", "10"], "no effect with --data pacs"),
+        (sinusoid, ["meta-sgd", "--tune-inner-lr", "True"], "no effect with meta-sgd, whose rates are learned"),
+    ],
+)
+def test_a_setting_that_nothing_reads_is_refused(module, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        cli.parse(module.METHODS, "", arguments)
+
+
 def test_an_interruption_ends_in_a_sentence(capsys):
     with pytest.raises(SystemExit) as ended, cli.mistakes_in_one_paragraph():
         raise KeyboardInterrupt
