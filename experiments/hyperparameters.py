@@ -372,14 +372,15 @@ def compare(
     }
     for name in BASELINES:
         begin = time.perf_counter()
-        best = search(candidates(name, layers, config, max(1, num_runs)))
+        num_candidates = max(1, num_runs)
+        best = search(candidates(name, layers, config, num_candidates))
         methods[name] = {
             "hyperparameters": best.hyperparameters,
-            "runs": num_runs,
+            "runs": num_candidates,
             "seconds": time.perf_counter() - begin,
             "chosen": best.description,
         }
-        console.print(f"{name}: {max(1, num_runs)} training runs in {methods[name]['seconds']:.0f} s")
+        console.print(f"{name}: {num_candidates} training runs in {methods[name]['seconds']:.0f} s")
     for method in methods.values():
         method |= score(learner, method["hyperparameters"], digits, config)
         method["hyperparameters"] = jax.tree.map(lambda x: np.asarray(x).tolist(), method["hyperparameters"])._asdict()
