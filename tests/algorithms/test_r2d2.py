@@ -14,7 +14,7 @@ from maml_jax.algorithms.r2d2 import ridge_regression
 def test_the_head_is_numpys_least_squares(x64, shot):
     episode = draw_episode(shot=shot)
     learner = r2d2(identity, losses.cross_entropy, way=WAY, strength=0.3, scale=2.0)
-    params = learner.init(jax.random.key(0), episode.support.inputs)
+    params = learner.init(jax.random.key(0), episode.support.inputs) | {"offset": jnp.float64(0.7)}
     task_params, _ = learner.adapt(params, episode.support)
     # Ridge regression is least squares with further rows: sqrt(λ) W = 0.
     size = len(episode.support.targets)
@@ -23,7 +23,7 @@ def test_the_head_is_numpys_least_squares(x64, shot):
     rows = np.concatenate([inputs, np.sqrt(0.3) * np.eye(SIZE + 1)])
     expected = np.linalg.lstsq(rows, np.concatenate([targets, np.zeros((SIZE + 1, WAY))]), rcond=None)[0]
     chex.assert_trees_all_close(task_params["weights"], jnp.array(expected), rtol=1e-9)
-    outputs = 2.0 * (np.concatenate([episode.query.inputs, np.ones((9, 1))], 1) @ expected)
+    outputs = 2.0 * (np.concatenate([episode.query.inputs, np.ones((9, 1))], 1) @ expected) + 0.7
     chex.assert_trees_all_close(learner.predict(task_params, episode.query.inputs), jnp.array(outputs), rtol=1e-9)
 
 
