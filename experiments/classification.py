@@ -92,6 +92,8 @@ class ClassificationConfig(RunConfig):
         # The network of CAVIA takes a context.
         if self.network in unfit or (self.algorithm == "cavia" and self.network != "conv4"):
             raise ValueError(f"--network {self.network} does not fit {self.algorithm}; choose conv4")
+        if self.network == "pixels" and self.algorithm == "protonets":
+            raise ValueError(f"--network pixels leaves {self.algorithm} without parameters to train; choose conv4")
         if (self.network == "features") != (self.pretrained_run is not None):
             raise ValueError("--network features and --pretrained-run belong together; give both or neither")
         if self.train_way not in (None, self.way) and not CATALOGUE[self.algorithm].any_way:
@@ -380,6 +382,7 @@ def training_of(data: DataSet, config: Any) -> Training:
     Raises:
       RunError: for what would only fail at the first validation or in a test.
     """
+    check_trainable(data, config)
     learner, tester = make_learner(config), make_tester(config)
     samplers = make_samplers(data, config)
     for _ in tests(data, config, functools.partial(console.print, markup=False)):
@@ -394,6 +397,20 @@ def training_of(data: DataSet, config: Any) -> Training:
         return float(score(config, tester, complete(params), samplers["val"], key).mean[-1])
 
     return Training(learner, samplers["train"], validate, config.ensemble, data_digest=digest_of(data, config))
+
+
+def check_trainable(data: DataSet, config: Any) -> None:
+    """Raises RunError if LEO has no trained features, or a classifier has fewer outputs than training classes."""
+    if config.algorithm == "leo" and config.network != "features" and not config.hyperparameters.train_embedding:
+        raise RunError(
+            "leo takes the features of a pretrained network; give --network features and --pretrained-run, or "
+            "--train-embedding"
+        )
+    if (given := getattr(config.hyperparameters, "num_classes", None)) is None:
+        return
+    unset = dataclasses.replace(config, hyperparameters=dataclasses.replace(config.hyperparameters, num_classes=None))
+    if given < (needed := data.with_paper_defaults(unset).hyperparameters.num_classes):
+        raise RunError(f"--num-classes {given} is smaller than the {needed} training classes; leave it out")
 
 
 def check_population(

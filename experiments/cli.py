@@ -65,12 +65,17 @@ _READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "num_characters": ("data", ("rotated-omniglot",)),
     "rotated_test_classes": ("rotated_classes", (True,)),
     "carry_state": ("inner_optimizer", ("adam",)),
-    "adapt_norm": (
-        "algorithm",
-        tuple(name for name, entry in CATALOGUE.items() if not entry.classifies and name not in ("anil", "cavia")),
-    ),
 }
 """By setting, another one and its values with which the first has an effect."""
+_CLASSIFIERS = {name: entry.hyperparameters for name, entry in CATALOGUE.items() if entry.classifies}
+_IGNORED_BY: dict[str, set[str]] = {
+    "adapt_norm": {"anil", "cavia", *_CLASSIFIERS},
+    "eval_inner_steps": {name for name, kind in _CLASSIFIERS.items() if not hasattr(kind, "num_inner_steps")},
+    "num_inner_steps": {"pretrained-classifier"},  # its steps are those of the test, --eval-inner-steps
+    "train_way": {"pretrained-classifier"},
+    "train_shot": {"pretrained-classifier"},
+}
+"""By setting, the methods that do not read it."""
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 OUT_OF_MEMORY = (
     "the memory of the device does not suffice; compute fewer tasks together with a smaller --chunk-size, make tasks "
@@ -319,15 +324,15 @@ def _check_read(given: Any, default: Any) -> None:
         return {**vars(config), **vars(getattr(config, "hyperparameters", None) or argparse.Namespace())}
 
     found, of_method = values(given), values(default)
-    for name, (other, read_with) in _READ_WITH.items():
-        if name not in found or other not in found or found[name] in (None, of_method[name]):
-            continue
-        if found[other] not in read_with:
-            where = f"the method {found[other]}" if other == "algorithm" else f"{flag(other)} {found[other]}"
-            raise ValueError(
-                f"{flag(name)} {found[name]} has no effect with {where}; leave it at {of_method[name]}, or choose "
-                f"{' or '.join(map(str, read_with))}"
-            )
+    changed = [name for name, value in found.items() if value is not None and value != of_method[name]]
+    for name in changed:
+        other, read_with = _READ_WITH.get(name, ("", ()))
+        unread = f"{flag(name)} {found[name]} has no effect with {{}}; leave it at {of_method[name]}"
+        if found["algorithm"] in _IGNORED_BY.get(name, ()):
+            raise ValueError(unread.format(f"the method {found['algorithm']}"))
+        if other in found and found[other] not in read_with:
+            chosen = " or ".join(map(str, read_with))
+            raise ValueError(unread.format(f"{flag(other)} {found[other]}") + f", or choose {chosen}")
 
 
 @contextlib.contextmanager

@@ -124,18 +124,17 @@ def _in_context(params: ArrayTree, embedded: jax.Array) -> jax.Array:
 def _read_out(lstm: ArrayTree, queries: jax.Array, support: jax.Array, num_reads: int) -> jax.Array:
     """Query embeddings [M, D] after an LSTM that attends to the support embeddings [S, D].
 
-    Equations 3 to 6 of the paper: ĥ, c = LSTM(f', [h, r], c), h = ĥ + f', r = Σ softmax(h · g) g.
+    Equations 3 to 6 of the paper: r = Σ softmax(h · g) g, ĥ, c = LSTM(f', [h, r], c), h = ĥ + f'. As h is 0 before the
+    first step, that reads the mean of g.
     """
 
-    def step(carry, _):
-        state, read = carry
+    def step(state, _):
+        read = jax.nn.softmax(state.hidden @ support.T) @ support
         state = lstm_step(lstm, state, jnp.concatenate([queries, read], -1))
-        hidden = state.hidden + queries
-        read = jax.nn.softmax(hidden @ support.T) @ support
-        return (LSTMState(hidden, state.cell), read), None
+        return LSTMState(state.hidden + queries, state.cell), None
 
     zeros = jnp.zeros_like(queries)
-    (state, _), _ = jax.lax.scan(step, (LSTMState(zeros, zeros), zeros), length=num_reads)
+    state, _ = jax.lax.scan(step, LSTMState(zeros, zeros), length=num_reads)
     return state.hidden
 
 

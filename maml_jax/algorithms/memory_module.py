@@ -42,9 +42,9 @@ def memory_module(
     """Builds the memory module: the output of a class is the largest cosine between q(x) and its keys.
 
     q(x) is a learned linear function of the embedding, divided by its length. The memory is empty at the start of an
-    episode and reads it as a stream. Every class is shown k times before any is shown k + 1 times, and the support
-    set comes before the query set, so that with k support examples of each class the first query is k-shot. Within a
-    class the order is the given one. Within a round the classes come in an order drawn from the key, a new one in
+    episode and reads it as a stream. Every class is shown k times before any is shown k + 1 times. The support examples
+    of a class come before its queries, so that with k support examples of each class the first query is k-shot. Within
+    a class the order is the given one. Within a round the classes come in an order drawn from the key, a new one in
     every round, and without a key by their index.
 
     For an example with q and label y, let p be the nearest key of label y, and n the nearest of another label, among

@@ -83,7 +83,8 @@ def test_the_key_draws_the_order_of_full_context(x64):
     assert not np.allclose(orders[1], orders[2])
 
 
-def test_full_context_by_hand(x64):
+@pytest.mark.parametrize("num_reads", [1, 3])
+def test_full_context_by_hand(x64, num_reads):
     def sigmoid(x):
         return 1 / (1 + np.exp(-x))
 
@@ -101,19 +102,19 @@ def test_full_context_by_hand(x64):
         return np.array(outputs)
 
     episode = draw_episode(shot=1, query_shot=1)
-    learner = matching_networks(identity, losses.cross_entropy, way=WAY, num_reads=3)
+    learner = matching_networks(identity, losses.cross_entropy, way=WAY, num_reads=num_reads)
     params = learner.init(jax.random.key(0), episode.support.inputs)
     support = np.asarray(episode.support.inputs)
     context = params["context"]
     embedded = support + run(context["forward"], support) + run(context["backward"], support[::-1])[::-1]
     expected = []
     for query in np.asarray(episode.query.inputs):
-        hidden, cell, read = np.zeros(SIZE), np.zeros(SIZE), np.zeros(SIZE)
-        for _ in range(3):
-            hidden, cell = lstm(context["query"], hidden, cell, np.concatenate([query, read]))
-            hidden = hidden + query
+        hidden, cell = np.zeros(SIZE), np.zeros(SIZE)
+        for _ in range(num_reads):
             attention = np.exp(embedded @ hidden)
             read = attention / attention.sum() @ embedded
+            hidden, cell = lstm(context["query"], hidden, cell, np.concatenate([query, read]))
+            hidden = hidden + query
         cosines = embedded @ hidden / np.linalg.norm(embedded, axis=1) / np.linalg.norm(hidden)
         expected.append(10 * cosines - np.log(np.exp(10 * cosines).sum()))
     chex.assert_trees_all_close(predictions(learner, params, episode), jnp.array(expected), rtol=1e-9)

@@ -63,3 +63,11 @@ def test_one_example_of_each_class_makes_no_equal_pair_and_no_nan(drawn):
 def test_finite_differences(drawn):
     learner, params, episode = drawn
     check_grads(jax.jit(lambda params: learner.objective(params, episode)[0]), (params,), order=1, modes=["rev"])
+
+
+def test_at_the_start_a_larger_distance_is_a_smaller_logit(x64):
+    # -8 in all and 2: the mean of |a - b| in [0, 1] then decides between logits of 2 and -6.
+    params = siamese(embedding, way=WAY).init(jax.random.key(0), draw_episode().support.inputs)
+    size = len(params["weights"])
+    chex.assert_trees_all_close(params["weights"], jnp.full(size, -8.0 / size))
+    assert params["offset"] == 2.0

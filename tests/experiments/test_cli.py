@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import bandits, cli, domains, images, navigation, omniglot, sinusoid
+from experiments import bandits, classification, cli, domains, images, navigation, omniglot, sinusoid
 from experiments.commands import EXPERIMENTS
+from experiments.runs import RunError
 from maml_jax import CATALOGUE, ReptileDescent
 
 
@@ -78,6 +79,14 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         (omniglot, ["maml", "--network", "mlp", "--pooling"], "--pooling True has no effect with --network mlp"),
         (omniglot, ["maml", "--rotated-test-classes"], "no effect with --rotated-classes False; .* or choose True"),
         (sinusoid, ["reptile", "--carry-state"], "--carry-state True has no effect with --inner-optimizer sgd"),
+        (
+            omniglot,
+            ["protonets", "--eval-inner-steps", "3"],
+            "--eval-inner-steps 3 has no effect with the method proto",
+        ),
+        (omniglot, ["pretrained-classifier", "--num-inner-steps", "7"], "--num-inner-steps 7 has no effect with the"),
+        (omniglot, ["pretrained-classifier", "--train-way", "7"], "--train-way 7 has no effect with the method"),
+        (omniglot, ["protonets", "--network", "pixels"], "--network pixels leaves protonets without parameters"),
         (domains, ["mldg", "--data", "pacs", "--num-characters", "10"], "no effect with --data pacs"),
         (sinusoid, ["meta-sgd", "--tune-inner-lr", "True"], "no effect with meta-sgd, whose rates are learned"),
     ],
@@ -85,6 +94,15 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
 def test_a_setting_that_nothing_reads_is_refused(module, arguments, message):
     with pytest.raises(ValueError, match=message):
         cli.parse(module.METHODS, "", arguments)
+
+
+def test_what_cannot_be_trained_is_refused_before_a_run_begins():
+    leo = cli.parse(omniglot.METHODS, "", ["leo", "--network", "conv4", "--pretrained-run", "None"])
+    with pytest.raises(RunError, match="leo takes the features of a pretrained network"):
+        classification.check_trainable(omniglot.DATA, omniglot.with_paper_defaults(leo))
+    few = cli.parse(omniglot.METHODS, "", ["pretrained-classifier", "--num-classes", "10"])
+    with pytest.raises(RunError, match=r"--num-classes 10 is smaller than the [0-9]+ training classes"):
+        classification.check_trainable(omniglot.DATA, omniglot.with_paper_defaults(few))
 
 
 def test_an_interruption_ends_in_a_sentence(capsys):

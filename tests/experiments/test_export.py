@@ -74,6 +74,7 @@ def maml(tmp_path_factory):
         ("maml", {"eval_inner_steps": 1, "flatten": True, "population": True}),
         pytest.param("cavia", {"eval_inner_steps": 1}, marks=pytest.mark.slow),
         pytest.param("r2d2", {}, marks=pytest.mark.slow),
+        ("protonets", {"pooling": False}),
         ("protonets", {"module": images, "size": 16}),
     ],
 )
