@@ -112,12 +112,24 @@ def test_an_interruption_ends_in_a_sentence(capsys):
     assert "a run goes on from its last checkpoint with the same command" in capsys.readouterr().err
 
 
-def test_an_interruption_that_a_garbage_collection_swallows_is_raised_again(capsys):
+@pytest.fixture
+def interruptible():
+    """A shell may have started the tests with interruptions ignored, and processes inherit that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_that_a_garbage_collection_swallows_is_raised_again(capsys, interruptible):
+    armed = []
+
     def callback(phase, info):
-        if phase == "start":
+        if armed:
+            armed.pop()
             signal.raise_signal(signal.SIGINT)
 
     def collect_and_wait():
+        armed.append(True)
         gc.collect()
         time.sleep(60)
 
@@ -132,14 +144,17 @@ def test_an_interruption_that_a_garbage_collection_swallows_is_raised_again(caps
 
 
 @pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0, 3.0])
-def test_an_interruption_of_the_start_has_no_traceback(tmp_path, seconds):
+def test_an_interruption_of_the_start_has_no_traceback(tmp_path, seconds, interruptible):
     """Of the imports, which it ends by the signal, or later with the documented code."""
     long = ["--num-meta-steps", "1000000", "--run-dir", str(tmp_path / "run")]
     command = [sys.executable, "-m", "experiments.sinusoid", *long]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    time.sleep(seconds)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=120)
+    try:
+        time.sleep(seconds)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
     assert "Traceback" not in said
     assert "Exception ignored" not in said
