@@ -1,7 +1,6 @@
 """The command line: settings that experiments share, one subcommand for each method of the catalogue."""
 
 import _thread
-import argparse
 import ast
 import contextlib
 import dataclasses
@@ -55,13 +54,12 @@ GROUPS = {
 _RECORDS = {"method": "hyperparameters", "tracking": "tracking"}
 """The settings that are records, by the name of their group."""
 _OWN_GROUPS = ("algorithm", *_RECORDS.values())
-_CONV4 = ("conv4",)
 _READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "outer_lr_end": ("outer_schedule", ("linear", "cosine")),
     "outer_half_life": ("outer_schedule", ("halved",)),
     "filters": ("network", ("conv4", "multi-scale", "resnet12")),
-    "pooling": ("network", _CONV4),
-    "flatten": ("network", _CONV4),
+    "pooling": ("network", ("conv4",)),
+    "flatten": ("network", ("conv4",)),
     "num_characters": ("data", ("rotated-omniglot",)),
     "rotated_test_classes": ("rotated_classes", (True,)),
     "carry_state": ("inner_optimizer", ("adam",)),
@@ -71,7 +69,7 @@ _CLASSIFIERS = {name: entry.hyperparameters for name, entry in CATALOGUE.items()
 _IGNORED_BY: dict[str, set[str]] = {
     "adapt_norm": {"anil", "cavia", *_CLASSIFIERS},
     "eval_inner_steps": {name for name, kind in _CLASSIFIERS.items() if not hasattr(kind, "num_inner_steps")},
-    "num_inner_steps": {"pretrained-classifier"},  # its steps are those of the test, --eval-inner-steps
+    "num_inner_steps": {"pretrained-classifier"},  # it takes steps in the test only: --eval-inner-steps
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
 }
@@ -321,7 +319,8 @@ def _check_read(given: Any, default: Any) -> None:
     """Raises ValueError for a setting that nothing reads with another one, unless it is that of the method."""
 
     def values(config: Any) -> dict[str, Any]:
-        return {**vars(config), **vars(getattr(config, "hyperparameters", None) or argparse.Namespace())}
+        hyperparameters = getattr(config, "hyperparameters", None)
+        return vars(config) | (vars(hyperparameters) if hyperparameters else {})
 
     found, of_method = values(given), values(default)
     changed = [name for name, value in found.items() if value is not None and value != of_method[name]]

@@ -19,13 +19,7 @@ from rich.markup import escape
 
 from experiments import classification, figures, pictures, runs
 from experiments.cli import OptionalPath, Precision, check_seed, main
-from experiments.compare import (
-    Run,
-    check_checkpoint,
-    image_sampler,
-    open_run,
-    sinusoid_learner,
-)
+from experiments.retest import Run, check_checkpoint, image_sampler, open_run, sinusoid_learner
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE
 from maml_jax.portable import outputs_by_step

@@ -17,7 +17,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from experiments import bandits, common, hyperparameters, progress, runs
+from experiments import bandits, common, hyperparameters, nonfinite, progress, runs
 from experiments import sinusoid as sinusoid_experiment
 from experiments.tracking import Tracking
 from maml_jax import (
@@ -269,7 +269,7 @@ def test_the_inner_step_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(
         runs.RunError, match=r"before each inner step are finite: 1, 0\.5\. .* inner step 2, the last, or in"
     ):
-        common.check_finite(info, 0, tmp_path, Config())
+        nonfinite.check_finite(info, 0, tmp_path, Config())
 
 
 def spoilt(is_bad, learner=LEARNER):
@@ -330,9 +330,9 @@ def test_a_step_that_is_left_out_leaves_the_carried_state_of_the_inner_optimiser
 def test_a_loss_that_is_not_finite_stops_a_run_that_leaves_out_gradients(tmp_path):
     info = MetaInfo(np.array([1.0, np.inf]), np.ones(2), np.array([True, False]), None)
     with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 1"):
-        common.check_finite(info, 0, tmp_path, Config(), is_skipped=True)
+        nonfinite.check_finite(info, 0, tmp_path, Config(), is_skipped=True)
     others = info._replace(grad_norm=np.array([1.0, np.nan]))
-    common.check_finite(others, 0, tmp_path, Config(), is_skipped=True)
+    nonfinite.check_finite(others, 0, tmp_path, Config(), is_skipped=True)
 
 
 def test_a_mesh_is_the_largest_that_divides():
@@ -369,7 +369,7 @@ def test_of_equal_scores_the_first_state_is_kept_and_the_time_of_training_surviv
 def test_the_step_that_is_not_finite_is_named(tmp_path):
     info = MetaInfo(np.array([1.0, 2.0, np.nan]), np.array([1.0, np.inf, np.nan]), np.array([True, False, False]), None)
     with pytest.raises(runs.RunError, match=r"the meta-gradient is not finite at meta-step 6 \(loss 2, .* inf\)"):
-        common.check_finite(info, 5, tmp_path, Config())
+        nonfinite.check_finite(info, 5, tmp_path, Config())
 
 
 @pytest.mark.parametrize(
@@ -389,7 +389,7 @@ def test_the_step_that_is_not_finite_is_named(tmp_path):
     ],
 )
 def test_only_flags_that_an_experiment_has_are_remedies(config, remedies):
-    assert common._remedies(config, is_skipped=False) == remedies
+    assert nonfinite._remedies(config, is_skipped=False) == remedies
 
 
 def test_without_meta_steps_the_initial_parameters_are_the_result(tmp_path):

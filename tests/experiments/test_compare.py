@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from experiments import compare, domains, faces, omniglot, paired, runs, sinusoid
+from experiments import compare, domains, faces, omniglot, paired, retest, runs, sinusoid
 from experiments.cli import parse
 from experiments.runs import RunError
 
@@ -288,30 +288,30 @@ def made_up(a, b, metric, num_tests=1):
 
 def test_a_sentence_says_which_is_better():
     ahead, behind = np.linspace(0.5, 0.9, 20), np.linspace(0.4, 0.8, 20) + 0.01 * (-1.0) ** np.arange(20)
-    higher = made_up(ahead, behind, compare.ACCURACY)
+    higher = made_up(ahead, behind, retest.ACCURACY)
     assert higher.startswith("A is better than B on average, 5-way; mean accuracy of A minus that of B: 10.00 points")
     assert "A is ahead in 20 of 20 episodes and behind in 0" in higher
-    assert made_up(ahead, behind, compare.ERROR).startswith("B is better than A on average")
+    assert made_up(ahead, behind, retest.ERROR).startswith("B is better than A on average")
     noise = 0.3 * (-1.0) ** np.arange(20)
-    assert made_up(ahead, ahead + noise, compare.ACCURACY).startswith("A and B cannot be told apart, 5-way; ")
+    assert made_up(ahead, ahead + noise, retest.ACCURACY).startswith("A and B cannot be told apart, 5-way; ")
 
 
 def test_one_diverged_episode_does_not_hide_who_is_ahead():
     ahead, behind = np.full(20, 0.1), np.full(20, 0.2)
     ahead[3] = 1e6
-    found = made_up(ahead, behind, compare.ERROR)
+    found = made_up(ahead, behind, retest.ERROR)
     assert found.startswith("A is better than B in most episodes, but their means cannot be told apart, 5-way: ")
     ahead[3] = np.inf
-    found = made_up(ahead, behind, compare.ERROR)
+    found = made_up(ahead, behind, retest.ERROR)
     assert found.startswith(
         "A is better than B in most episodes, 5-way: A is ahead in 19 of 20 episodes and behind in 1"
     )
     assert "no mean exists, because the scores of 1 and 0 of 20 episodes are not finite" in found
     ahead[:] = np.nan
-    assert "B is ahead in 20 of 20" in made_up(ahead, behind, compare.ERROR)
+    assert "B is ahead in 20 of 20" in made_up(ahead, behind, retest.ERROR)
     # A few large gains against many small losses.
     b = np.concatenate([np.full(18, 0.51), np.zeros(12)])
-    found = made_up(np.full(30, 0.5), b - 0.001 * np.arange(30), compare.ACCURACY)
+    found = made_up(np.full(30, 0.5), b - 0.001 * np.arange(30), retest.ACCURACY)
     assert found.startswith("A is better than B on average")
 
 
@@ -341,7 +341,7 @@ def test_directories_of_several_seeds_are_compared_seed_by_seed_and_over_the_see
 
 
 def test_mistakes_are_named_before_anything_is_computed(waves, characters, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, "evaluate", None)
+    monkeypatch.setattr(retest, "evaluate", None)
     maml = waves["maml"]
     empty = tmp_path / "empty"
     empty.mkdir()

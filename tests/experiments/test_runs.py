@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import compare, omniglot, report, runs, sinusoid
+from experiments import omniglot, report, retest, runs, sinusoid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,7 @@ def test_damaged_results_are_named_at_every_door(tmp_path, content):
         doors = [
             lambda: runs.finish(run_dir, "sinusoid", config, None, {}, None),
             lambda: report.add(run_dir, tmp_path),
-            lambda: compare.open_run(run_dir),
+            lambda: retest.open_run(run_dir),
         ]
         for door in doors:
             with pytest.raises(runs.RunError, match=r"results.json is damaged"):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, compare, omniglot, pictures, runs, show, sinusoid
+from experiments import common, omniglot, pictures, retest, runs, show, sinusoid
 from experiments.cli import parse
 from experiments.runs import RunError
 from maml_jax import checkpoint
@@ -81,7 +81,7 @@ def run(*arguments):
 
 
 def scores_of(run_dir, num_episodes):
-    (test,) = compare.tests(compare.open_run(run_dir))
+    (test,) = retest.tests(retest.open_run(run_dir))
     return test.score(11, 0)[:num_episodes]  # not divisible over the devices of the tests
 
 
@@ -149,7 +149,7 @@ def test_embeddings_are_shown_as_the_images_that_they_are_of(drawings):
     )  # fmt: skip
     pixels = np.concatenate([np.rot90(drawings, turns, (2, 3)) for turns in range(4)]).astype(np.float32) / 255
     seen = few_shot.make_sampler(pixels, way=4, shot=2, query_shot=3)
-    shown = compare.image_sampler(compare.Run("", Path("none"), "omniglot", config, omniglot.DATA, None))
+    shown = retest.image_sampler(retest.Run("", Path("none"), "omniglot", config, omniglot.DATA, None))
     for key in jax.random.split(jax.random.key(0), 5):
         for part in ("support", "query"):
             a, b = (getattr(sampler(key), part) for sampler in (seen, shown))
@@ -271,7 +271,7 @@ def test_mistakes_are_named(saved, tmp_path):
 def test_real_characters_are_dark_ink_on_white(monkeypatch):
     monkeypatch.setattr(omniglot_data, "load", LOAD)
     config = dataclasses.replace(omniglot.METHODS["maml"], query_shot=1)
-    episode = compare.image_sampler(compare.Run("", Path("none"), "omniglot", config, omniglot.DATA, None))(
+    episode = retest.image_sampler(retest.Run("", Path("none"), "omniglot", config, omniglot.DATA, None))(
         jax.random.key(0)
     )
     # `adapting_images` draws 1 as black: the ink, which is the smaller part.
