@@ -33,6 +33,7 @@ from maml_jax.algorithms.r2d2 import RidgeHead, r2d2
 from maml_jax.algorithms.reptile import ReptileDescent, reptile
 from maml_jax.algorithms.siamese import siamese
 from maml_jax.algorithms.statistician import SetStatistics, neural_statistician
+from maml_jax.inner.embedding import unit_length
 from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
 
@@ -164,6 +165,18 @@ def _pretrained_classifier(problem: Problem, settings: PretrainedHead) -> MetaLe
     num_steps = settings.num_finetuning_steps if settings.head == "fine-tuned" else settings.num_inner_steps
     builder = functools.partial(pretrained_classifier, inner_optimizer=settings.rule(), num_inner_steps=num_steps)
     return _build_classifier(builder, "num_classes", "head")(problem, settings)
+
+
+def _leo(problem: Problem, settings: LatentDescent) -> MetaLearner:
+    """LEO on embeddings of unit length, as those of its paper are; its first rates are for these."""
+
+    def unit(embedding: Model, *arguments: Any, **keywords: Any) -> MetaLearner:
+        def apply(params, inputs, **key):
+            return unit_length(embedding.apply(params, inputs, **key))
+
+        return leo(embedding._replace(apply=apply), *arguments, **keywords)
+
+    return _build_classifier(unit, *(field.name for field in dataclasses.fields(LatentDescent)))(problem, settings)
 
 
 def _neural_statistician(problem: Problem, settings: SetStatistics) -> Callable[[jax.Array], MetaLearner]:
@@ -317,7 +330,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         "leo": _classifier(
             "LEO",
             "Rusu et al., 2019",
-            _build_classifier(leo, *(field.name for field in dataclasses.fields(LatentDescent))),
+            _leo,
             LatentDescent,
         ),
         "mann": _classifier(

@@ -29,7 +29,6 @@ from maml_jax import (
     models,
     parallel,
 )
-from maml_jax.inner import unit_length
 from maml_jax.tasks import sinusoid
 from maml_jax.types import learner_at
 
@@ -46,8 +45,7 @@ def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=None, **hyperparameter
     hyperparameters = SMALL.get(name, {}) | hyperparameters
     known = {field.name for field in dataclasses.fields(entry.hyperparameters)}
     hyperparameters = {field: value for field, value in hyperparameters.items() if field in known}
-    embedding = of_unit_length(model) if name == "leo" else model
-    problem = Problem(model, loss_fn or loss_of(name), head=is_head, embedding=embedding, way=WAY)
+    problem = Problem(model, loss_fn or loss_of(name), head=is_head, embedding=model, way=WAY)
     return learner_at(entry.build(problem, entry.hyperparameters(**hyperparameters)), jnp.int32(0))
 
 
@@ -61,16 +59,6 @@ SMALL = {
 NEEDS_KEY = {"mldg", "mann", "lstm", "leo", "neural-statistician"}
 DRAWS_AN_ORDER = {"mann", "lstm", "memory-module"}
 """Their `adapt` draws the order of the support set from its key."""
-
-
-def of_unit_length(model):
-    """The embeddings that LEO asks for. What is no embedding stays as it is."""
-
-    def apply(params, inputs, **key):
-        outputs = model.apply(params, inputs, **key)
-        return unit_length(outputs) if outputs.ndim == 2 and outputs.shape[1] else outputs
-
-    return model._replace(apply=apply)
 
 
 def classifies(name):
@@ -201,7 +189,7 @@ def test_every_hyperparameter_has_an_effect(name):
         loss_of(name),
         head=is_head,
         norm=lambda name: name.endswith("bias"),
-        embedding=of_unit_length(model) if name == "leo" else model,
+        embedding=model,
         way=WAY,
     )
 

@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from maml_jax import Batch, Episode, Model, evaluate, init_meta_state, losses, make_train_loop
+from maml_jax import CATALOGUE, Batch, Episode, Model, Problem, evaluate, init_meta_state, losses, make_train_loop
 from maml_jax.algorithms.leo import Gaussian, LatentDescent, dropout, encode, kl_to_standard, leo, orthogonality_penalty
 
 WAY, FEATURES, LATENT = 3, 5, 2
@@ -434,3 +434,20 @@ def test_dropout_is_applied_in_every_step_on_the_codes(x64):
         key = jax.random.split(jax.random.fold_in(latents_key, step))[1]
         expected = losses.cross_entropy(dropout(key, features, 0.5) @ weights.T, targets)
         chex.assert_trees_all_close(info.support_loss[step], expected, rtol=1e-8)
+
+
+def test_the_catalogue_gives_embeddings_unit_length():
+    problem = Problem(IDENTITY, losses.cross_entropy, embedding=IDENTITY, way=WAY)
+    learner = CATALOGUE["leo"].build(problem, LatentDescent(num_latent=LATENT))
+    episode = make_episode()
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+    long = episode._replace(
+        support=episode.support._replace(inputs=100 * episode.support.inputs),
+        query=episode.query._replace(inputs=100 * episode.query.inputs),
+    )
+
+    def outputs(episode):
+        return learner.predict(learner.adapt(params, episode.support)[0], episode.query.inputs)
+
+    chex.assert_trees_all_close(outputs(long), outputs(episode), rtol=1e-4, atol=1e-5)
+    assert np.isfinite(learner.objective(params, long)[0])
