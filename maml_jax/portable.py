@@ -285,14 +285,23 @@ def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_ti
       each other.
 
     Raises:
-      ValueError: if the shapes, the dtypes or the labels do not fit the learner.
+      ValueError: if the shapes, the dtypes or the labels do not fit the learner, or the numbers are no pixels in [0, 1]
+        and it was trained on such; numbers that are traced are not looked at.
     """
+    support, inputs = Batch(*map(jnp.asarray, support)), jnp.asarray(inputs)
     for name, images in (("the support set", support.inputs), ("inputs", inputs)):
         if jnp.shape(images)[1:] != loaded.config.input_shape or not jnp.issubdtype(images.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be floating images of shape {list(loaded.config.input_shape)} "
                 f"({loaded.config.input_values}), got {images.dtype}{list(jnp.shape(images))}"
             )
+        if loaded.config.input_values in (INK, PHOTOGRAPH) and not isinstance(images, jax.core.Tracer):
+            least, most = float(jnp.min(images, initial=0.0)), float(jnp.max(images, initial=0.0))
+            if not (least >= 0.0 and most <= 1.0):
+                raise ValueError(
+                    f"{name} must hold pixels from 0 to 1 ({loaded.config.input_values}), got numbers from {least:g} "
+                    f"to {most:g}; divide bytes by 255, as tasks.drawings.as_inputs does"
+                )
     if jnp.shape(support.targets) != jnp.shape(support.inputs)[:1]:
         raise ValueError(
             f"the support set must have one class index for each of its {len(support.inputs)} images, got targets of "

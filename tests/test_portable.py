@@ -141,6 +141,14 @@ def test_outputs_are_given_before_the_first_and_after_every_inner_step(file):
         ),
         (SUPPORT, QUERIES[0], r"inputs must be floating images of shape \[28, 28, 1\]"),
         (SUPPORT._replace(inputs=np.zeros((6, 28, 28, 1), np.uint8)), QUERIES, r"the support set must be .*got uint8"),
+        (SUPPORT, [], r"inputs must be floating images of shape \[28, 28, 1\]"),
+        (
+            SUPPORT,
+            255 * QUERIES,
+            r"inputs must hold pixels from 0 to 1 \(ink 1\.0, background 0\.0\), got numbers from 0 to",
+        ),
+        (SUPPORT, QUERIES * np.nan, r"inputs must hold pixels from 0 to 1 .*got numbers from nan to nan"),
+        (SUPPORT._replace(inputs=-SUPPORT.inputs), QUERIES, r"the support set must hold pixels from 0 to 1"),
     ],
 )
 def test_tasks_that_do_not_fit_are_refused(file, support, queries, message):

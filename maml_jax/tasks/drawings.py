@@ -50,7 +50,13 @@ def read_classes(directory: str | Path, *, size: int = 28, ink: Ink = "auto") ->
 
 
 def read_images(files: Sequence[str | Path], *, size: int = 28, ink: Ink = "auto") -> np.ndarray:
-    """Reads files as `read_image` does, into one uint8 array [n, H, H, 1]."""
+    """Reads files as `read_image` does, into one uint8 array [n, H, H, 1].
+
+    Raises:
+      ValueError: if there is no file; else as `read_image`.
+    """
+    if not files:
+        raise ValueError("read_images was given no file; name one or more")
     return np.stack([read_image(file, size=size, ink=ink) for file in files])
 
 
@@ -130,7 +136,12 @@ def as_batch(images: Sequence[np.ndarray]) -> Batch:
 
     Returns:
       Inputs [S, H, W, C], float32 in [0, 1], and the class indices [S], int32.
+
+    Raises:
+      ValueError: if there is no class.
     """
+    if not len(images):
+        raise ValueError("as_batch was given no class; give the images of one or more")
     targets = np.concatenate([np.full(len(of_class), index, np.int32) for index, of_class in enumerate(images)])
     return Batch(as_inputs(np.concatenate(list(images))), targets)
 

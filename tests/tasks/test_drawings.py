@@ -238,3 +238,10 @@ def test_pillow_is_only_loaded_when_an_image_is_read(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ModuleNotFoundError, match=r"reading images needs Pillow; install it with `pip install pillow`"):
         drawings.as_drawing(block())
+
+
+def test_nothing_to_read_is_an_error():
+    with pytest.raises(ValueError, match="read_images was given no file"):
+        drawings.read_images([])
+    with pytest.raises(ValueError, match="as_batch was given no class"):
+        drawings.as_batch([])
