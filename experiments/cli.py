@@ -73,7 +73,7 @@ _IGNORED_BY: dict[str, set[str]] = {
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
 }
-"""By setting, the methods that do not read it."""
+"""By setting, the methods that do not read it, and so have no such flag."""
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 OUT_OF_MEMORY = (
     "the memory of the device does not suffice; compute fewer tasks together with a smaller --chunk-size, make tasks "
@@ -276,7 +276,10 @@ def _grouped(config: Any) -> Any:
             settings |= {"help_behavior_hint": ""}
         if type(None) in get_args(hint) and len(rest) == 1 and rest[0] in _METAVARS:
             settings |= {"metavar": _METAVARS[rest[0]]}
-        return name, Annotated[hint, tyro.conf.arg(**settings)], dataclasses.field(default=value)
+        kept = Annotated[hint, tyro.conf.arg(**settings)]
+        if config.algorithm in _IGNORED_BY.get(name, ()):
+            kept = Annotated[kept, tyro.conf.Suppress]
+        return name, kept, dataclasses.field(default=value)
 
     def as_group(group: str, record: Any, members: list[str], text: str | None = None) -> tuple[str, type, Any]:
         hints = get_type_hints(type(record), include_extras=True), _field_texts(type(record))
@@ -326,12 +329,11 @@ def _check_read(given: Any, default: Any) -> None:
     changed = [name for name, value in found.items() if value is not None and value != of_method[name]]
     for name in changed:
         other, read_with = _READ_WITH.get(name, ("", ()))
-        unread = f"{flag(name)} {found[name]} has no effect with {{}}; leave it at {of_method[name]}"
-        if found["algorithm"] in _IGNORED_BY.get(name, ()):
-            raise ValueError(unread.format(f"the method {found['algorithm']}"))
         if other in found and found[other] not in read_with:
-            chosen = " or ".join(map(str, read_with))
-            raise ValueError(unread.format(f"{flag(other)} {found[other]}") + f", or choose {chosen}")
+            raise ValueError(
+                f"{flag(name)} {found[name]} has no effect with {flag(other)} {found[other]}; leave it at "
+                f"{of_method[name]}, or choose {' or '.join(map(str, read_with))}"
+            )
 
 
 @contextlib.contextmanager

@@ -73,19 +73,10 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
-        (omniglot, ["anil", "--adapt-norm"], "--adapt-norm True has no effect with the method anil; leave it at False"),
-        (omniglot, ["protonets", "--adapt-norm"], "has no effect with the method protonets"),
         (omniglot, ["maml", "--network", "mlp", "--filters", "9"], "--filters 9 has no effect with --network mlp"),
         (omniglot, ["maml", "--network", "mlp", "--pooling"], "--pooling True has no effect with --network mlp"),
         (omniglot, ["maml", "--rotated-test-classes"], "no effect with --rotated-classes False; .* or choose True"),
         (sinusoid, ["reptile", "--carry-state"], "--carry-state True has no effect with --inner-optimizer sgd"),
-        (
-            omniglot,
-            ["protonets", "--eval-inner-steps", "3"],
-            "--eval-inner-steps 3 has no effect with the method proto",
-        ),
-        (omniglot, ["pretrained-classifier", "--num-inner-steps", "7"], "--num-inner-steps 7 has no effect with the"),
-        (omniglot, ["pretrained-classifier", "--train-way", "7"], "--train-way 7 has no effect with the method"),
         (omniglot, ["protonets", "--network", "pixels"], "--network pixels leaves protonets without parameters"),
         (domains, ["mldg", "--data", "pacs", "--num-characters", "10"], "no effect with --data pacs"),
         (sinusoid, ["meta-sgd", "--tune-inner-lr", "True"], "no effect with meta-sgd, whose rates are learned"),
@@ -207,6 +198,26 @@ def test_help_lists_the_methods_with_their_published_numbers(module, published, 
     assert "--inner-lr FLOAT" not in help_of()  # the flags are those of a method
     assert "--inner-lr FLOAT" in help_of("fomaml")
     assert "--algorithm" not in help_of("fomaml")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["anil", "--adapt-norm"],
+        ["protonets", "--adapt-norm"],
+        ["protonets", "--eval-inner-steps", "3"],
+        ["pretrained-classifier", "--num-inner-steps", "7"],
+        ["pretrained-classifier", "--train-way", "7"],
+    ],
+)
+def test_a_method_has_no_flag_that_it_does_not_read(arguments, capsys):
+    with pytest.raises(SystemExit, match=r"^2$"):
+        cli.parse(omniglot.METHODS, "", arguments)
+    assert f"Unrecognized options: {arguments[1]}" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=r"^0$"):
+        cli.parse(omniglot.METHODS, "", [arguments[0], "--help"])
+    assert f"{arguments[1]} " not in capsys.readouterr().out
+    assert cli.parse(omniglot.METHODS, "", ["maml", "--adapt-norm"]).adapt_norm
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["maml", "--help"]])
