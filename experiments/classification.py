@@ -74,6 +74,9 @@ class ClassificationConfig(RunConfig):
     """States with the best validation accuracy whose outputs are averaged in the test; MAML++ publishes 5."""
     eval_episodes: int = 600
     """Episodes in each validation and in the test."""
+    train_episodes: int = 100
+    """Episodes of training classes in each validation. Their accuracy is logged as "train" and shows overfitting; it
+    selects nothing. 0 leaves them out."""
     val_every: int = 1000
     """Meta-steps between validations; a checkpoint is written at each."""
     log_every: int = 50
@@ -82,7 +85,9 @@ class ClassificationConfig(RunConfig):
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
-        check_counts(self, way=2, ensemble=1, filters=1, train_way=2, train_shot=1, eval_inner_steps=0)
+        check_counts(
+            self, way=2, ensemble=1, filters=1, train_way=2, train_shot=1, eval_inner_steps=0, train_episodes=0
+        )
         if self.population and (self.inductive or self.ensemble > 1):
             raise ValueError("--population excludes --inductive and --ensemble; leave them out")
         if self.ensemble > 1 and self.algorithm in ("mann", "lstm"):
@@ -216,8 +221,22 @@ def observed_at_the_end(learner: MetaLearner) -> MetaLearner:
     return learner._replace(adapt=adapt)
 
 
-def make_sampler(data: DataSet, config: Any, split: str, way: int, shot: int) -> SampleEpisodeFn:
-    """The task distribution of a split."""
+def make_sampler(
+    data: DataSet, config: Any, split: str, way: int, shot: int, *, to_train: bool = False
+) -> SampleEpisodeFn:
+    """The task distribution of a split.
+
+    Args:
+      data: the data set.
+      config: the settings.
+      split: "train", "val" or "test".
+      way: classes of an episode.
+      shot: support examples of a class.
+      to_train: whether the learner is trained on it: with augmentation, and with batches for a pretrained classifier.
+
+    Raises:
+      RunError: if the split has too few classes, or a class has too few images.
+    """
     turned = data.turned(config, split)
     source = streaming if getattr(config, "stream", False) else few_shot
     try:
@@ -225,17 +244,17 @@ def make_sampler(data: DataSet, config: Any, split: str, way: int, shot: int) ->
             features = features_of(data, config, split, turned.get("rotated_classes", False))
             return few_shot.make_sampler(features, way=way, shot=shot, query_shot=config.query_shot)
         images = data.examples(config, split)
-        if split == "train" and config.algorithm == "pretrained-classifier":
+        if to_train and config.algorithm == "pretrained-classifier":
             turned = {name: value for name, value in turned.items() if name == "rotated_classes"}
             sampler = source.make_batch_sampler(images, batch_size=config.hyperparameters.batch_size, **turned)
         else:
             sampler = source.make_sampler(images, way=way, shot=shot, query_shot=config.query_shot, **turned)
     except ValueError as error:
-        own = "train_" if split == "train" and (way, shot) != (config.way, config.shot) else ""
+        own = "train_" if to_train and (way, shot) != (config.way, config.shot) else ""
         sizes = {own + "way": way, own + "shot": shot, "query_shot": config.query_shot}
         flags = " ".join(f"{flag(name)} {size}" for name, size in sizes.items())
         raise RunError(f"split {split!r} of {data.title}: {error} (with {flags})") from error
-    return data.augmented(config, sampler) if split == "train" else sampler
+    return data.augmented(config, sampler) if to_train else sampler
 
 
 @functools.lru_cache(maxsize=3)
@@ -295,10 +314,9 @@ def digest_of(data: DataSet, config: Any) -> str:
 
 def make_samplers(data: DataSet, config: Any) -> dict[str, SampleEpisodeFn]:
     """The task distributions of training, of validation and of the first test."""
-    sizes = {"train": (config.train_way, config.train_shot)}
-    return {
-        split: make_sampler(data, config, split, *sizes.get(split, (config.way, config.shot)))
-        for split in ("train", "val", "test")
+    training = make_sampler(data, config, "train", config.train_way, config.train_shot, to_train=True)
+    return {"train": training} | {
+        split: make_sampler(data, config, split, config.way, config.shot) for split in ("val", "test")
     }
 
 
@@ -360,17 +378,22 @@ def tests(
 
 
 def score(
-    config: Any, learner: MetaLearner, params: ArrayTree, sample_episode: SampleEpisodeFn, key: jax.Array
+    config: Any,
+    learner: MetaLearner,
+    params: ArrayTree,
+    sample_episode: SampleEpisodeFn,
+    key: jax.Array,
+    num_episodes: int | None = None,
 ) -> Evaluation:
-    """The accuracy on `config.eval_episodes` episodes after every inner step."""
+    """The accuracy after every inner step, on as many episodes as validation and test have if no number is given."""
     return evaluate(
         learner,
         params,
         sample_episode,
         key,
         metric_fn=losses.accuracy,
-        num_episodes=config.eval_episodes,
-        mesh=common.mesh_for(config.eval_episodes),
+        num_episodes=num_episodes or config.eval_episodes,
+        mesh=common.mesh_of_any(num_episodes) if num_episodes else common.mesh_for(config.eval_episodes),
         one_query_at_a_time=config.inductive,
         stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters
     )
@@ -385,7 +408,8 @@ def training_of(data: DataSet, config: Any) -> Training:
     check_trainable(data, config)
     learner, tester = make_learner(config), make_tester(config)
     samplers = make_samplers(data, config)
-    for _ in tests(data, config, functools.partial(console.print, markup=False)):
+    say = functools.partial(console.print, markup=False)
+    for _ in tests(data, config, say):
         pass
     common.mesh_for(config.eval_episodes)
     complete = with_statistics(data, config)
@@ -396,7 +420,20 @@ def training_of(data: DataSet, config: Any) -> Training:
     def validate(params: ArrayTree) -> float:
         return float(score(config, tester, complete(params), samplers["val"], key).mean[-1])
 
-    return Training(learner, samplers["train"], validate, config.ensemble, data_digest=digest_of(data, config))
+    monitor = None
+    if config.train_episodes:
+        try:
+            tasks = make_sampler(data, config, "train", config.way, config.shot)
+        except RunError as error:
+            say(f"the accuracy on training classes is not logged: {error}")
+        else:
+
+            def monitor(params: ArrayTree) -> dict[str, float]:
+                found = score(config, tester, complete(params), tasks, key, config.train_episodes)
+                return {"train": float(found.mean[-1])}
+
+    digest = digest_of(data, config)
+    return Training(learner, samplers["train"], validate, config.ensemble, data_digest=digest, monitor=monitor)
 
 
 def check_trainable(data: DataSet, config: Any) -> None:

@@ -114,12 +114,12 @@ class Member(NamedTuple):
     Attributes:
       run_dir: claimed by `open_run`.
       config: a `cli.RunConfig`.
-      validate: `(params) -> score`, larger is better; None if the last state is selected.
+      training: what is trained. Its validation is that of this seed.
     """
 
     run_dir: Path
     config: Any
-    validate: Callable[[ArrayTree], float] | None = None
+    training: "Training"
 
 
 class Training(NamedTuple):
@@ -136,6 +136,7 @@ class Training(NamedTuple):
       inputs: inputs of one support set, of which only shapes and dtypes matter; by default those that `sample_episode`
         draws. A task distribution that depends on the parameters needs them.
       data_digest: a checksum of the data, see `runs.digest`; None if the settings say everything.
+      monitor: `(params) -> {name: number}`, what else is logged at a validation; None for nothing.
       keep: `(run_dir) -> None`, writes what the run needs besides its settings into a directory that is claimed.
     """
 
@@ -146,6 +147,7 @@ class Training(NamedTuple):
     make_optimizer: Callable[[jax.sharding.Mesh | None], optax.GradientTransformation | OuterRule] | None = None
     inputs: ArrayTree = None
     data_digest: str | None = None
+    monitor: Callable[[ArrayTree], Mapping[str, float]] | None = None
     keep: Callable[[Path], None] | None = None
 
     def optimizer(self, config: Any, mesh: jax.sharding.Mesh | None) -> optax.GradientTransformation | OuterRule:
@@ -155,7 +157,7 @@ class Training(NamedTuple):
 
 def train(run_dir: Path, config: Any, training: Training) -> Trained:
     """`train_together` with one seed."""
-    (trained,) = train_together([Member(run_dir, config, training.validate)], training)
+    (trained,) = train_together([Member(run_dir, config, training)], training)
     return trained
 
 
@@ -288,13 +290,20 @@ class Progress:
         return jax.tree.map(np.asarray, self.of_member(self.state.params, index))
 
     def validate(self, records: Sequence[dict[str, float]]) -> None:
-        """Scores every seed, keeps its best states, and adds the score to its record."""
+        """Scores every seed, keeps its best states, and adds the score, and what else is logged, to its record."""
         for index, member in enumerate(self.members):
-            params, score = self.params(index), 0.0
-            if member.validate is not None:
-                with processes.watchdog(f"the validation after step {self.step}", PROCESS_TIMEOUT_SECONDS):
-                    score = records[index]["val"] = member.validate(params)
-            always = member.validate is None
+            validate, monitor, params, score = (
+                member.training.validate,
+                member.training.monitor,
+                self.params(index),
+                0.0,
+            )
+            with processes.watchdog(f"the validation after step {self.step}", PROCESS_TIMEOUT_SECONDS):
+                if validate is not None:
+                    score = records[index]["val"] = validate(params)
+                if monitor is not None:
+                    records[index] |= monitor(params)
+            always = validate is None
             self.best[index] = keep_best(self.best[index], params, score, self.step, always=always)
 
     def save(self) -> None:

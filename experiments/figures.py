@@ -254,6 +254,8 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
 def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
     """The training objective against meta-steps, and the validation score beside it if there is one.
 
+    Where runs have logged the same score of training tasks, it is a thin dotted line without markers.
+
     Args:
       file: the figure to write.
       logs: by label, the records of metrics.jsonl of each seed. Of several seeds the mean and its 95 % interval are
@@ -264,6 +266,7 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     figure, row = plt.subplots(1, 1 + is_validated, figsize=size, squeeze=False, sharex=True, layout="constrained")
     losses = [record["loss"] for seeds in logs.values() for of_seed in seeds for record in of_seed if "loss" in record]
     is_log, lines = 0 < min((loss for loss in losses if loss is not None), default=0.0) < math.inf, {}
+    is_compared = False
     for index, (label, seeds) in enumerate(logs.items()):
         style = line_style(index) | {"markersize": 5}
         text = title(label) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
@@ -274,6 +277,9 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
             onto, back = (np.log, np.exp) if name == "loss" and is_log else (np.asarray, np.asarray)
             shown = back(onto(values).mean(0))
             (lines[text],) = axes.plot(steps, shown, markevery=max(1, len(steps) // 12), **style)
+            if name == "val" and (of_training := _means(seeds, "train")):
+                axes.plot(*zip(*of_training, strict=True), color=style["color"], linestyle=":", linewidth=1.2)
+                is_compared = True
             if len(seeds) > 1 and steps:
                 mean, half = (np.array(part) for part in mean_and_interval(onto(values)).values())
                 axes.fill_between(steps, back(mean - half), back(mean + half), alpha=0.2, color=style["color"])
@@ -282,13 +288,20 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
         row[0][0].set_yscale("log")
         _plain_logarithmic(row[0][0].yaxis)
     if is_validated:
-        row[0][1].set_title("validation score", fontsize=10)
+        text = "validation score; thin dots: training tasks" if is_compared else "validation score"
+        row[0][1].set_title(text, fontsize=10)
     for axes in row[0]:
         axes.set_xlabel("meta-steps")
         axes.grid(alpha=0.3)
     columns = min(3 if is_validated else 2, len(lines))
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False)
     save(figure, file)
+
+
+def _means(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> list[tuple[int, float]]:
+    """Meta-steps and means over the seeds of what was logged under a name; NaN where it was not finite."""
+    logged = [{record["step"]: record[name] for record in of_seed if name in record} for of_seed in seeds]
+    return [(step, float(np.mean([np.array(of_seed.get(step), float) for of_seed in logged]))) for step in logged[0]]
 
 
 def schedules(file: Path, methods: dict[str, dict]) -> None:

@@ -35,6 +35,8 @@ def progress_bar(num_steps: int) -> Iterator[Callable[[dict], None]]:
     def show(record: dict) -> None:
         if "val" in record:
             latest["val"] = f"validation {record['val']:.4f}"
+            if "train" in record:
+                latest["val"] += f" (training {record['train']:.4f})"
         fields = {"loss": record["loss"], "speed": record["steps_per_second"], "val": latest["val"]}
         fields["memory"] = memory_in_use()
         bar.update(task, completed=record["step"], **fields)

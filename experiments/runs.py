@@ -577,7 +577,9 @@ def finish(
 
 
 def curve(run_dir: Path, num_points: int = 100) -> list[dict[str, float]]:
-    """The learning curve of a run: records with "step", "loss" and, where it was validated, "val".
+    """The learning curve of a run: records with "step", "loss" and, where it was validated, "val" and "train".
+
+    "val" is the validation score, and "train" the same of training tasks, if the run has logged it.
 
     Args:
       run_dir: the directory of the run.
@@ -586,7 +588,7 @@ def curve(run_dir: Path, num_points: int = 100) -> list[dict[str, float]]:
     records = read_log(run_dir)
     every = max(1, round(len(records) / num_points))
     return [
-        {name: record[name] for name in ("step", "loss", "val") if name in record}
+        {name: record[name] for name in ("step", "loss", "val", "train") if name in record}
         for number, record in enumerate(records, 1)
         if number % every == 0 or "val" in record
     ]

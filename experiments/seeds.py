@@ -86,7 +86,7 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             stack.enter_context(open_run(of_seed.run_dir, of_seed, training.data_digest))
             if training.keep is not None:
                 training.keep(of_seed.run_dir)
-        members = _unfinished([Member(c.run_dir, c, t.validate) for c, t in zip(configs, trainings, strict=True)])
+        members = _unfinished([Member(c.run_dir, c, t) for c, t in zip(configs, trainings, strict=True)])
         # A seed without a checkpoint may be the only one whose initial parameters are still needed.
         steps = [checkpoint.latest(member.run_dir / "checkpoints") for member in members]
         behind = members[steps.index(None) if None in steps else 0]

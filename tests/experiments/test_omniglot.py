@@ -376,7 +376,8 @@ def test_validation_and_test_have_classes_and_keys_of_their_own(drawings, tmp_pa
     monkeypatch.setattr(classification, "evaluate", record)
     omniglot.run(config_of(run_dir=tmp_path, **TINY))
     keys = runs.streams(0)
-    assert seen == [(7, keys.val), (7, keys.val), (8, keys.test)]  # the numbers of classes of the splits
+    validation = [(7, keys.val), (15, keys.val)]  # the numbers of classes of the splits; training classes are logged
+    assert seen == [*validation, *validation, (8, keys.test)]
 
 
 @pytest.mark.parametrize("rotations", [False, True])
@@ -389,6 +390,38 @@ def test_the_sampler_rotates_if_asked_to(drawings, monkeypatch, rotations):
     monkeypatch.setattr(few_shot, "make_sampler", record)
     classification.make_samplers(omniglot.DATA, omniglot.with_paper_defaults(config_of(rotations=rotations)))
     assert given == [rotations] * 3
+
+
+def test_the_accuracy_on_training_classes_is_logged_and_selects_nothing(drawings, tmp_path):
+    logs = {}
+    for episodes in (0, 4):
+        config = config_of(run_dir=tmp_path / str(episodes), train_episodes=episodes, **TINY)
+        omniglot.run(config)
+        records = runs.read_log(config.run_dir)
+        logs[episodes] = [{k: v for k, v in record.items() if k != "steps_per_second"} for record in records]
+    at_validations = [record["train"] for record in logs[4] if "val" in record]
+    _, params = omniglot.load(tmp_path / "4")
+    config = omniglot.with_paper_defaults(config)
+    tasks = classification.make_sampler(omniglot.DATA, config, "train", config.way, config.shot)
+    learner = omniglot.make_tester(config)
+    found = classification.score(config, learner, params, tasks, runs.streams(0).val, 4)
+    step = json.loads((tmp_path / "4" / "results.json").read_text())["protocol"]["selected_step"]
+    of_selected = [record["train"] for record in logs[4] if record["step"] == step]
+    assert of_selected == [pytest.approx(float(found.mean[-1]))]
+    assert len(at_validations) == sum("val" in record for record in logs[0])
+    assert [{k: v for k, v in record.items() if k != "train"} for record in logs[4]] == logs[0]
+
+
+def test_training_classes_that_are_too_few_for_the_test_are_not_scored(drawings, capsys):
+    config = dataclasses.replace(omniglot.METHODS["protonets"], train_way=3, rotated_classes=False)
+    few = dataclasses.replace(
+        omniglot.DATA,
+        examples=lambda config, split: omniglot.examples(config, split)[: 3 if split == "train" else None],
+        settings=(),
+    )
+    training = classification.training_of(few, omniglot.with_paper_defaults(config))
+    assert training.monitor is None
+    assert "the accuracy on training classes is not logged: split 'train' of Omniglot" in capsys.readouterr().out
 
 
 def test_a_validation_is_the_accuracy_after_the_last_step(drawings, monkeypatch):
