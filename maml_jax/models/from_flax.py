@@ -2,23 +2,23 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.errors import InvalidRngError
+from flax.errors import InvalidRngError, ModifyScopeVariableError
 from flax.traverse_util import flatten_dict
 
-from maml_jax.types import Model
+from maml_jax.types import ArrayTree, Model
 
 if TYPE_CHECKING:
     from flax import nnx
 
 
-def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
-    """Makes a `Model` of a linen module whose only variables are parameters.
+def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[str, ArrayTree] | None = None) -> Model:
+    """Makes a `Model` of a linen module whose variables are parameters and constants.
 
     The `init` of the model has an optional third argument `params`, a part of the parameters. It keeps these and
     draws the others. A learner that starts from a pretrained body and a new head is built from
@@ -31,18 +31,24 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
         its own key derived from it. Without a key the module is in evaluation mode, and every `nn.Dropout` is the
         identity. The mode is passed to the arguments `train`, `training` and `deterministic` of `module.__call__`,
         if it has them. Without names, these arguments keep their defaults.
+      frozen: collections of variables beside "params" that stay as they are, such as the running averages
+        `{"batch_stats": ...}` of a trained network. Without a key the module is then in evaluation mode.
 
     Returns:
       A `Model` whose parameters are the module's "params" collection.
 
     Raises:
-      ValueError: if `rngs` is a string. `init` raises it if the module keeps other variables, such as the running
-        averages of `nn.BatchNorm`, which are state that an inner loop would have to carry; if the module draws from
-        a stream that `rngs` does not name, or without a key; and if a given parameter has a name or a shape that
-        the module does not have.
+      ValueError: if `rngs` is a string, or `frozen` holds "params". `init` raises it if the module keeps variables
+        that are not frozen, such as the running averages of `nn.BatchNorm`, which are state that an inner loop would
+        have to carry; if `frozen` lacks one of a collection, or has another shape; if the module changes a frozen
+        variable; if it draws from a stream that `rngs` does not name, or without a key; and if a given parameter has
+        a name or a shape that the module does not have.
     """
     if isinstance(rngs, str):
         raise ValueError(f'rngs must be a sequence of names, got {rngs!r}; write rngs=("{rngs}",)')
+    frozen = dict(frozen or {})
+    if "params" in frozen:
+        raise ValueError('frozen holds "params", which an inner loop adapts; pass them to init, or name them in where=')
     name = type(module).__name__
     accepted = inspect.signature(module.__call__).parameters
 
@@ -51,29 +57,35 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
         return {argument: value for argument, value in arguments.items() if argument in accepted}
 
     def evaluate(method, *args, **kwargs):
-        if not rngs:
+        if not rngs and not frozen:
             return method(*args, **kwargs)
         with nn.intercept_methods(_skip_dropout):
             return method(*args, **kwargs, **mode(training=False))
 
     def apply(params, inputs, *, key=None):
         if key is None:
-            return evaluate(module.apply, {"params": params}, inputs)
+            return evaluate(module.apply, {"params": params, **frozen}, inputs)
         keys = {stream: jax.random.fold_in(key, index) for index, stream in enumerate(rngs)}
-        return module.apply({"params": params}, inputs, rngs=keys, **mode(training=True))
+        return module.apply({"params": params, **frozen}, inputs, rngs=keys, **mode(training=True))
 
     def draw(key, inputs):
         variables = dict(evaluate(module.init, key, inputs))
         params = variables.pop("params", {})
-        if variables:
+        if kept := sorted(variables.keys() - frozen.keys()):
             raise ValueError(
-                f"{name} keeps variables beside its parameters: {sorted(variables)}; an inner loop only adapts "
-                "parameters. Use maml_jax.models.BatchStatNorm or PopulationNorm instead of a normalisation with "
-                "running averages"
+                f"{name} keeps variables beside its parameters: {kept}; an inner loop only adapts parameters. Use "
+                "maml_jax.models.BatchStatNorm or PopulationNorm instead of a normalisation with running averages, or "
+                "pass those of a trained network as frozen="
             )
+        check_frozen(variables)
         try:
-            for stream_key in (key, None) if rngs else (key,):
+            for stream_key in (key, None) if rngs else (None if frozen else key,):
                 jax.eval_shape(functools.partial(apply, key=stream_key), params, inputs)
+        except ModifyScopeVariableError as error:
+            raise ValueError(
+                f"{name} changes a variable in a call, and {sorted(frozen)} are frozen: {error}. Build "
+                "normalisations with use_running_average=True"
+            ) from error
         except InvalidRngError as error:
             raise ValueError(
                 f"{name} draws from a random stream that rngs={tuple(rngs)} does not name, or draws without a key: "
@@ -81,6 +93,16 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
                 "outside nn.Dropout, its __call__ needs an argument `train` that turns this off"
             ) from error
         return params
+
+    def check_frozen(variables):
+        expected = {path: leaf.shape for path, leaf in flatten_dict(variables).items()}
+        given = {path: jnp.shape(leaf) for path, leaf in flatten_dict(frozen).items()}
+        if wrong := sorted(path for path in expected.keys() | given.keys() if expected.get(path) != given.get(path)):
+            path, none = wrong[0], "no such variable"
+            raise ValueError(
+                f"of {'/'.join(path)}, frozen has {given.get(path, none)} and {name} has {expected.get(path, none)}; "
+                "freeze the variables of this module, and all of a collection"
+            )
 
     def init(key, inputs, params=None):
         if params is None:
@@ -94,7 +116,7 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = ()) -> Model:
                     "that are to be drawn"
                 )
         # A copy, because a training loop donates its state and the caller keeps `params`.
-        given = {"params": jax.tree.map(jnp.copy, params)}
+        given = {"params": jax.tree.map(jnp.copy, params), **frozen}
         filled = evaluate(module.apply, given, inputs, rngs={"params": key}, mutable=["params"])[1]
         return filled["params"]
 

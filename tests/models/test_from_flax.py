@@ -4,6 +4,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -39,6 +40,67 @@ def test_linen_parameters_are_the_params_collection():
 def test_linen_modules_with_running_averages_are_refused():
     with pytest.raises(ValueError, match=r"Normalised keeps .* \['batch_stats'\].*Use maml_jax.models.BatchStatNorm"):
         from_linen(Normalised()).init(jax.random.key(0), jnp.ones((3, 4)))
+
+
+class Averaged(nn.Module):
+    """The usual network with running averages: its mode is an argument whose default is training."""
+
+    @nn.compact
+    def __call__(self, inputs, train=True):
+        hidden = nn.BatchNorm(use_running_average=not train)(nn.Dense(2)(inputs))
+        return nn.Dropout(0.5, deterministic=not train)(hidden)
+
+
+AVERAGES = {"batch_stats": {"BatchNorm_0": {"mean": jnp.array([0.5, -1.0]), "var": jnp.array([4.0, 0.25])}}}
+
+
+def test_a_trained_network_keeps_its_frozen_running_averages():
+    module, inputs = Averaged(), jax.random.normal(jax.random.key(1), (3, 4))
+    model = from_linen(module, frozen=AVERAGES)
+    params = model.init(jax.random.key(0), inputs)
+    assert set(params) == {"Dense_0", "BatchNorm_0"}
+    found = model.apply(params, inputs)
+    hidden = np.asarray(inputs) @ np.asarray(params["Dense_0"]["kernel"])
+    normalised = (hidden - np.array([0.5, -1.0])) / np.sqrt(np.array([4.0, 0.25]) + 1e-5)
+    np.testing.assert_allclose(found, normalised, rtol=1e-5)
+    # One example does not depend on the others, and given parameters are kept.
+    chex.assert_trees_all_close(model.apply(params, inputs[:1]), found[:1])
+    kept = model.init(jax.random.key(7), inputs, {"Dense_0": params["Dense_0"]})
+    chex.assert_trees_all_equal(kept["Dense_0"], params["Dense_0"])
+
+
+def test_a_frozen_normalisation_is_meta_learned():
+    norm = nn.BatchNorm(use_running_average=True)
+    averages = {"batch_stats": {"layers_1": AVERAGES["batch_stats"]["BatchNorm_0"]}}
+    model = from_linen(nn.Sequential([nn.Dense(2), norm, nn.Dense(1), lambda x: x[:, 0]]), frozen=averages)
+    learner = maml(model, half_mse, inner_optimizer=optax.sgd(0.1), num_inner_steps=2)
+    episodes = make_episodes(jax.random.key(0), num_tasks=4)
+    optimizer = optax.sgd(0.1)
+    state = init_meta_state(learner, optimizer, jax.random.key(1), episodes.support.inputs[0])
+    before = jax.tree.map(jnp.copy, state.params)
+    state, info = make_meta_step(learner, optimizer)(state, episodes)
+    assert jnp.isfinite(info.loss)
+    moved = jax.tree.map(lambda old, new: bool(jnp.any(old != new)), before, state.params)
+    assert all(jax.tree.leaves(moved)), moved
+
+
+@pytest.mark.parametrize(
+    ("module", "frozen", "message"),
+    [
+        (Averaged(), {"params": {}}, 'frozen holds "params"'),
+        (Averaged(), {"batch_stats": {}}, "of batch_stats/BatchNorm_0/mean, frozen has no such variable and Averaged"),
+        (
+            Averaged(),
+            AVERAGES | {"cache": {"x": jnp.ones(3)}},
+            r"of cache/x, frozen has \(3,\) and Averaged has no such",
+        ),
+        (nn.Dense(2), AVERAGES, r"of batch_stats/BatchNorm_0/mean, frozen has \(2,\) and Dense has no such variable"),
+        (Normalised(), AVERAGES, r"Normalised changes a variable in a call, .*use_running_average=True"),
+    ],
+)
+def test_frozen_variables_are_those_of_the_module_and_stay(module, frozen, message):
+    with pytest.raises(ValueError, match=message):
+        from_linen(module, frozen=frozen).init(jax.random.key(0), jnp.ones((3, 4)))
 
 
 def test_given_parameters_are_kept_and_the_others_drawn():
