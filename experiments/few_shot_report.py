@@ -376,13 +376,14 @@ def cross_domain_section(result: dict) -> str:
         f"{result['protocol']['shot']}. Made by `python -m experiments.cross_domain {' '.join(config['learners'])} "
         f"--ways {' '.join(map(str, config['ways']))} --heads {' '.join(config['heads'])} --episodes "
         f"{config['episodes']}`.\n\n{table}\n\n"
-        f"![accuracy on data sets of other kinds](figures/{cross_domain_figure(result)})"
+        f"![accuracy on data sets of other kinds](figures/{cross_domain_name(result)}.png)"
     )
 
 
-def cross_domain_figure(result: dict) -> str:
-    """The file of its figure, by the numbers of classes."""
-    return f"cross_domain_{'_'.join(map(str, result['config']['ways']))}.png"
+def cross_domain_name(result: dict) -> str:
+    """What its files are called after: the numbers of classes and of episodes."""
+    config = result["config"]
+    return f"cross_domain_ways-{'-'.join(map(str, config['ways']))}_episodes-{config['episodes']}"
 
 
 def instance_table(results: list[dict]) -> str:
@@ -527,7 +528,7 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
 def draw(directory: Path, of: Mapping[str, Sequence[dict]]) -> None:
     """Writes the figures of the section."""
     for result in of["cross_domain"]:
-        cross_domain.draw(directory / cross_domain_figure(result), result)
+        cross_domain.draw(directory / f"{cross_domain_name(result)}.png", result)
     if records := all_methods([result for result in of["omniglot"] if result["meta_steps"] and on_cpu(result)]):
         figures.accuracy_against_time(directory / "omniglot_all.png", longest(records, figures.TIMED_SETTINGS))
     shown = defaultdict(list)

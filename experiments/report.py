@@ -73,8 +73,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         )
     if results["experiment"] == "cross_domain":
         flags = []
-        ways = "-".join(map(str, results["config"]["ways"]))
-        name = f"cross_domain_ways-{ways}_seed-{results['seed']}"
+        name = f"{few_shot_report.cross_domain_name(results)}_seed-{results['seed']}"
     else:
         flags = [flag.lstrip("-").replace(" ", "-").replace("/", "-") for flag in flags_but_seed(results)]
         name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])

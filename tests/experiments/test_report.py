@@ -294,11 +294,11 @@ def test_a_result_is_named_after_a_path_without_its_folders(tmp_path):
 
 
 def test_a_test_on_other_data_sets_is_added_without_a_method(tmp_path):
-    content = (RESULTS / "cross_domain_ways-5_seed-0.json").read_text()
+    content = (RESULTS / "cross_domain_ways-5_episodes-600_seed-0.json").read_text()
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json").write_text(content)
     added = report.add(tmp_path / "run", tmp_path)
-    assert added.name == "cross_domain_ways-5_seed-0.json"
+    assert added.name == "cross_domain_ways-5_episodes-600_seed-0.json"
     assert json.loads(added.read_text()) == json.loads(content)
 
 
