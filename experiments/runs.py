@@ -32,7 +32,7 @@ PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS
 """How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
 LOCATION = ("run_dir", "distributed", "tracking", "seeds")
 """Settings that say where a run is kept, made and watched, and beside which seeds. They are not stored."""
-IRRELEVANT = ("data_dir", "chunk_size", "stream")
+IRRELEVANT = ("data_dir", "chunk_size", "stream", "train_episodes")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
 EXPERIMENTS = (
     "sinusoid",
