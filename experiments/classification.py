@@ -8,6 +8,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, get_args
 
 import flax.linen as nn
@@ -88,6 +89,8 @@ class ClassificationConfig(RunConfig):
         check_counts(
             self, way=2, ensemble=1, filters=1, train_way=2, train_shot=1, eval_inner_steps=0, train_episodes=0
         )
+        if self.train_episodes == 1:
+            raise ValueError("--train-episodes 1 gives no interval; choose 0 or at least 2")
         if self.population and (self.inductive or self.ensemble > 1):
             raise ValueError("--population excludes --inductive and --ensemble; leave them out")
         if self.ensemble > 1 and self.algorithm in ("mann", "lstm"):
@@ -238,7 +241,7 @@ def make_sampler(
       RunError: if the split has too few classes, or a class has too few images.
     """
     turned = data.turned(config, split)
-    source = streaming if getattr(config, "stream", False) else few_shot
+    source = source_of(config)
     try:
         if config.network == "features":
             features = features_of(data, config, split, turned.get("rotated_classes", False))
@@ -312,6 +315,11 @@ def digest_of(data: DataSet, config: Any) -> str:
     return runs.digest(data.examples(config, split) for split in ("train", "val", "test"))
 
 
+def source_of(config: Any) -> ModuleType:
+    """Where samplers come from: `few_shot`, or `streaming` with --stream."""
+    return streaming if getattr(config, "stream", False) else few_shot
+
+
 def make_samplers(data: DataSet, config: Any) -> dict[str, SampleEpisodeFn]:
     """The task distributions of training, of validation and of the first test."""
     training = make_sampler(data, config, "train", config.train_way, config.train_shot, to_train=True)
@@ -326,8 +334,7 @@ def with_statistics(data: DataSet, config: Any) -> Callable[[ArrayTree], ArrayTr
         return lambda params: params
     embeds = CATALOGUE[config.algorithm].classifies
     network = make_network(config, None if embeds else config.way, population=True)
-    source = streaming if getattr(config, "stream", False) else few_shot
-    sample = source.make_batch_sampler(
+    sample = source_of(config).make_batch_sampler(
         data.examples(config, "train"), batch_size=1000, rotated_classes=any(data.turned(config, "train").values())
     )
     images = sample(runs.streams(config.seed).tune).support.inputs
@@ -383,17 +390,17 @@ def score(
     params: ArrayTree,
     sample_episode: SampleEpisodeFn,
     key: jax.Array,
-    num_episodes: int | None = None,
+    num_episodes: int,
 ) -> Evaluation:
-    """The accuracy after every inner step, on as many episodes as validation and test have if no number is given."""
+    """The accuracy on `num_episodes` episodes after every inner step."""
     return evaluate(
         learner,
         params,
         sample_episode,
         key,
         metric_fn=losses.accuracy,
-        num_episodes=num_episodes or config.eval_episodes,
-        mesh=common.mesh_of_any(num_episodes) if num_episodes else common.mesh_for(config.eval_episodes),
+        num_episodes=num_episodes,
+        mesh=common.mesh_of_any(num_episodes),
         one_query_at_a_time=config.inductive,
         stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters
     )
@@ -408,17 +415,19 @@ def training_of(data: DataSet, config: Any) -> Training:
     check_trainable(data, config)
     learner, tester = make_learner(config), make_tester(config)
     samplers = make_samplers(data, config)
+    training, validation = samplers["train"], samplers["val"]
+    del samplers  # that of the test would keep its images on the device
     say = functools.partial(console.print, markup=False)
     for _ in tests(data, config, say):
         pass
     common.mesh_for(config.eval_episodes)
     complete = with_statistics(data, config)
     if config.population:
-        check_population(config, learner, tester, complete, samplers["val"])
+        check_population(config, learner, tester, complete, validation)
     key = runs.streams(config.seed).val
 
     def validate(params: ArrayTree) -> float:
-        return float(score(config, tester, complete(params), samplers["val"], key).mean[-1])
+        return float(score(config, tester, complete(params), validation, key, config.eval_episodes).mean[-1])
 
     monitor = None
     if config.train_episodes:
@@ -427,13 +436,15 @@ def training_of(data: DataSet, config: Any) -> Training:
         except RunError as error:
             say(f"the accuracy on training classes is not logged: {error}")
         else:
+            # Samplers with the same settings draw the same: one copy of the images is enough.
+            tasks = training if tasks.func == training.func else tasks
 
             def monitor(params: ArrayTree) -> dict[str, float]:
                 found = score(config, tester, complete(params), tasks, key, config.train_episodes)
                 return {"train": float(found.mean[-1])}
 
     digest = digest_of(data, config)
-    return Training(learner, samplers["train"], validate, config.ensemble, data_digest=digest, monitor=monitor)
+    return Training(learner, training, validate, config.ensemble, data_digest=digest, monitor=monitor)
 
 
 def check_trainable(data: DataSet, config: Any) -> None:
@@ -487,7 +498,7 @@ def run(data: DataSet, config: Any) -> dict:
         params, evaluations = complete(params), []
         for described, learner, sample_episode in tests(data, config, lambda text: None):
             of_members = ensemble(learner) if config.ensemble > 1 else learner
-            accuracy = runs.as_metric(score(config, of_members, params, sample_episode, key))
+            accuracy = runs.as_metric(score(config, of_members, params, sample_episode, key, config.eval_episodes))
             evaluations.append(described | {"metrics": {"accuracy": accuracy}})
         tested = {"metrics": evaluations[0]["metrics"]}
         if config.algorithm in ("mann", "lstm"):
@@ -535,7 +546,7 @@ def normalisation(config: Any) -> str:
     """How the test normalises, for the protocol of the results."""
     if config.network == "pixels":
         return "none"
-    if config.population:
+    if config.population or config.network == "features":  # those of a run that has --population
         return "statistics of training images"
     return "each query with the support set" if config.inductive else "transductive"
 

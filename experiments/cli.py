@@ -60,6 +60,9 @@ _READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "filters": ("network", ("conv4", "multi-scale", "resnet12")),
     "pooling": ("network", ("conv4",)),
     "flatten": ("network", ("conv4",)),
+    "norm_scale": ("network", ("conv4", "multi-scale", "mlp")),
+    "rotations": ("network", ("conv4", "multi-scale", "mlp", "pixels")),
+    "adapt_norm": ("per_step_norm", (False,)),
     "num_characters": ("data", ("rotated-omniglot",)),
     "rotated_test_classes": ("rotated_classes", (True,)),
     "carry_state": ("inner_optimizer", ("adam",)),
@@ -68,6 +71,7 @@ _READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
 _CLASSIFIERS = {name: entry.hyperparameters for name, entry in CATALOGUE.items() if entry.classifies}
 _IGNORED_BY: dict[str, set[str]] = {
     "adapt_norm": {"anil", "cavia", *_CLASSIFIERS},
+    "flatten": set(_CLASSIFIERS),
     "eval_inner_steps": {name for name, kind in _CLASSIFIERS.items() if not hasattr(kind, "num_inner_steps")},
     "num_inner_steps": {"pretrained-classifier"},  # it takes steps in the test only: --eval-inner-steps
     "train_way": {"pretrained-classifier"},

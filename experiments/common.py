@@ -292,18 +292,13 @@ class Progress:
     def validate(self, records: Sequence[dict[str, float]]) -> None:
         """Scores every seed, keeps its best states, and adds the score, and what else is logged, to its record."""
         for index, member in enumerate(self.members):
-            validate, monitor, params, score = (
-                member.training.validate,
-                member.training.monitor,
-                self.params(index),
-                0.0,
-            )
+            training, params, score = member.training, self.params(index), 0.0
             with processes.watchdog(f"the validation after step {self.step}", PROCESS_TIMEOUT_SECONDS):
-                if validate is not None:
-                    score = records[index]["val"] = validate(params)
-                if monitor is not None:
-                    records[index] |= monitor(params)
-            always = validate is None
+                if training.validate is not None:
+                    score = records[index]["val"] = training.validate(params)
+                if training.monitor is not None:
+                    records[index] |= training.monitor(params)
+            always = training.validate is None
             self.best[index] = keep_best(self.best[index], params, score, self.step, always=always)
 
     def save(self) -> None:
@@ -482,7 +477,7 @@ def load_states(directories: Sequence[Path], states: Sequence[MetaState], num_be
     Args:
       directories: of the checkpoints of each seed; they need not exist.
       states: the state at step 0 of each seed.
-      num_best: M, as in `train`.
+      num_best: M, see `Training`.
 
     Returns:
       For each seed "state", "best" (with "params", "score" and "step", leaves [M, ...], the highest score first) and

@@ -247,6 +247,11 @@ def compare(config: Config) -> dict[str, Any]:
     return runs.finite(compared)
 
 
+def metric_of(name: str) -> Metric:
+    """The metric of a name."""
+    return next(metric for metric in METRICS.values() if metric.name == name)
+
+
 def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | None]) -> list[dict[str, Any]]:
     """The differences of two commands over their seeds, which say what another seed would give.
 
@@ -267,7 +272,7 @@ def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | No
     for (a, b, task, name), differences in found.items():
         if len(differences) < 2:
             continue
-        metric = next(metric for metric in METRICS.values() if metric.name == name)
+        metric = metric_of(name)
         test = paired_test(np.array(differences), np.zeros(len(differences)))
         mean, ci95 = test.mean * metric.scale, test.ci95 * metric.scale
         better, worse = (a, b) if metric.is_better(mean) else (b, a)
@@ -312,7 +317,7 @@ def sentence(pair: Mapping[str, Any], num_tests: int) -> str:
     if not pair["comparable"]:
         gaps = "; ".join(f"{name} is {x} for {a} and {y} for {b}" for name, (x, y) in pair["differing"].items())
         return f"{a} and {b} are not comparable: {gaps}."
-    metric = next(metric for metric in METRICS.values() if metric.name == pair["metric"])
+    metric = metric_of(pair["metric"])
     task, better, worse = pair["task"], pair["better"], pair["worse"]
     over = f"{pair['episodes']:,} {pair['counted']}"
     if better == worse == 0 and "num_nonfinite" not in pair:

@@ -131,8 +131,13 @@ class Method(NamedTuple):
         return None if max(ways) <= self.way else f"up to {self.way} ways only"
 
 
-def methods_of(path: Path, heads: Sequence[Head] = ("centroid",)) -> list[Method]:
+def methods_of(path: Path, heads: Sequence[Head] = ("centroid",), name: str | None = None) -> list[Method]:
     """The rows of a run directory or of a file.
+
+    Args:
+      path: the run directory or file.
+      heads: those of a pretrained classifier that are tested.
+      name: what it is called in the table; by default its `short_names`.
 
     Raises:
       FileNotFoundError: if there is neither.
@@ -141,10 +146,21 @@ def methods_of(path: Path, heads: Sequence[Head] = ("centroid",)) -> list[Method
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; give a run directory, or an .npz file of experiments.export")
-    return _methods_of_run(path, heads) if path.is_dir() else _methods_of_file(path, heads)
+    (name,) = short_names([path]) if name is None else (name,)
+    return _methods_of_run(path, heads, name) if path.is_dir() else _methods_of_file(path, heads, name)
 
 
-def _methods_of_run(run_dir: Path, heads: Sequence[Head]) -> list[Method]:
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """What run directories and files are called: their names, with as many of their folders as tell them apart."""
+    plain = [path if path.is_dir() else path.with_suffix("") for path in paths]
+    for depth in range(1, max(len(path.parts) for path in plain) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in plain]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def _methods_of_run(run_dir: Path, heads: Sequence[Head], name: str) -> list[Method]:
     module = runs.experiment_of(run_dir)
     if not hasattr(module, "DATA"):
         raise RunError(f"{run_dir} is a run of {module.__name__}, which does not classify images of new classes")
@@ -156,6 +172,7 @@ def _methods_of_run(run_dir: Path, heads: Sequence[Head]) -> list[Method]:
     rows = functools.partial(
         _rows,
         path=run_dir,
+        name=name,
         algorithm=config.algorithm,
         heads=heads,
         input_shape=data.input_shape(config),
@@ -179,7 +196,7 @@ def _methods_of_run(run_dir: Path, heads: Sequence[Head]) -> list[Method]:
     return rows(build=build, expected=expected, params=params)
 
 
-def _methods_of_file(file: Path, heads: Sequence[Head]) -> list[Method]:
+def _methods_of_file(file: Path, heads: Sequence[Head], name: str) -> list[Method]:
     _, params, config = load_learner(file)
 
     def build(way: int, head: Head | None) -> MetaLearner:
@@ -192,6 +209,7 @@ def _methods_of_file(file: Path, heads: Sequence[Head]) -> list[Method]:
 
     return _rows(
         path=file,
+        name=name,
         algorithm=config.algorithm,
         heads=heads,
         input_shape=config.input_shape,
@@ -208,6 +226,7 @@ def _methods_of_file(file: Path, heads: Sequence[Head]) -> list[Method]:
 def _rows(
     *,
     path: Path,
+    name: str,
     algorithm: str,
     heads: Sequence[Head],
     way: int,
@@ -220,6 +239,7 @@ def _rows(
 
     Args:
       path: the run directory or file.
+      name: what it is called in the table.
       algorithm: its name in the catalogue.
       heads: those of a pretrained classifier that are tested.
       way: the number of classes of the training.
@@ -240,7 +260,7 @@ def _rows(
 
         methods.append(
             Method(
-                label=f"{entry.title}{'' if head is None else f', {head}'} ({path.stem})",
+                label=f"{entry.title}{'' if head is None else f', {head}'} ({name})",
                 source=str(path),
                 algorithm=algorithm,
                 way=None if entry.any_way else way,
@@ -366,7 +386,8 @@ def as_metric(accuracies: np.ndarray) -> dict[str, Any]:
 def run(config: Config) -> dict:
     """Tests every method on every data set, and returns the content of results.json."""
     config = dataclasses.replace(config, run_dir=config.run_dir or Path(f"runs/cross-domain-{config.seed}"))
-    methods = [method for path in config.learners for method in methods_of(path, config.heads)]
+    given = zip(config.learners, short_names(config.learners), strict=True)
+    methods = [method for path, name in given for method in methods_of(path, config.heads, name)]
     if all(method.reason is not None for method in methods):
         raise RunError(f"none of the learners can be tested: {methods[0].label} {methods[0].reason}")
     methods += [pixels(shape) for shape in dict.fromkeys(m.input_shape for m in methods if m.reason is None)]
@@ -480,15 +501,15 @@ def show(results: dict) -> None:
     """Prints a row for each method: the accuracy on each data set in %, and the average rank."""
     protocol, names = results["protocol"], list(results["data_sets"])
     caption = "* transductive: the queries of an episode are normalised together"
-    is_starred = {r["label"] for r in results["methods"] if r["normalisation"] == "transductive"}
+    is_starred = [record["normalisation"] == "transductive" for record in results["methods"]]
     title = f"accuracy in %, {protocol['episodes']} episodes of each data set"
-    table = Table(title=title, caption=caption if is_starred else None)
+    table = Table(title=title, caption=caption if any(is_starred) else None)
     for header in ("method", *names, "average rank"):
         table.add_column(header, justify="left" if header == "method" else "right", overflow="fold")
-    for record in results["methods"]:
+    for record, star in zip(results["methods"], is_starred, strict=True):
         cells = [cell_text(record["data_sets"][name]) for name in names]
         rank = "–" if record["average_rank"] is None else f"{record['average_rank']:.2f}"
-        table.add_row(record["label"] + "*" * (record["label"] in is_starred), *cells, rank)
+        table.add_row(record["label"] + "*" * star, *cells, rank)
     console.print(table)
 
 

@@ -28,7 +28,7 @@ def examples(config: Config, split: str) -> np.ndarray:
 def turned(config: Config, split: str) -> dict[str, bool]:
     """How the classes of a split are rotated, as `few_shot.make_sampler` takes it."""
     return {
-        "rotations": config.rotations and not config.rotated_classes,
+        "rotations": config.rotations and not config.rotated_classes and config.network != "features",
         "rotated_classes": config.rotated_classes and (split == "train" or config.rotated_test_classes),
     }
 

@@ -35,7 +35,8 @@ PAGES = (HERE.parent / "README.md", HERE / "GUIDE.md")
 ORDERS = """MAML and FOMAML, trained by the same recipe: with five seeds on sinusoids, three on Omniglot for 1,000
 meta-steps, and one for 60,000. Lines are means. Bands go from the smallest to the largest seed.
 
-- On sinusoids the second derivative lowers the mean error from the first inner step on, but the bands overlap.
+- On sinusoids the second derivative lowers the median error at every inner step. The bands are disjoint after one and
+  two steps, and overlap from the third on.
 - On Omniglot it does not help after 1,000 meta-steps, and after 60,000 the two intervals overlap.
 
 In the [guide](GUIDE.md#first-or-second-order) all parameters adapt, and there are 8 tasks a meta-step and 5 queries of
@@ -79,7 +80,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
     file = results_dir / f"{name}.json"
     if file.exists() and runs.read_json(file) != results:
-        raise ValueError(f"{file} holds other results of the same command; delete it to replace them")
+        raise ValueError(f"{file} holds other results of that name; delete it to replace them")
     runs.write_json(file, results)
     picture = run_dir / "figures" / "behaviour.png"
     picture_name = rl_report.BEHAVIOUR.get((results["experiment"], results.get("algorithm")))

@@ -1,6 +1,5 @@
 """The test of a finished or unfinished run, made again: on how many episodes and with which seed, the caller says."""
 
-import dataclasses
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
@@ -176,8 +175,7 @@ def classification_test(run: Run) -> Test:
     def score(num_episodes: int, seed: int) -> np.ndarray:
         learner, params, _ = runs.load(run.run_dir)
         sampler = classification.make_sampler(data, config, "test", config.way, config.shot)
-        settings = dataclasses.replace(config, eval_episodes=num_episodes)
-        found = classification.score(settings, learner, params, sampler, runs.streams(seed).test)
+        found = classification.score(config, learner, params, sampler, runs.streams(seed).test, num_episodes)
         return np.asarray(found.per_episode)
 
     is_transductive = classification.normalisation(config) == "transductive"
@@ -246,7 +244,7 @@ def domain_test(run: Run) -> Test:
     def score(num_episodes: int, seed: int) -> np.ndarray:
         learner, params, _ = runs.load(run.run_dir)
         examples = domains.READERS[run.config.data](run.config).test
-        return np.asarray(domains.is_right(learner, params, examples), np.float64)[:, None]
+        return domains.score(learner, params, examples)[:, None]
 
     names = ("data", "held_out", *(["num_characters"] if run.config.data == "rotated-omniglot" else []))
     protocol = {name: getattr(run.config, name) for name in names}

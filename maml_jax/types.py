@@ -149,8 +149,8 @@ class MetaLearner(NamedTuple):
 
     Attributes:
       init: `(key, inputs) -> meta_params`, where inputs [S, ...] show the shape of one support set.
-      adapt: `(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`, what is deployed. A key is
-        only for an order that it draws; dropout and latent samples belong to `objective`.
+      adapt: `(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`, what is deployed. Without a
+        key it is deterministic. With one it may draw an order of the support set, and a stochastic model draws too.
       predict: `(task_params, inputs) -> outputs`, one output an input, [M, ...].
       objective: `(meta_params, episode) -> (scalar, info)`, how it is trained: what `jax.grad` is taken of.
     """
@@ -357,6 +357,20 @@ def check_classes(way: int, targets: jax.Array, name: str = "the support set") -
         raise ValueError(f"{name} has the label {wrong[0]}, which is none of 0..{way - 1}; number its classes from 0")
     if missing := sorted(set(range(way)) - set(labels.tolist())):
         raise ValueError(f"{name} has no example of class {missing[0]} of way={way}; give at least one of each class")
+
+
+def check_query(episode: Episode) -> None:
+    """Raises ValueError if an episode has no query example, over which a loss would be a mean."""
+    if any(jnp.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(episode.query)):
+        raise ValueError(
+            "the query set of the episode is empty; give it one example or more, or train a learner without queries, "
+            "such as pretrained_classifier or reptile"
+        )
+
+
+def all_examples(episode: Episode) -> Batch:
+    """The support and the query examples of an episode as one batch [S + M, ...]."""
+    return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
 
 
 def as_floating(info: ArrayTree) -> ArrayTree:

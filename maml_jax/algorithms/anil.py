@@ -10,7 +10,7 @@ import optax
 
 from maml_jax.algorithms.maml import maml
 from maml_jax.inner.gradients import mixed_mode
-from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_function
 
 
 def anil(
@@ -43,11 +43,12 @@ def anil(
       A `MetaLearner`, as `maml` does.
 
     Raises:
-      ValueError: as `maml` does; and when it is used, if `head` selects no parameter.
+      ValueError: as `maml` does, and if `head` is no function; when it is used, if `head` selects no parameter.
 
     References:
       Raghu et al., 2020, section 4.
     """
+    check_function("head", head, 'lambda name: name.startswith("head")')
     return maml(
         model,
         loss_fn,

@@ -10,7 +10,7 @@ import optax
 
 from maml_jax.algorithms.maml import maml
 from maml_jax.inner.gradients import mixed_mode
-from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_function
 
 
 def boil(
@@ -44,11 +44,12 @@ def boil(
       A `MetaLearner`, as `maml` does.
 
     Raises:
-      ValueError: as `maml` does; and when it is used, if no parameter is left to adapt.
+      ValueError: as `maml` does, and if `head` is no function; when it is used, if no parameter is left to adapt.
 
     References:
       Oh et al., 2021, section 3.
     """
+    check_function("head", head, 'lambda name: name.startswith("head")')
     return maml(
         model,
         loss_fn,

@@ -152,11 +152,9 @@ def _maml_plus_plus(problem: Problem, settings: MAMLPlusPlus) -> MetaLearner | C
         if settings.num_multi_step and settings.num_inner_steps:
             weights = multi_step_weights(step, settings.num_inner_steps, settings.num_multi_step)
         exact = build(weights)
-        return (
-            switch_at(settings.num_first_order, step, build(weights, first_order), exact)
-            if (settings.num_first_order)
-            else exact
-        )
+        if not settings.num_first_order:
+            return exact
+        return switch_at(settings.num_first_order, step, build(weights, first_order), exact)
 
     return at if settings.num_multi_step or settings.num_first_order else build()
 

@@ -25,6 +25,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    all_examples,
     check_classes,
     check_integer,
     check_model,
@@ -102,7 +103,7 @@ def pretrained_classifier(
         return affine(params, embed(embedding, params["embedding"], inputs, key))
 
     def objective(meta_params, episode):
-        inputs, targets = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), *episode[:2])
+        inputs, targets = all_examples(episode)
         return loss_fn(outputs(meta_params, inputs, episode.key), targets), observed_once(meta_params, None)
 
     def compare(meta_params, support, *, key=None, observe_fn=None):

@@ -15,10 +15,12 @@ from maml_jax.types import (
     LossFn,
     MetaLearner,
     Model,
+    check_function,
     check_integer,
     check_model,
     check_not_negative,
     check_optimizer,
+    check_query,
     combine,
     select,
 )
@@ -63,7 +65,7 @@ def imaml(
 
     Raises:
       ValueError: if `strength` is not positive, `damping` negative, `inner_optimizer` no optax transformation, `model`
-        no `Model`, or a count no integer in its range.
+        no `Model`, a loss no function, or a count no integer in its range.
 
     References:
       Rajeswaran et al., 2019, Algorithms 1 and 2.
@@ -74,6 +76,8 @@ def imaml(
     check_strength(strength)
     check_not_negative("damping", damping)
     check_model(model)
+    check_function("loss_fn", loss_fn, "losses.cross_entropy")
+    check_function("query_loss_fn", query_loss_fn or loss_fn, "losses.cross_entropy")
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
         adapting, fixed = select(meta_params, where)
@@ -95,6 +99,7 @@ def imaml(
         return combine(adapting, fixed), info
 
     def objective(meta_params, episode):
+        check_query(episode)
         task_params, info = adapt(meta_params, episode.support)
         key = None if episode.key is None else jax.random.fold_in(episode.key, num_inner_steps)
         outputs = model.call(task_params, episode.query.inputs, key)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from maml_jax.inner.embedding import class_means, embed, unit_length
+from maml_jax.inner.embedding import class_means, embed, embedded_like, unit_length
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.loop import inner_loop
 from maml_jax.inner.steps import step_keys
@@ -33,6 +33,7 @@ from maml_jax.types import (
     check_model,
     check_not_negative,
     check_positive,
+    check_query,
 )
 
 
@@ -69,8 +70,9 @@ def leo(
     layers of 2L units, with a ReLU after the first two. Nothing depends on N but the deviation of the weights, so
     parameters that were trained with one `way` can be tested with another.
 
-    `adapt` takes the means of both Gaussians and is deterministic. The objective draws from them, once a class for
-    the codes and at every decoding for the weights, with dropout of the embeddings wherever they are used. It is
+    `adapt` takes the means of both Gaussians; with a key only a stochastic embedding draws. The objective draws from
+    them, once a class for the codes and at every decoding for the weights, with dropout of the embeddings wherever they
+    are used. It is
 
         L_Q(W) + β KL(q(z | S) ‖ N(0, I)) + γ |sg(z') − z|² + λ₁ (|E|² + |r|² + |G|²) / 2 + λ₂ |C − I|²
 
@@ -134,7 +136,7 @@ def leo(
     def init(key, inputs):
         embedding_key, *keys = jax.random.split(key, 6)
         params = embedding.init(embedding_key, inputs)
-        features = jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs)
+        features = embedded_like(embedding, params, inputs)
         return {"embedding": params} | _init_codes(keys, features, settings)
 
     def loss_of_weights(weights, support, key=None):
@@ -204,6 +206,7 @@ def leo(
     def objective(meta_params, episode):
         if episode.key is None:
             raise ValueError("the objective of LEO draws samples; give the episode a key, as Episode(..., key=key)")
+        check_query(episode)
         support_key, query_key, classify_key, dropout_key = jax.random.split(episode.key, 4)
         features = embed_all(meta_params, episode.support.inputs, support_key)
         task_params, info, (code, start, latents) = classify(

@@ -25,6 +25,7 @@ from maml_jax.types import (
     Model,
     check_integer,
     check_not_negative,
+    check_query,
     combine,
     partition,
     select,
@@ -124,6 +125,7 @@ def maml_plus_plus(
         return learner
 
     def objective(meta_params, episode):
+        check_query(episode)
         key = None if episode.key is None else jax.random.fold_in(episode.key, num_inner_steps)
 
         @jax.checkpoint

@@ -25,6 +25,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    all_examples,
     check_classes,
     check_integer,
     check_model,
@@ -319,7 +320,7 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
                 "episode._replace(key=jax.random.key(...)), a different one for every episode"
             )
         check_classes(way, episode.support.targets)
-        both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
+        both = all_examples(episode)
         check_classes(way, both.targets, "the episode")
         order_key, embedding_key = jax.random.split(episode.key)
         _, _, outputs, targets = run(meta_params, both.inputs, both.targets, order_key, embedding_key)

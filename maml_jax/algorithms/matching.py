@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from maml_jax.inner.embedding import embed, embedding_size, unit_length
+from maml_jax.inner.embedding import embed, embedded_like, unit_length
 from maml_jax.inner.learner import feed_forward
 from maml_jax.inner.recurrent import LSTMState, init_lstm, lstm_step
 from maml_jax.types import (
@@ -70,13 +70,14 @@ def matching_networks(
         if scale is not None:
             params["log_scale"] = jnp.zeros(()) + math.log(scale)
         if num_reads:
-            size = embedding_size(embedding, params["embedding"], inputs)
+            like = embedded_like(embedding, params["embedding"], inputs)
+            size, dtype = like.shape[1], like.dtype
             forward, backward, query = jax.random.split(context_key, 3)
             params["context"] = {
-                "forward": init_lstm(forward, size, size),
-                "backward": init_lstm(backward, size, size),
+                "forward": init_lstm(forward, size, size, dtype),
+                "backward": init_lstm(backward, size, size, dtype),
                 # Beside the embedding, its other input is what it read in the step before.
-                "query": init_lstm(query, 2 * size, size),
+                "query": init_lstm(query, 2 * size, size, dtype),
             }
         return params
 

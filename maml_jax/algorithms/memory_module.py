@@ -20,6 +20,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    all_examples,
     check_classes,
     check_integer,
     check_model,
@@ -133,7 +134,7 @@ def memory_module(
 
     def objective(meta_params, episode):
         check_classes(way, episode.support.targets)
-        both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
+        both = all_examples(episode)
         check_classes(way, both.targets, "the episode")
         found, _, (right, wrong, exist) = stream(meta_params, both.inputs, both.targets, episode.key)
         losses = jnp.maximum(0.0, jnp.sum(found * (wrong - right), -1) + margin)

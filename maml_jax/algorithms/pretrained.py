@@ -9,12 +9,10 @@ Finn et al., 2017, section 5.1 and appendix C. https://arxiv.org/abs/1703.03400
 
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from maml_jax.algorithms.maml import fomaml
-from maml_jax.types import LossFn, MetaLearner, Model
+from maml_jax.types import LossFn, MetaLearner, Model, all_examples
 
 
 def pretrained(
@@ -51,7 +49,7 @@ def pretrained(
     plain = fomaml(model, loss_fn, inner_optimizer=inner_optimizer, num_inner_steps=0)
 
     def objective(meta_params, episode):
-        both = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
+        both = all_examples(episode)
         return plain.objective(meta_params, episode._replace(query=both))
 
     return fine_tuned._replace(objective=objective)

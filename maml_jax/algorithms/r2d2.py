@@ -42,7 +42,8 @@ def r2d2(
     Args:
       embedding: a network from inputs [S, ...] to embeddings [S, D].
       loss_fn: `(outputs, targets) -> scalar` on the query set; `losses.cross_entropy` is the paper's.
-      way: N, the number of classes. Every class has at least one support example.
+      way: N, the number of classes. Every class has at least one support example. Under `jit` labels cannot be
+        checked; the output of a class without an example is then b.
       strength: λ > 0. As in the authors' code the squared error is a mean over the support set; the sum of the paper
         has the same solution with S times this λ.
       learn_strength: whether λ is learned, as its logarithm.

@@ -25,6 +25,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    check_function,
     check_integer,
     check_model,
     check_optimizer,
@@ -69,14 +70,16 @@ def reptile(
       meta-parameters are {"params": θ, "inner_state": state}.
 
     Raises:
-      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range; from `init`, if a state with random keys or an array of integers were to be carried.
+      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, `loss_fn` no function, or a
+        count no integer in its range; from `init`, if a state with random keys or an array of integers were to be
+        carried.
 
     References:
       Nichol et al., 2018, Algorithms 1 and 2, sections 4 and 6. https://arxiv.org/abs/1803.02999
     """
     check_optimizer("inner_optimizer", inner_optimizer)
     check_model(model)
+    check_function("loss_fn", loss_fn, "losses.cross_entropy")
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     if batch_size is not None:
         batch_size = check_integer("batch_size", batch_size, at_least=1)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from maml_jax.inner.embedding import embed, embedding_size
 from maml_jax.inner.learner import observed_once
-from maml_jax.types import MetaLearner, Model, check_classes, check_integer, check_model
+from maml_jax.types import MetaLearner, Model, all_examples, check_classes, check_integer, check_model
 
 
 def siamese(embedding: Model, *, way: int) -> MetaLearner:
@@ -65,7 +65,7 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
         return pairs @ is_class / jnp.sum(is_class, 0)[None]
 
     def objective(meta_params, episode):
-        inputs, targets = jax.tree.map(lambda s, q: jnp.concatenate([s, q]), *episode[:2])
+        inputs, targets = all_examples(episode)
         embedded = embed(embedding, meta_params["embedding"], inputs, episode.key)
         first, second = jnp.triu_indices(len(targets), k=1)
         is_same = targets[first] == targets[second]

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maml_jax.inner.embedding import embed
+from maml_jax.inner.embedding import embed, embedded_like
 from maml_jax.inner.learner import observed_once
 from maml_jax.types import (
     ArrayTree,
@@ -96,7 +96,7 @@ def neural_statistician(
         embedding_key, *keys, decoder_key = jax.random.split(key, 6)
         _check_images(inputs)
         params = embedding.init(embedding_key, inputs)
-        features = jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs)
+        features = embedded_like(embedding, params, inputs)
         num_features, dtype = features.shape[1], jnp.result_type(features.dtype, 0.0)
         num_codes = num_latent + num_context
         widths = {

@@ -23,9 +23,14 @@ def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey |
     return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
 
 
+def embedded_like(embedding: Model, params: ArrayTree, inputs: ArrayTree) -> jax.ShapeDtypeStruct:
+    """The shape [S, D] and the dtype of the embeddings of inputs like these, without computing one."""
+    return jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs)
+
+
 def embedding_size(embedding: Model, params: ArrayTree, inputs: ArrayTree) -> int:
     """D, the size of the embeddings of inputs like these, without computing one."""
-    return jax.eval_shape(lambda params, inputs: embed(embedding, params, inputs), params, inputs).shape[1]
+    return embedded_like(embedding, params, inputs).shape[1]
 
 
 def class_means(embedded: jax.Array, targets: jax.Array, way: int) -> jax.Array:
@@ -40,5 +45,9 @@ def squared_distances(embedded: jax.Array, others: jax.Array) -> jax.Array:
 
 
 def unit_length(vectors: jax.Array, epsilon: float = 1e-12) -> jax.Array:
-    """Vectors [..., D] divided by their length; ε is added to the square, so that a zero vector has a derivative."""
+    """Vectors [..., D] divided by their length, in float32 if they are of half precision.
+
+    ε is added to the square, so that a zero vector has a derivative.
+    """
+    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
     return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), -1, keepdims=True) + epsilon)

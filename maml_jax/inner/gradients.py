@@ -190,6 +190,7 @@ def check_inner_grad(
       ValueError: if it is larger than `rtol` or not a number, or `num_products` no positive integer.
     """
     num_products = check_integer("num_products", num_products, at_least=1)
+    args = (jax.tree.map(jnp.asarray, args[0]), *args[1:])
     floating, fixed = partition(args, lambda _, leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
 
     def product_of(transform):

@@ -23,6 +23,7 @@ from maml_jax.types import (
     check_function,
     check_integer,
     check_model,
+    check_query,
 )
 
 
@@ -67,7 +68,7 @@ def gradient_based(
 
     Raises:
       ValueError: if a count is no integer in its range, `model` is no `Model`, a loss or `inner_grad` no function, or
-        microbatches are asked for of data per step.
+        microbatches are asked for of data per step; from the objective, if the query set is empty.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
@@ -103,6 +104,7 @@ def gradient_based(
         return task_params, info._replace(opt_state=None)
 
     def objective(meta_params, episode):
+        check_query(episode)
         task_params, info = adapt(meta_params, episode.support, key=episode.key)
         query_key = None if episode.key is None else jax.random.fold_in(episode.key, num_inner_steps)
         outputs = model.call(task_params, episode.query.inputs, query_key)
@@ -130,6 +132,9 @@ def feed_forward(
 
     Returns:
       A `MetaLearner`. Its info has an empty `support_loss`, [0], and observes once.
+
+    Raises:
+      ValueError: from the objective, if the query set is empty.
     """
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
@@ -137,6 +142,7 @@ def feed_forward(
         return task_params, observed_once(task_params, observe_fn)
 
     def objective(meta_params, episode):
+        check_query(episode)
         task_params, info = adapt(meta_params, episode.support, key=episode.key)
         query_key = None if episode.key is None else jax.random.fold_in(episode.key, 1)
         outputs = predict(task_params, episode.query.inputs, query_key)

@@ -77,7 +77,7 @@ def inner_loop(
     References:
       Finn et al., 2017, Algorithm 1, lines 5-6. https://arxiv.org/abs/1703.03400
     """
-    num_steps = check_integer("num_inner_steps", num_steps, at_least=0)
+    num_steps = check_integer("num_steps", num_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
     check_floating(params)
     check_function("inner_grad", inner_grad, "maml_jax.mixed_mode or maml_jax.first_order")

@@ -3,7 +3,7 @@
 Hochreiter and Schmidhuber, 1997; with the forget gate of Gers et al., 2000.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,20 +23,22 @@ class LSTMState(NamedTuple):
     cell: jax.Array
 
 
-def init_lstm(key: PRNGKey, num_inputs: int, num_units: int) -> ArrayTree:
+def init_lstm(key: PRNGKey, num_inputs: int, num_units: int, dtype: Any = None) -> ArrayTree:
     """The parameters of an LSTM.
 
     Args:
       key: the randomness.
       num_inputs: I, the size of an input.
       num_units: H, the size of the hidden state.
+      dtype: of the parameters, which is that of the inputs; by default that of JAX.
 
     Returns:
       "kernel" [I + H, 4H], Glorot uniform, and "bias" [4H], the gates in the order input, forget, cell, output. The
       bias of the forget gate starts at one, the others at zero.
     """
-    kernel = jax.nn.initializers.glorot_uniform()(key, (num_inputs + num_units, 4 * num_units))
-    bias = jnp.zeros((4, num_units)).at[1].set(1.0).reshape(-1)
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    kernel = jax.nn.initializers.glorot_uniform()(key, (num_inputs + num_units, 4 * num_units), dtype)
+    bias = jnp.zeros((4, num_units), dtype).at[1].set(1.0).reshape(-1)
     return {"kernel": kernel, "bias": bias}
 
 

@@ -30,7 +30,7 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
         the model is stochastic. A key given to `apply` puts the module into training mode, and every stream gets
         its own key derived from it. Without a key the module is in evaluation mode, and every `nn.Dropout` is the
         identity. The mode is passed to the arguments `train`, `training` and `deterministic` of `module.__call__`,
-        if it has them. Without names, these arguments keep their defaults.
+        if it has them. Without names and `frozen`, these arguments keep their defaults.
       frozen: collections of variables beside "params" that stay as they are, such as the running averages
         `{"batch_stats": ...}` of a trained network. Without a key the module is then in evaluation mode.
 

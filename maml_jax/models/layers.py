@@ -128,7 +128,7 @@ class Conv(nn.Module):
 
 
 def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
-    """Maximum over windows that do not overlap. A remainder at the border is dropped.
+    """Maximum over windows that do not overlap, NaN if one value is. A remainder at the border is dropped.
 
     It is a chain of comparisons, whose second derivative is cheap on every backend. Of equal values in a window the
     first gets the derivative. The derivative of `jnp.max` would compare the maximum with its operands. If a compiler
@@ -146,4 +146,5 @@ def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     cropped = inputs[:, : rows * window[0], : columns * window[1]]
     tiles = cropped.reshape(batch, rows, window[0], columns, window[1], channels)
     parts = [tiles[:, :, row, :, column] for row in range(window[0]) for column in range(window[1])]
-    return functools.reduce(lambda largest, part: jnp.where(part > largest, part, largest), parts)
+    # A part that is NaN is taken, and a largest one that is NaN is kept.
+    return functools.reduce(lambda kept, part: jnp.where((part > kept) | jnp.isnan(part), part, kept), parts)

@@ -5,7 +5,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from maml_jax import anil, losses, maml, mixed_mode, models
+from maml_jax import anil, boil, losses, maml, mixed_mode, models
 from maml_jax.tasks import sinusoid
 
 MODEL = models.mlp(features=(6, 1), activation=jnp.tanh, param_dtype=jnp.float64)
@@ -57,6 +57,12 @@ def test_finite_differences(drawn, inner_grad):
     params, episode = drawn
     learner = anil(MODEL, losses.mean_squared_error, head=is_head, inner_grad=inner_grad, **RULE)
     check_grads(jax.jit(lambda params: learner.objective(params, episode)[0]), (params,), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("builder", [anil, boil])
+def test_a_head_that_is_no_function_is_an_error(builder):
+    with pytest.raises(ValueError, match=r"head must be a function such as .*, got 'head'"):
+        builder(MODEL, losses.mean_squared_error, head="head", **RULE)
 
 
 def test_a_head_that_is_not_there_is_an_error(drawn):

@@ -20,6 +20,16 @@ def predictions(learner, params, episode, key=None):
     return learner.predict(task_params, episode.query.inputs)
 
 
+def test_full_context_in_single_precision_where_double_is_the_default(x64):
+    episode = draw_episode()
+    inputs = episode.support.inputs.astype(jnp.float32)
+    learner = matching_networks(identity, losses.cross_entropy, way=WAY, num_reads=1)
+    params = learner.init(jax.random.key(0), inputs)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params["context"])} == {jnp.dtype(jnp.float32)}
+    task_params, _ = learner.adapt(params, episode.support._replace(inputs=inputs))
+    assert jnp.isfinite(learner.predict(task_params, inputs)).all()
+
+
 @pytest.mark.parametrize("scale", [None, 3.0])
 def test_probabilities_by_hand(x64, scale):
     episode = draw_episode()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -268,6 +269,27 @@ def test_a_whole_run(tmp_path, directories, capsys):
     assert again["methods"][0]["data_sets"]["signs"]["accuracy"] == protonets["data_sets"]["signs"]["accuracy"]
     other = dataclasses.replace(config, learners=config.learners[:1], run_dir=tmp_path / "other", seed=1)
     assert cross_domain.run(other)["methods"][0]["data_sets"] != again["methods"][0]["data_sets"]
+
+
+def test_learners_are_told_apart_by_their_names(tmp_path, capsys):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    given = make_run(tmp_path / "a" / "rate-0.4", inductive=True), make_run(tmp_path / "b" / "rate-0.4")
+    other = make_run(tmp_path / "rate-0.01")
+    assert cross_domain.methods_of(other)[0].label == "ProtoNets (rate-0.01)"
+    config = Config(given, data_sets=("digits",), ways=(4,), episodes=2, run_dir=tmp_path / "out")
+    labels = [record["label"] for record in cross_domain.run(config)["methods"][:2]]
+    assert labels == ["ProtoNets (a/rate-0.4)", "ProtoNets (b/rate-0.4)"]
+    assert cross_domain.short_names([Path("x/a.npz"), Path("y/a.npz"), Path("b")]) == ["x/a", "y/a", "b"]
+    assert cross_domain.short_names([Path("a.npz"), Path("a.zip")]) == ["a.npz", "a.zip"]
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    for record, name in zip(results["methods"], ("one", "two", "pixels"), strict=True):
+        record["label"] = name
+    capsys.readouterr()
+    cross_domain.show(results)
+    printed = capsys.readouterr().out
+    assert "one*" not in printed
+    assert "two*" in printed
 
 
 def test_mistakes_are_named_before_anything_is_written(tmp_path, directories):

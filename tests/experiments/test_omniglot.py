@@ -1,6 +1,7 @@
 """The Omniglot experiment in miniature, on made-up and on real characters."""
 
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -279,6 +280,7 @@ def test_defaults_are_those_of_the_paper():
             r"split 'train' of Omniglot: shot=15 plus query_shot=6 exceeds the 20 examples",
         ),
         ({"num_inner_steps": -2}, r"num_inner_steps must be an integer of at least 0, got -2"),
+        ({"train_episodes": 1}, r"--train-episodes 1 gives no interval; choose 0 or at least 2"),
     ],
 )
 def test_mistakes_are_reported_before_anything_is_trained(settings, message, drawings, tmp_path):
@@ -410,6 +412,19 @@ def test_the_accuracy_on_training_classes_is_logged_and_selects_nothing(drawings
     assert of_selected == [pytest.approx(float(found.mean[-1]))]
     assert len(at_validations) == sum("val" in record for record in logs[0])
     assert [{k: v for k, v in record.items() if k != "train"} for record in logs[4]] == logs[0]
+
+
+def test_a_training_holds_its_images_once_and_none_of_the_test(drawings):
+    training = classification.training_of(omniglot.DATA, omniglot.with_paper_defaults(config_of(**TINY)))
+    assert inspect.getclosurevars(training.monitor).nonlocals["tasks"] is training.sample_episode
+    held = jax.tree.leaves([inspect.getclosurevars(f).nonlocals for f in (training.validate, training.monitor)])
+    assert {len(leaf) for leaf in held if getattr(leaf, "ndim", 0) == 4} == {15 * 20, 7 * 20}
+
+
+def test_features_are_normalised_as_the_run_that_they_come_from():
+    mann = dataclasses.replace(omniglot.METHODS["mann"], network="features", pretrained_run=Path("run"))
+    assert not mann.population
+    assert classification.normalisation(mann) == "statistics of training images"
 
 
 def test_training_classes_that_are_too_few_for_the_test_are_not_scored(drawings, capsys):

@@ -385,7 +385,7 @@ def test_adding_never_replaces_other_results(tmp_path):
     assert json.loads(file.read_text()) == results
     assert report.add(tmp_path / "run", tmp_path / "results") == file  # the same again is no conflict
     (tmp_path / "run" / "results.json").write_text(json.dumps(results | {"seconds": {}}))
-    with pytest.raises(ValueError, match="holds other results of the same command; delete it"):
+    with pytest.raises(ValueError, match="holds other results of that name; delete it"):
         report.add(tmp_path / "run", tmp_path / "results")
 
 

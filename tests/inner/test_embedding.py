@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from maml_jax import Batch, Model, losses, pretrained_classifier, r2d2
-from maml_jax.inner.embedding import embed
+from maml_jax.inner.embedding import embed, unit_length
 
 WAY = 20
 
@@ -23,6 +23,11 @@ def model_of(dtype):
 )
 def test_embeddings_have_at_least_single_precision(dtype, expected, x64):
     assert embed(model_of(dtype), jnp.zeros(()), jnp.ones((2, 3))).dtype == expected
+
+
+def test_long_vectors_of_half_precision_have_unit_length():
+    vectors = jnp.array([[300.0, 400.0], [0.0, 0.0]], jnp.float16)  # the square of the first is infinite in float16
+    chex.assert_trees_all_close(unit_length(vectors), jnp.array([[0.6, 0.8], [0.0, 0.0]], jnp.float32))
 
 
 def adapted(build, dtype, **settings):

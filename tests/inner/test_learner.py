@@ -19,6 +19,7 @@ from maml_jax import (
     meta_curvature,
     meta_lstm,
     meta_sgd,
+    reptile,
     with_context,
 )
 
@@ -85,18 +86,20 @@ WITH_A_QUERY_LOSS = {
 }
 
 
-@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=lambda builder: builder.__name__)
-def test_the_query_set_may_have_a_loss_of_its_own(builder):
+def built(builder, query_loss_fn=None):
+    """An affine learner of two inner steps."""
     model = Model(
         init=lambda key, inputs: {"weight": jax.random.normal(key, inputs.shape[-1:]), "offset": jnp.zeros(())},
         apply=lambda params, inputs: inputs @ params["weight"] + params["offset"],
     )
     model = with_context(model) if builder is cavia else model
-    episode, settings = make_episode(jax.random.key(0)), WITH_A_QUERY_LOSS[builder]
-    one, other = (
-        builder(model, half_mse, query_loss_fn, num_inner_steps=2, **settings)
-        for query_loss_fn in (None, lambda outputs, targets: 3.0 * half_mse(outputs, targets))
-    )
+    return builder(model, half_mse, query_loss_fn, num_inner_steps=2, **WITH_A_QUERY_LOSS[builder])
+
+
+@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=lambda builder: builder.__name__)
+def test_the_query_set_may_have_a_loss_of_its_own(builder):
+    episode = make_episode(jax.random.key(0))
+    one, other = built(builder), built(builder, lambda outputs, targets: 3.0 * half_mse(outputs, targets))
     params = one.init(jax.random.key(1), episode.support.inputs)
     losses = [float(learner.objective(params, episode)[0]) for learner in (one, other)]
     assert losses[0] > 0
@@ -113,8 +116,24 @@ def test_losses_and_inner_gradients_are_checked_when_the_learner_is_built():
         maml(linear_model, half_mse, 3, **settings)
     with pytest.raises(ValueError, match=r"inner_grad must be a function such as .* got 'x'"):
         maml(linear_model, half_mse, inner_grad="x", **settings)
+    with pytest.raises(ValueError, match=r"loss_fn must be a function such as .* got 'mse'"):
+        reptile(linear_model, "mse", **settings)
+    with pytest.raises(ValueError, match=r"query_loss_fn must be a function such as .* got 'mse'"):
+        imaml(linear_model, half_mse, "mse", strength=1.0, num_cg_steps=1, **settings)
+
+
+@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=lambda builder: builder.__name__)
+def test_an_empty_query_set_is_refused(builder):
+    episode = make_episode(jax.random.key(0))
+    empty = episode._replace(query=jax.tree.map(lambda leaf: leaf[:0], episode.query))
+    learner = built(builder)
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+    with pytest.raises(ValueError, match="the query set of the episode is empty"):
+        learner.objective(params, empty)
 
 
 def test_counts_are_checked_when_the_learner_is_built():
     with pytest.raises(ValueError, match="num_microbatches must be an integer of at least 1, got 0"):
         maml(linear_model, half_mse, inner_optimizer=optax.sgd(1.0), num_inner_steps=1, num_microbatches=0)
+    with pytest.raises(ValueError, match=r"^num_steps must be an integer of at least 0, got -1"):
+        inner_loop(lambda params, _: params.sum(), optax.sgd(1.0), THETA, None, num_steps=-1)

@@ -77,6 +77,12 @@ def test_max_pool_takes_the_largest_and_drops_the_remainder():
             chex.assert_trees_all_equal(outputs[:, row, column], window.max((1, 2)))
 
 
+def test_max_pool_keeps_what_is_not_a_number():
+    for place in range(4):
+        window = jnp.ones(4).at[place].set(jnp.nan)
+        assert jnp.isnan(max_pool(window.reshape(1, 2, 2, 1)))[0, 0, 0, 0]
+
+
 def test_max_pool_of_another_window_agrees_with_reduce_window():
     inputs = normal(0, 2, 6, 6, 2)
     expected = jax.lax.reduce_window(inputs, -jnp.inf, jax.lax.max, (1, 3, 2, 1), (1, 3, 2, 1), "VALID")
