@@ -225,7 +225,8 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
       file: the PNG to write.
       records: as `experiments.few_shot_report.all_methods` returns them.
     """
-    figure, row = plt.subplots(1, len(TIMED_SETTINGS), figsize=(14, 5), sharey=True, layout="constrained")
+    size = (14, max(5.0, 0.25 * len(records)))  # the legend has a row for each
+    figure, row = plt.subplots(1, len(TIMED_SETTINGS), figsize=size, sharey=True, layout="constrained")
     drawn = {}
     for index, record in enumerate(records):
         for axes, setting in zip(row, TIMED_SETTINGS, strict=True):
