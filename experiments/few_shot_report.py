@@ -18,9 +18,10 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 - A method whose parameters do not depend on the number of classes is tested in all four settings after one training.
 - Split by alphabet, the test has new alphabets. Numbers of different splits are not comparable.
 - Rows of MAML and its family with `--inductive`, `--split-by alphabet` have the split of the learners that compare
-  embeddings, and a twelfth of the recipe's meta-steps. They differ in the rest of the test: one query of a class and
-  not five, characters that are turned at random and not four classes of each, and normalisation with the support set
-  and not by training images.
+  embeddings, and a twelfth of the recipe's meta-steps. That of MAML with `--rotated-classes`, `--rotated-test-classes`,
+  `--query-shot 5` has their test in all but the normalisation, which is with the support set and not by training
+  images. The others have one query of a class and not five, and characters that are turned at random and not four
+  classes of each.
 - Queries are those of a class in a test episode.
 - An inductive test classifies every query on its own. In a transductive one the queries are normalised together.
 - The column of meta-steps has those of the training and those of the recipe. The recipes of 20,000 of ProtoNets,
