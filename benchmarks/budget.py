@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from experiments.common import matmul_algorithm
+from experiments.devices import matmul_algorithm
 from maml_jax.types import ArrayTree
 
 NO_TIME = "no time"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from experiments.common import matmul_algorithm, mesh_for
+from experiments.devices import matmul_algorithm, mesh_for
 from maml_jax import first_order, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import conv_lax, conv_matmul

@@ -17,7 +17,7 @@ import numpy as np
 from benchmarks import common
 from benchmarks.peers import by_path, check, distance
 from experiments import navigation
-from experiments.common import mesh_for
+from experiments.devices import mesh_for
 from maml_jax import init_meta_state, make_train_loop, rl
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.types import task_keys

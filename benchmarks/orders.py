@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from benchmarks import common
-from experiments.common import mesh_for
+from experiments.devices import mesh_for
 from experiments.runs import RunError, format_mean, streams
 from maml_jax import (
     MetaLearner,

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from experiments.common import mesh_for
+from experiments.devices import mesh_for
 from experiments.runs import RunError
 from maml_jax import MetaState, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.models.layers import conv_lax, conv_matmul

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import common, figures, runs, seeds
+from experiments import common, devices, figures, runs, seeds
 from experiments.cli import RunConfig, check_counts, flag
 from experiments.common import Training
 from experiments.runs import RunError, console, replace_known, stored_config
@@ -400,7 +400,7 @@ def score(
         key,
         metric_fn=losses.accuracy,
         num_episodes=num_episodes,
-        mesh=common.mesh_of_any(num_episodes),
+        mesh=devices.mesh_of_any(num_episodes),
         one_query_at_a_time=config.inductive,
         stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters
     )
@@ -420,31 +420,46 @@ def training_of(data: DataSet, config: Any) -> Training:
     say = functools.partial(console.print, markup=False)
     for _ in tests(data, config, say):
         pass
-    common.mesh_for(config.eval_episodes)
+    devices.mesh_for(config.eval_episodes)
     complete = with_statistics(data, config)
     if config.population:
         check_population(config, learner, tester, complete, validation)
     key = runs.streams(config.seed).val
 
-    def validate(params: ArrayTree) -> float:
-        return float(score(config, tester, complete(params), validation, key, config.eval_episodes).mean[-1])
+    def accuracy(params: ArrayTree, tasks: SampleEpisodeFn, num_episodes: int) -> float:
+        return float(score(config, tester, complete(params), tasks, key, num_episodes).mean[-1])
 
-    monitor = None
-    if config.train_episodes:
-        try:
-            tasks = make_sampler(data, config, "train", config.way, config.shot)
-        except RunError as error:
-            say(f"the accuracy on training classes is not logged: {error}")
-        else:
-            # Samplers with the same settings draw the same: one copy of the images is enough.
-            tasks = training if tasks.func == training.func else tasks
+    known = monitored_tasks(data, config, training, say)
+    return Training(
+        learner,
+        training,
+        lambda params: accuracy(params, validation, config.eval_episodes),
+        config.ensemble,
+        data_digest=digest_of(data, config),
+        monitor=None if known is None else lambda params: {"train": accuracy(params, known, config.train_episodes)},
+    )
 
-            def monitor(params: ArrayTree) -> dict[str, float]:
-                found = score(config, tester, complete(params), tasks, key, config.train_episodes)
-                return {"train": float(found.mean[-1])}
 
-    digest = digest_of(data, config)
-    return Training(learner, training, validate, config.ensemble, data_digest=digest, monitor=monitor)
+def monitored_tasks(
+    data: DataSet, config: Any, training: SampleEpisodeFn, say: Callable[[str], object]
+) -> SampleEpisodeFn | None:
+    """Tasks like those of the test from the training classes; None if they are not wanted or there are too few.
+
+    Args:
+      data: the data set.
+      config: the settings.
+      training: the task distribution of the training, which is returned if it is the same.
+      say: is told why there are none.
+    """
+    if not config.train_episodes:
+        return None
+    try:
+        tasks = make_sampler(data, config, "train", config.way, config.shot)
+    except RunError as error:
+        say(f"the accuracy on training classes is not logged: {error}")
+        return None
+    # Samplers of equal settings draw the same episodes, so one copy of the images is enough.
+    return training if tasks.func == training.func else tasks
 
 
 def check_trainable(data: DataSet, config: Any) -> None:
@@ -508,7 +523,7 @@ def run(data: DataSet, config: Any) -> dict:
     def instance_accuracy(params: ArrayTree) -> dict[str, list[float]]:
         """The accuracy on the 1st, 2nd, ... image of a class in a sequence as long as those of the training."""
         sequences = make_sampler(data, config, "test", config.way, config.train_shot)
-        mesh = common.mesh_for(config.eval_episodes)
+        mesh = devices.mesh_for(config.eval_episodes)
         found = evaluate_objective(
             training.learner, params, sequences, key, num_episodes=config.eval_episodes, mesh=mesh
         )

@@ -23,7 +23,7 @@ import tyro
 from rich.console import Console
 from rich.markup import escape
 
-from experiments.common import set_up_jax
+from experiments.devices import set_up_jax
 from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, flag
 from experiments.tracking import Tracking
 from maml_jax import CATALOGUE, processes
@@ -42,8 +42,8 @@ GROUPS = {
         "max_norm",
     ),
     "test": (
-        "eval_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive", "population", "ensemble",
-        "tune_inner_lr", "inner_lr_grid", "val_every", "eval_shot", "later_lr", "sizes",
+        "eval_episodes", "train_episodes", "eval_shots", "eval_query_shot", "eval_inner_steps", "inductive",
+        "population", "ensemble", "tune_inner_lr", "inner_lr_grid", "val_every", "eval_shot", "later_lr", "sizes",
         "validation_pairs", "num_subsets", "dev_pairs", "finetune_lr", "finetune_steps", "finetune_batch", "beam",
     ),
     "run": (

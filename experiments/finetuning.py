@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from experiments import decoding, lexical
-from experiments.common import mesh_of_any
+from experiments.devices import mesh_of_any
 from experiments.parallel_text import Language, Pairs
 from maml_jax import inner, losses, parallel
 from maml_jax.models import PAD, UNIVERSAL_VECTORS, Sentences, Translator

@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from experiments import common, figures, packs, runs
+from experiments import common, devices, figures, packs, runs
 from experiments.cli import Precision, check_counts, check_outer_lr_end, check_run_dir, check_seed, flag, main
 from experiments.runs import RunError, console
 from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
@@ -320,7 +320,7 @@ def make_search(learner: MetaLearner, episode: Episode) -> Callable[[Sequence[Ca
 
     def search(tried: Sequence[Candidate]) -> Candidate:
         if len(tried) not in programs:
-            mesh = common.mesh_for(len(tried))
+            mesh = devices.mesh_for(len(tried))
             programs[len(tried)] = jax.jit(losses_of) if mesh is None else each_task(losses_of, mesh)
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(candidate.hyperparameters for candidate in tried))
         found = np.asarray(programs[len(tried)](episode, stacked))
@@ -341,7 +341,7 @@ def score(
             make_sampler(digits["training"], digits[split]),
             runs.streams(config.seed).test,
             num_episodes=config.eval_episodes,
-            mesh=common.mesh_for(config.eval_episodes),
+            mesh=devices.mesh_for(config.eval_episodes),
         )
         (loss, info), (loss_ci95, info_ci95) = of_runs.mean, of_runs.ci95
         found[f"{split}_loss"] = {"mean": float(loss), "ci95": float(loss_ci95)}
@@ -436,7 +436,7 @@ def run(config: Config) -> dict[str, Any]:
                 sampler,
                 runs.streams(config.seed).val,
                 num_episodes=config.val_episodes,
-                mesh=common.mesh_for(config.val_episodes),
+                mesh=devices.mesh_for(config.val_episodes),
             )
             return -float(found.mean[0])
 

@@ -24,7 +24,7 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import common, figures, published, runs, seeds
+from experiments import common, devices, figures, published, runs, seeds
 from experiments.cli import RunConfig, check_counts, flag, main, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
@@ -271,7 +271,7 @@ def returns_program(config: Config, num_goals: int, num_updates: int, num_trajec
 
         return jax.lax.map(at_one, goals_and_keys)
 
-    mesh = common.mesh_of_any(num_goals)
+    mesh = devices.mesh_of_any(num_goals)
     return jax.jit(at) if mesh is None else parallel.each_task(at, mesh)
 
 

@@ -14,7 +14,7 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import common, figures, runs, seeds
+from experiments import common, devices, figures, runs, seeds
 from experiments.cli import RunConfig, flag, with_defaults
 from experiments.common import Training
 from experiments.runs import RunError, stored_config
@@ -377,7 +377,7 @@ def trials_program(problem: Problem, settings: TrialTraining, count: int, greedy
 
         return jax.lax.map(one, keys, batch_size=TEST_CHUNK)
 
-    mesh = common.mesh_of_any(count)
+    mesh = devices.mesh_of_any(count)
     return jax.jit(go_through) if mesh is None else parallel.each_task(go_through, mesh)
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from experiments import cli, common, runs
+from experiments import cli, common, devices, runs
 from maml_jax import evaluate, losses, maml
 from maml_jax.models import mlp
 from maml_jax.tasks import few_shot
@@ -71,7 +71,7 @@ def run(config: Config) -> None:
             key,
             metric_fn=losses.cross_entropy,
             num_episodes=config.eval_episodes,
-            mesh=common.mesh_for(config.eval_episodes),
+            mesh=devices.mesh_for(config.eval_episodes),
         )
 
     validations = []

@@ -17,7 +17,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from experiments import bandits, common, hyperparameters, nonfinite, progress, runs
+from experiments import bandits, common, devices, hyperparameters, nonfinite, progress, runs
 from experiments import sinusoid as sinusoid_experiment
 from experiments.tracking import Tracking
 from maml_jax import (
@@ -337,10 +337,10 @@ def test_a_loss_that_is_not_finite_stops_a_run_that_leaves_out_gradients(tmp_pat
 
 def test_a_mesh_is_the_largest_that_divides():
     assert jax.device_count() == 8
-    assert common.mesh_for(32).size == 8
-    assert common.mesh_for(12).size == 6
-    assert common.mesh_for(25).size == 5
-    assert common.mesh_for(11) is None
+    assert devices.mesh_for(32).size == 8
+    assert devices.mesh_for(12).size == 6
+    assert devices.mesh_for(25).size == 5
+    assert devices.mesh_for(11) is None
 
 
 @pytest.mark.parametrize(("name", "expected"), [("sgd", -1.0), ("adam", -0.5)])
@@ -352,9 +352,9 @@ def test_the_outer_optimiser_is_the_one_asked_for_at_its_rate(name, expected):
 
 
 def test_a_bfloat16_product_is_one_on_every_device():
-    assert common.matmul_algorithm("bfloat16") == "BF16_BF16_F32"
-    assert common.matmul_algorithm("float32") == "float32"
-    assert jax.lax.DotAlgorithmPreset[common.matmul_algorithm("bfloat16")]
+    assert devices.matmul_algorithm("bfloat16") == "BF16_BF16_F32"
+    assert devices.matmul_algorithm("float32") == "float32"
+    assert jax.lax.DotAlgorithmPreset[devices.matmul_algorithm("bfloat16")]
 
 
 def test_of_equal_scores_the_first_state_is_kept_and_the_time_of_training_survives(tmp_path):

@@ -416,7 +416,7 @@ def test_the_accuracy_on_training_classes_is_logged_and_selects_nothing(drawings
 
 def test_a_training_holds_its_images_once_and_none_of_the_test(drawings):
     training = classification.training_of(omniglot.DATA, omniglot.with_paper_defaults(config_of(**TINY)))
-    assert inspect.getclosurevars(training.monitor).nonlocals["tasks"] is training.sample_episode
+    assert inspect.getclosurevars(training.monitor).nonlocals["known"] is training.sample_episode
     held = jax.tree.leaves([inspect.getclosurevars(f).nonlocals for f in (training.validate, training.monitor)])
     assert {len(leaf) for leaf in held if getattr(leaf, "ndim", 0) == 4} == {15 * 20, 7 * 20}
 
