@@ -336,7 +336,7 @@ def _check_read(given: Any, default: Any) -> None:
         if other in found and found[other] not in read_with:
             raise ValueError(
                 f"{flag(name)} {found[name]} has no effect with {flag(other)} {found[other]}; leave it at "
-                f"{of_method[name]}, or choose {' or '.join(map(str, read_with))}"
+                f"{of_method[name]}, or choose {' or '.join(f'{flag(other)} {value}' for value in read_with)}"
             )
 
 

@@ -75,7 +75,11 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
     [
         (omniglot, ["maml", "--network", "mlp", "--filters", "9"], "--filters 9 has no effect with --network mlp"),
         (omniglot, ["maml", "--network", "mlp", "--pooling"], "--pooling True has no effect with --network mlp"),
-        (omniglot, ["maml", "--rotated-test-classes"], "no effect with --rotated-classes False; .* or choose True"),
+        (
+            omniglot,
+            ["maml", "--rotated-test-classes"],
+            "no effect with --rotated-classes False; .* or choose --rotated-classes True",
+        ),
         (sinusoid, ["reptile", "--carry-state"], "--carry-state True has no effect with --inner-optimizer sgd"),
         (omniglot, ["protonets", "--network", "pixels"], "--network pixels leaves protonets without parameters"),
         (omniglot, ["maml++", "--adapt-norm"], "--adapt-norm True has no effect with --per-step-norm True"),
