@@ -471,8 +471,8 @@ def check_trainable(data: DataSet, config: Any) -> None:
         )
     if (given := getattr(config.hyperparameters, "num_classes", None)) is None:
         return
-    unset = dataclasses.replace(config, hyperparameters=dataclasses.replace(config.hyperparameters, num_classes=None))
-    if given < (needed := data.with_paper_defaults(unset).hyperparameters.num_classes):
+    times = 4 if data.turned(config, "train").get("rotated_classes") else 1
+    if given < (needed := times * len(data.examples(config, "train"))):
         raise RunError(f"--num-classes {given} is smaller than the {needed} training classes; leave it out")
 
 
