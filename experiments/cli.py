@@ -1,6 +1,5 @@
 """The command line: settings that experiments share, one subcommand for each method of the catalogue."""
 
-import _thread
 import ast
 import contextlib
 import dataclasses
@@ -443,7 +442,9 @@ def _interrupts() -> Iterator[None]:
     def again(unraisable: Any) -> None:
         # A destructor or a callback of the garbage collector, such as JAX's, cannot raise. It is over in a moment.
         if issubclass(unraisable.exc_type, KeyboardInterrupt):
-            threading.Timer(0.1, _thread.interrupt_main).start()
+            # A signal to the thread also wakes it up where it waits, which `_thread.interrupt_main` does not.
+            to_main = threading.main_thread().ident, signal.SIGINT
+            threading.Timer(0.1, signal.pthread_kill, to_main).start()
         else:
             hook(unraisable)
 

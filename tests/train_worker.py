@@ -47,7 +47,7 @@ def train_streamed(run_dir: Path, steps: int) -> None:
     config = dataclasses.replace(
         images.METHODS["maml"], stream=True, data_dir=run_dir.parent / "photographs", size=16, filters=2, way=2,
         query_shot=1, meta_batch_size=2, num_meta_steps=steps, val_every=2, log_every=1, eval_episodes=2,
-        eval_inner_steps=1, run_dir=run_dir,
+        train_episodes=2, eval_inner_steps=1, run_dir=run_dir,
     )  # fmt: skip
     images.run(config)
 

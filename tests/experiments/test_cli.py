@@ -127,7 +127,7 @@ def interruptible():
 
 
 def test_an_interruption_that_a_garbage_collection_swallows_is_raised_again(capsys, interruptible):
-    armed = []
+    armed, start = [], time.monotonic()
 
     def callback(phase, info):
         if armed:
@@ -146,6 +146,7 @@ def test_an_interruption_that_a_garbage_collection_swallows_is_raised_again(caps
     finally:
         gc.callbacks.remove(callback)
     assert ended.value.code == 130
+    assert time.monotonic() - start < 30  # it ends the wait
     assert "Exception ignored" not in capsys.readouterr().err
 
 

@@ -33,6 +33,7 @@ TINY_IMAGES = {
     "log_every": 1,
     "meta_batch_size": EPISODES,
     "eval_episodes": EPISODES,
+    "train_episodes": 0,
     "network": "mlp",
     "way": 3,
     "query_shot": 2,

@@ -22,6 +22,7 @@ TINY = {
     "log_every": 2,
     "meta_batch_size": 2,
     "eval_episodes": 4,
+    "train_episodes": 0,
     "eval_inner_steps": 1,
     "filters": 3,
     "size": 16,

@@ -25,6 +25,7 @@ TINY = {
     "log_every": 1,
     "meta_batch_size": 4,
     "eval_episodes": 4,
+    "train_episodes": 0,
     "eval_inner_steps": 3,
     "network": "mlp",
 }
@@ -376,7 +377,7 @@ def test_validation_and_test_have_classes_and_keys_of_their_own(drawings, tmp_pa
         return evaluate(learner, params, sample_episode, key, **kwargs)
 
     monkeypatch.setattr(classification, "evaluate", record)
-    omniglot.run(config_of(run_dir=tmp_path, **TINY))
+    omniglot.run(config_of(**TINY | {"run_dir": tmp_path, "train_episodes": 4}))
     keys = runs.streams(0)
     validation = [(7, keys.val), (15, keys.val)]  # the numbers of classes of the splits; training classes are logged
     assert seen == [*validation, *validation, (8, keys.test)]
@@ -397,7 +398,7 @@ def test_the_sampler_rotates_if_asked_to(drawings, monkeypatch, rotations):
 def test_the_accuracy_on_training_classes_is_logged_and_selects_nothing(drawings, tmp_path):
     logs = {}
     for episodes in (0, 4):
-        config = config_of(run_dir=tmp_path / str(episodes), train_episodes=episodes, **TINY)
+        config = config_of(**TINY | {"run_dir": tmp_path / str(episodes), "train_episodes": episodes})
         omniglot.run(config)
         records = runs.read_log(config.run_dir)
         logs[episodes] = [{k: v for k, v in record.items() if k != "steps_per_second"} for record in records]
@@ -415,7 +416,8 @@ def test_the_accuracy_on_training_classes_is_logged_and_selects_nothing(drawings
 
 
 def test_a_training_holds_its_images_once_and_none_of_the_test(drawings):
-    training = classification.training_of(omniglot.DATA, omniglot.with_paper_defaults(config_of(**TINY)))
+    config = omniglot.with_paper_defaults(config_of(**TINY | {"train_episodes": 4}))
+    training = classification.training_of(omniglot.DATA, config)
     assert inspect.getclosurevars(training.monitor).nonlocals["known"] is training.sample_episode
     held = jax.tree.leaves([inspect.getclosurevars(f).nonlocals for f in (training.validate, training.monitor)])
     assert {len(leaf) for leaf in held if getattr(leaf, "ndim", 0) == 4} == {15 * 20, 7 * 20}
