@@ -114,7 +114,7 @@ def test_seeds_that_were_saved_at_different_steps_go_on_from_the_last_common_one
         assert logged(tmp_path / f"seed-{seed}") == logged(together[0] / f"seed-{seed}")
 
 
-@pytest.mark.parametrize("num_seeds", [2, 4])
+@pytest.mark.parametrize("num_seeds", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_seeds_that_are_stopped_within_the_last_checkpoint_end_with_the_same_parameters(
     num_seeds, tmp_path, monkeypatch
 ):
