@@ -15,3 +15,18 @@ def _runs_are_on_one_device_and_count_no_operations(request):
             patch.setattr(devices, "mesh_for", lambda *counts: None)
             patch.setattr(common, "flops_of_a_meta_step", lambda *args: None)
         yield
+
+
+class TrainingReached(Exception):
+    """What a run does before its training is done."""
+
+
+@pytest.fixture
+def reached(monkeypatch):
+    """A context in which a run must reach its training, and ends there."""
+
+    def train(run_dir, config, training):
+        raise TrainingReached
+
+    monkeypatch.setattr(common, "train", train)
+    return pytest.raises(TrainingReached)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import classification, common, omniglot, runs
+from experiments import classification, omniglot, runs
 from maml_jax import CATALOGUE, Batch, Model, evaluate, load_learner, losses
 from maml_jax.tasks import few_shot
 from maml_jax.types import Evaluation, learner_at
@@ -103,18 +103,10 @@ def test_every_algorithm_builds_the_learners_of_training_and_test(algorithm):
     assert info.observed.shape == (num_steps + 1,)
 
 
-class TrainingReached(Exception):
-    """What a run does first is done."""
-
-
 @pytest.mark.parametrize("algorithm", sorted(set(omniglot.METHODS) - {"leo"}))  # LEO needs a run of another
-def test_every_recipe_reaches_its_training(algorithm, drawings, tmp_path, monkeypatch):
-    def train(run_dir, config, training):
-        raise TrainingReached
-
-    monkeypatch.setattr(common, "train", train)
+def test_every_recipe_reaches_its_training(algorithm, drawings, tmp_path, reached):
     config = dataclasses.replace(omniglot.METHODS[algorithm], run_dir=tmp_path)
-    with pytest.raises(TrainingReached):
+    with reached:
         classification.run(dataclasses.replace(omniglot.DATA, settings=((5, 1), (5, 5))), config)
 
 
