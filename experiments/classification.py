@@ -471,9 +471,13 @@ def check_trainable(data: DataSet, config: Any) -> None:
         )
     if (given := getattr(config.hyperparameters, "num_classes", None)) is None:
         return
-    times = 4 if data.turned(config, "train").get("rotated_classes") else 1
-    if given < (needed := times * len(data.examples(config, "train"))):
+    if given < (needed := num_training_classes(data, config)):
         raise RunError(f"--num-classes {given} is smaller than the {needed} training classes; leave it out")
+
+
+def num_training_classes(data: DataSet, config: Any) -> int:
+    """The number of training classes; with rotations as classes there are four of each."""
+    return len(data.examples(config, "train")) * (4 if data.turned(config, "train").get("rotated_classes") else 1)
 
 
 def check_population(

@@ -245,7 +245,7 @@ def run(config: Config) -> dict:
     """Trains, tests the state with the best validation accuracy, and returns the content of results.json."""
     config = with_paper_defaults(config)
     if config.algorithm == "pretrained-classifier":
-        config = with_defaults(config, {"num_classes": len(examples(config, "train"))})
+        config = with_defaults(config, {"num_classes": classification.num_training_classes(DATA, config)})
     return classification.run(DATA, config)
 
 

@@ -32,8 +32,7 @@ class Config:
     """What is drawn."""
 
     run_dir: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
-    """The directory of a run of experiments.sinusoid, experiments.navigation or experiments.mazes, or of one that
-    classifies images; it need not be finished."""
+    """The directory of a run of sinusoid, navigation or mazes, or of one that classifies images, also unfinished."""
     episodes: int = 3
     """Episodes; one figure each, as .png and as .pdf, or one row each of a figure of behaviour."""
     seed: int = 0
