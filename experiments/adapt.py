@@ -27,7 +27,7 @@ from rich.table import Table
 from experiments import runs
 from experiments.cli import Precision, main
 from experiments.export import config_of_run
-from experiments.runs import RunError, console
+from experiments.runs import RunError, console, messages_to_stderr
 from maml_jax.portable import INK, PHOTOGRAPH, LearnerConfig, Portable, build_learner, classify, load_learner
 from maml_jax.tasks import drawings, image_files, image_folder
 from maml_jax.types import Batch
@@ -72,14 +72,15 @@ class Queries(NamedTuple):
 
 def run(config: Config) -> dict:
     """Classifies, prints, and returns what `--json` prints."""
-    learner_config = open_config(config.learner)
-    read_images = reader_of(learner_config, config.ink)
-    files = image_files.class_files(config.support, at_least=2)
-    names, images = list(files), [read_images(of_class) for of_class in files.values()]
-    check_way(learner_config, names, config.support)
-    queries = read_queries(config.query, names, read_images)
-    loaded = open_learner(config.learner, way=len(names))
-    answers = answer(loaded, names, drawings.as_batch(images), queries, one_at_a_time=config.one_at_a_time)
+    with messages_to_stderr(config.json):
+        learner_config = open_config(config.learner)
+        read_images = reader_of(learner_config, config.ink)
+        files = image_files.class_files(config.support, at_least=2)
+        names, images = list(files), [read_images(of_class) for of_class in files.values()]
+        check_way(learner_config, names, config.support)
+        queries = read_queries(config.query, names, read_images)
+        loaded = open_learner(config.learner, way=len(names))
+        answers = answer(loaded, names, drawings.as_batch(images), queries, one_at_a_time=config.one_at_a_time)
     if config.json:
         print(json.dumps(answers, indent=1))
     else:

@@ -65,6 +65,14 @@ _READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "num_characters": ("data", ("rotated-omniglot",)),
     "rotated_test_classes": ("rotated_classes", (True,)),
     "carry_state": ("inner_optimizer", ("adam",)),
+    "eps_root": ("inner_optimizer", ("adam",)),
+    "augment": ("network", ("conv4", "multi-scale", "resnet12")),
+    "train_embedding": ("network", ("conv4", "multi-scale", "resnet12", "mlp")),
+    "depth": ("network", ("transformer",)),
+    "vector_size": ("lexical", (True,)),
+    "margin": ("losses", ("cdt",)),
+    "positive_threshold": ("losses", ("mfr",)),
+    "negative_threshold": ("losses", ("mfr",)),
 }
 """By setting, another one and its values with which the first has an effect."""
 _CLASSIFIERS = {name: entry.hyperparameters for name, entry in CATALOGUE.items() if entry.classifies}
@@ -144,9 +152,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a number that cannot be; "~" in a path is the home."""
-        for field in dataclasses.fields(self):
-            if isinstance(path := getattr(self, field.name), Path):
-                object.__setattr__(self, field.name, path.expanduser())
+        expand_home(self)
         check_run_dir(self.run_dir)
         positive = ("shot", "query_shot", "meta_batch_size", "val_every", "log_every", "chunk_size", "outer_half_life")
         check_counts(self, **dict.fromkeys((*positive, "seeds"), 1), num_meta_steps=0, eval_episodes=2)
@@ -161,6 +167,13 @@ class RunConfig:
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
                 "between compiled calls of --log-every meta-steps"
             )
+
+
+def expand_home(config: Any) -> None:
+    """Replaces "~" by the home directory in every setting that is a path, while a frozen dataclass is built."""
+    for field in dataclasses.fields(config):
+        if isinstance(path := getattr(config, field.name), Path):
+            object.__setattr__(config, field.name, path.expanduser())
 
 
 def check_run_dir(run_dir: Path | None) -> None:

@@ -10,12 +10,11 @@ the seeds. Runs of navigation are tested at the same goals, and those of bandits
 faces and translation only the settings, the learning curves and the reported numbers are shown.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +27,7 @@ from experiments import figures, pictures, runs
 from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
 from experiments.retest import ACCURACY, METRICS, Metric, Run, Test, check_checkpoint, fingerprint, open_run, tests
-from experiments.runs import RunError, console, format_mean
+from experiments.runs import RunError, console, format_mean, messages_to_stderr
 from maml_jax.types import check_integer
 
 LEVEL = 0.05
@@ -77,11 +76,6 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
     """
     if len(run_dirs) < 2:
         raise RunError(f"a comparison needs two or more run directories, got {len(run_dirs)}; name another run")
-    places: dict[Path, Path] = {}
-    for run_dir in run_dirs:
-        if (place := run_dir.resolve()) in places:
-            raise RunError(f"{places[place]} and {run_dir} are the same run; name different runs")
-        places[place] = run_dir
     names = [run_dir.resolve().name for run_dir in run_dirs]
     if len(set(names)) < len(names):
         names = [str(run_dir) for run_dir in run_dirs]
@@ -89,6 +83,11 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
     for run_dir, name in zip(run_dirs, names, strict=True):
         seeds = [] if (run_dir / "config.json").exists() else runs.seed_directories(run_dir)
         opened += [open_run(run_dir / seed, f"{name}/{seed}", name) for seed in seeds] or [open_run(run_dir, name)]
+    places: dict[Path, Path] = {}
+    for run in opened:
+        if (place := run.run_dir.resolve()) in places:
+            raise RunError(f"{places[place]} and {run.run_dir} are the same run; name different runs")
+        places[place] = run.run_dir
     for run in opened[1:]:
         if run.experiment != opened[0].experiment:
             raise RunError(
@@ -139,23 +138,13 @@ def matches(a: Sequence[Test], b: Sequence[Test]) -> list[tuple[int, int, dict[s
 
 def run(config: Config) -> dict[str, Any]:
     """Compares, prints, and returns what `--json` prints."""
-    with _messages_to_stderr(config.json):
+    with messages_to_stderr(config.json):
         compared = compare(config)
     if config.json:
         print(json.dumps(compared, indent=1, allow_nan=False))
     else:
         show(compared)
     return compared
-
-
-@contextlib.contextmanager
-def _messages_to_stderr(wanted: bool) -> Iterator[None]:
-    """Sends what is printed meanwhile to the standard error, which leaves the standard output to JSON."""
-    before, console.stderr = console.stderr, wanted or console.stderr
-    try:
-        yield
-    finally:
-        console.stderr = before
 
 
 def compare(config: Config) -> dict[str, Any]:
@@ -169,11 +158,10 @@ def compare(config: Config) -> dict[str, Any]:
     opened = open_runs(config.runs, needs_checkpoint=config.episodes > 0)
     if config.figure is not None:
         try:  # before the tests, which take minutes
-            config.figure.parent.mkdir(parents=True, exist_ok=True)
+            draw_curves(config.figure, opened)
         except OSError as error:
-            raise RunError(
-                f"--figure {config.figure} cannot be written ({error.strerror}); name another file"
-            ) from error
+            reason = error.strerror or error
+            raise RunError(f"--figure {config.figure} cannot be written ({reason}); name another file") from error
     names = [run.name for run in opened]
     of_runs = {run.name: tests(run) for run in opened}
     found: dict[tuple[str, int], np.ndarray] = {}
@@ -235,16 +223,19 @@ def compare(config: Config) -> dict[str, Any]:
         "over_seeds": over_seeds(pairs, {run.name: run.group for run in opened}),
         "figure": None if config.figure is None else str(config.figure),
     }
-    if config.figure is not None:
-        logs: dict[str, list] = {}
-        for run in opened:
-            label = f"{run.group or run.name} ({figures.title(run.config.algorithm)})"
-            logs.setdefault(label, []).append(runs.read_log(run.run_dir))
-        # The log of a seed that is being trained may be a line ahead of the others.
-        shortest = {label: min(map(len, of_seeds)) for label, of_seeds in logs.items()}
-        cut = {label: [log[: shortest[label]] for log in of_seeds] for label, of_seeds in logs.items()}
-        figures.learning_curves(config.figure, cut)
     return runs.finite(compared)
+
+
+def draw_curves(file: Path, opened: Sequence[Run]) -> None:
+    """Draws the learning curves of the runs; those of the seeds of one command as their mean."""
+    logs: dict[str, list] = {}
+    for run in opened:
+        label = f"{run.group or run.name} ({figures.title(run.config.algorithm)})"
+        logs.setdefault(label, []).append(runs.read_log(run.run_dir))
+    # The log of a seed that is being trained may be a line ahead of the others.
+    shortest = {label: min(map(len, of_seeds)) for label, of_seeds in logs.items()}
+    cut = {label: [log[: shortest[label]] for log in of_seeds] for label, of_seeds in logs.items()}
+    figures.learning_curves(file, cut)
 
 
 def metric_of(name: str) -> Metric:

@@ -14,6 +14,7 @@ see `maml_jax.tasks.variable`. Omniglot has no hierarchy of alphabets here.
 
 import dataclasses
 import functools
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from experiments import classification, figures, packs, runs
-from experiments.cli import OptionalPath, Precision, main
+from experiments.cli import OptionalPath, Precision, check_run_dir, check_seed, expand_home, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, ensemble, losses
 from maml_jax.algorithms.classifier import Head, pretrained_classifier
@@ -85,8 +86,10 @@ class Config:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name.replace('_', '-')} must hold something, and nothing twice")
+        expand_home(self)
+        check_run_dir(self.run_dir)
         check_integer("--episodes", self.episodes, at_least=2)
-        check_integer("--seed", self.seed, at_least=0)
+        check_seed(self.seed)
         for way in self.ways:
             check_integer("--ways", way, at_least=2)
 
@@ -384,7 +387,13 @@ def as_metric(accuracies: np.ndarray) -> dict[str, Any]:
 
 
 def run(config: Config) -> dict:
-    """Tests every method on every data set, and returns the content of results.json."""
+    """Tests every method on every data set, and returns the content of results.json.
+
+    A finished test is shown and not repeated.
+
+    Raises:
+      RunError: if no learner can be tested, or the directory holds a test of other learners or settings.
+    """
     config = dataclasses.replace(config, run_dir=config.run_dir or Path(f"runs/cross-domain-{config.seed}"))
     given = zip(config.learners, short_names(config.learners), strict=True)
     methods = [method for path, name in given for method in methods_of(path, config.heads, name)]
@@ -396,16 +405,34 @@ def run(config: Config) -> dict:
         name: variable.make_selector(data.labels, groups=data.groups, min_examples=MIN_EXAMPLES, ways=config.ways)
         for name, data in data_sets.items()
     }
+    learners = digest_of(config.learners)
     with runs.open_run(config.run_dir, config) as run_dir:
+        if (results := runs.read_results(run_dir)) is not None:
+            if results.get("learners_sha256") != learners:
+                raise RunError(
+                    f"{run_dir} holds a test of other learners: those at {', '.join(map(str, config.learners))} have "
+                    "changed since; choose another --run-dir"
+                )
+            show(results)
+            return results
         start = time.perf_counter()
         found = {name: measure(config, name, data, selectors[name], methods) for name, data in data_sets.items()}
         results = summary(config, methods, data_sets, selectors, found)
-        results |= {"seconds": {"eval": time.perf_counter() - start}, "versions": runs.versions()}
+        results |= {"learners_sha256": learners, "versions": runs.versions()}
+        results |= {"seconds": {"eval": time.perf_counter() - start}}
         results = runs.finite(results | {"device": runs.device_name()})
         runs.write_json(run_dir / "results.json", results)
         draw(run_dir / "figures" / "accuracy.png", results)
     show(results)
     return results
+
+
+def digest_of(learners: Sequence[Path]) -> str:
+    """A checksum of the files of learners, and of the results of those that are run directories."""
+    checksum = hashlib.sha256()
+    for path in learners:
+        checksum.update((path / "results.json" if path.is_dir() else path).read_bytes())
+    return checksum.hexdigest()
 
 
 def measure(
@@ -532,7 +559,7 @@ def draw(file: Path, results: dict) -> None:
             color=f"C{index % 10}",
             markersize=5,
             capsize=2,
-            label=record["label"],
+            label=figures.plain(record["label"]),
         )
     for place, name in enumerate(names):
         chance = 100 * results["data_sets"][name]["chance"]

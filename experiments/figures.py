@@ -46,6 +46,11 @@ def title(algorithm: str) -> str:
     return {"oracle": "oracle (amplitude and phase as inputs)"}.get(algorithm, algorithm)
 
 
+def plain(text: str) -> str:
+    """Text that matplotlib shows as it is, such as the name of a directory, without mathematics between dollars."""
+    return text.replace("$", r"\$")
+
+
 def save(figure: plt.Figure, file: Path) -> None:
     """Writes a figure, each file atomically; beside a PNG it writes a PDF for papers."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -270,7 +275,7 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     is_compared = False
     for index, (label, seeds) in enumerate(logs.items()):
         style = line_style(index) | {"markersize": 5}
-        text = title(label) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
+        text = plain(title(label)) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
         for axes, name in zip(row[0], ("loss", "val"), strict=False):
             shown = [[(record["step"], record[name]) for record in of_seed if name in record] for of_seed in seeds]
             steps = [step for step, _ in shown[0]]

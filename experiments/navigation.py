@@ -117,7 +117,7 @@ class Config(RunConfig):
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             if getattr(self, name) is not None:
                 check_positive(flag(name), getattr(self, name))
-        clipped = ("clip", "epochs", "outer_lr", "outer_schedule")
+        clipped = ("clip", "epochs", "outer_lr", "outer_schedule", "outer_clip")
         for name in clipped if self.outer_rule == "trust-region" else ("metric_stride",):
             if getattr(self, name) != (default := getattr(Config, name)):
                 raise ValueError(

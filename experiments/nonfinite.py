@@ -60,6 +60,8 @@ def _remedies(config: Any, is_skipped: bool) -> str:
     import tyro  # Only here: benchmarks of an accelerator import this module on machines without it.
 
     def has(name: str) -> bool:
+        if name.startswith("outer_") and getattr(config, "outer_rule", None) == "trust-region":
+            return False  # it has no optimiser
         for record in (config, getattr(config, "hyperparameters", None)):
             hint = typing.get_type_hints(type(record), include_extras=True).get(name)
             if hint is not None:

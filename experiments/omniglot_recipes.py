@@ -76,7 +76,7 @@ METHODS["maml++"] = dataclasses.replace(
     norm_scale=True,
     ensemble=5,
 )
-METHODS["imaml"] = dataclasses.replace(METHODS["imaml"], num_meta_steps=20_000, eval_inner_steps=16)
+METHODS["imaml"] = dataclasses.replace(METHODS["imaml"], num_meta_steps=20_000)
 METHODS["cavia"] = dataclasses.replace(METHODS["cavia"], eval_inner_steps=5)
 # The networks that compare embeddings are trained and tested as ProtoNets are.
 _PROTONETS = {
@@ -194,6 +194,8 @@ def with_paper_defaults(config: Config) -> Config:
         "batch_size": 20 if many else 10,
         "num_inner_steps": 10 if many else 5,
     }
+    steps_of_imaml = 25 if many else 16
+    of_imaml = {"num_inner_steps": steps_of_imaml, "eval_inner_steps": steps_of_imaml}
     num_characters = len(omniglot.splits(config.split_by)["train"])
     return with_defaults(
         config,
@@ -207,5 +209,5 @@ def with_paper_defaults(config: Config) -> Config:
             "num_classes": num_characters * (4 if config.rotated_classes else 1),
             "run_dir": Path(f"runs/omniglot-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
         }
-        | (of_reptile if config.algorithm == "reptile" else {}),
+        | {"reptile": of_reptile, "imaml": of_imaml}.get(config.algorithm, {}),
     )

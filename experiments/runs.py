@@ -91,6 +91,16 @@ def write_text(file: Path, text: str) -> None:
         os.replace(partial, file)
 
 
+@contextlib.contextmanager
+def messages_to_stderr(wanted: bool) -> Iterator[None]:
+    """Sends what is printed meanwhile to the standard error, which leaves the standard output to JSON."""
+    before, console.stderr = console.stderr, wanted or console.stderr
+    try:
+        yield
+    finally:
+        console.stderr = before
+
+
 def flag(name: str) -> str:
     """The flag of a setting."""
     return "--" + name.replace("_", "-")
@@ -108,7 +118,7 @@ def _named_if_not_written(path: Path) -> Iterator[None]:
         ) from error
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, remedy: str = "delete it, or choose another --run-dir") -> Any:
     """Reads a JSON file.
 
     Raises:
@@ -117,18 +127,18 @@ def read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except ValueError as error:
-        raise RunError(f"{file} is damaged ({error}); delete it, or choose another --run-dir") from error
+        raise RunError(f"{file} is damaged ({error}); {remedy}") from error
 
 
-def read_record(file: Path) -> dict[str, Any]:
+def read_record(file: Path, remedy: str = "delete it, or choose another --run-dir") -> dict[str, Any]:
     """Reads a JSON file that holds names with values.
 
     Raises:
       RunError: if it is damaged, or holds something else.
     """
-    content = read_json(file)
+    content = read_json(file, remedy)
     if not isinstance(content, dict):
-        raise RunError(f"{file} is damaged: it holds no names with values; delete it, or choose another --run-dir")
+        raise RunError(f"{file} is damaged: it holds no names with values; {remedy}")
     return content
 
 
@@ -389,7 +399,7 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
     with contextlib.ExitStack() as held:
         with _named_if_not_written(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
-            lock = held.enter_context(open(run_dir / "lock", "w"))
+            lock = held.enter_context(open(run_dir / "lock", "a"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system releases it when the process ends
         except BlockingIOError:
@@ -404,8 +414,14 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
             )
         wanted = as_json(config)
         config_file = run_dir / "config.json"
+        of_others = [name for name in ("checkpoints", "metrics.jsonl", "results.json") if (run_dir / name).exists()]
+        if of_others and not config_file.exists():
+            raise RunError(
+                f"{run_dir} holds {' and '.join(of_others)} but no config.json, so nothing says of which settings; "
+                "choose another --run-dir"
+            )
         if config_file.exists():
-            found = {"experiment": wanted.get("experiment")} | read_record(config_file)
+            found = {"experiment": wanted.get("experiment")} | read_record(config_file, "choose another --run-dir")
             is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
             extendable = EXTENDABLE if is_fixed else EXTENDABLE[1:]
             differing = [

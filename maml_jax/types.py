@@ -368,6 +368,15 @@ def check_query(episode: Episode) -> None:
         )
 
 
+def check_support(support: ArrayTree, axis: int = 0) -> None:
+    """Raises ValueError if a support set has no example along `axis`: the mean of no loss has a gradient of zero."""
+    if any(jnp.shape(leaf)[axis : axis + 1] == (0,) for leaf in jax.tree.leaves(support)):
+        raise ValueError(
+            "the support set is empty, so the inner steps would change nothing; give it one example or more, or take "
+            "num_inner_steps=0"
+        )
+
+
 def all_examples(episode: Episode) -> Batch:
     """The support and the query examples of an episode as one batch [S + M, ...]."""
     return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)

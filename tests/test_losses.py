@@ -58,6 +58,13 @@ def test_masked_cross_entropy_is_the_mean_over_the_targets_that_count():
     np.testing.assert_array_equal(np.any(gradient != 0.0, axis=-1), targets != 0)
 
 
+def test_masked_cross_entropy_of_half_precision_does_not_overflow():
+    scores = jnp.zeros((128, 64, 2), jnp.float16).at[..., 0].set(12.0)
+    found = losses.masked_cross_entropy(scores, jnp.ones((128, 64), int))
+    assert found.dtype == jnp.float16
+    np.testing.assert_allclose(found, 12.0, rtol=1e-3)
+
+
 def test_accuracy_is_the_share_of_right_answers():
     outputs = jnp.array([[3.0, 1, 2], [0, 1, 2], [5, 4, 3], [0, 9, 1]])
     value = losses.accuracy(outputs, jnp.array([0, 2, 1, 1]))

@@ -182,6 +182,15 @@ def test_values_and_derivatives_are_finite_where_there_is_little(name, embedding
     chex.assert_tree_all_finite((value, grad))
 
 
+@pytest.mark.parametrize("name", OF_PAIRS)
+def test_embeddings_of_half_precision_may_be_long(name):
+    directions = np.sign(EMBEDDINGS).repeat(200, 1)  # their squared length, 144 a number, exceeds float16
+    half, single = (
+        jax.grad(OF_PAIRS[name])(jnp.asarray(12.0 * directions, dtype), IDENTITIES) for dtype in ("float16", "float32")
+    )
+    chex.assert_trees_all_close(half.astype(jnp.float32), single, atol=1e-3 * float(jnp.max(jnp.abs(single))) + 1e-7)
+
+
 def test_equal_domains_are_aligned_and_well_separated_identities_cost_nothing():
     domain = jnp.asarray(EMBEDDINGS, jnp.float32)
     np.testing.assert_allclose(losses.domain_alignment(jnp.stack([domain, 3.0 * domain])), 0.0, atol=1e-6)

@@ -187,10 +187,17 @@ def _neural_statistician(problem: Problem, settings: SetStatistics) -> Callable[
 
 
 def _classifier(
-    title: str, reference: str, build: Callable, hyperparameters: type, any_way: bool = True, photographs: bool = True
+    title: str,
+    reference: str,
+    build: Callable,
+    hyperparameters: type,
+    any_way: bool = True,
+    photographs: Mapping[str, Any] | None = MappingProxyType({}),
 ) -> Entry:
-    """The entry of a classifier, at its default hyperparameters; `photographs` if it is not for characters only."""
-    settings = {"omniglot": hyperparameters()} | ({"images": hyperparameters()} if photographs else {})
+    """The entry of a classifier, at its default hyperparameters but for those of `photographs`; None without these."""
+    settings = {"omniglot": hyperparameters()}
+    if photographs is not None:
+        settings["images"] = hyperparameters(**photographs)
     return Entry(title, reference, build, hyperparameters, settings, classifies=True, any_way=any_way)
 
 
@@ -239,7 +246,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             DrawnRates,
             {
                 "sinusoid": DrawnRates(),
-                "omniglot": DrawnRates(inner_lr=2.0, num_inner_steps=None),
+                "omniglot": DrawnRates(inner_lr=2.0),
                 "images": DrawnRates(inner_lr=0.05),
             },
         ),
@@ -260,7 +267,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping")),
             ImplicitDescent,
             # Not for sinusoids: the meta-gradient does not see the inner steps, and nothing keeps them stable there.
-            {"omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=16)},
+            {"omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=None)},
         ),
         "cavia": Entry(
             "CAVIA",
@@ -321,6 +328,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Bertinetto et al., 2019",
             _build_classifier(r2d2, "strength", "learn_strength", "scale"),
             RidgeHead,
+            photographs={"scale": 1e-4},
         ),
         "siamese": _classifier(
             "Siamese networks", "Koch et al., 2015", _build_classifier(siamese, takes_loss=False), NoHyperparameters
@@ -337,7 +345,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _build_classifier(mann, "num_units", "num_slots", "slot_size", "num_reads", "usage_decay"),
             ExternalMemory,
             any_way=False,
-            photographs=False,
+            photographs=None,
         ),
         "lstm": _classifier(
             "LSTM",
@@ -345,17 +353,17 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             _build_classifier(lstm, "num_units"),
             RecurrentUnits,
             any_way=False,
-            photographs=False,
+            photographs=None,
         ),
         "memory-module": _classifier(
             "memory module",
             "Kaiser et al., 2017",
             _build_classifier(memory_module, "key_size", "num_slots", "num_neighbours", "margin", takes_loss=False),
             NeighbourMemory,
-            photographs=False,
+            photographs=None,
         ),
         "neural-statistician": _classifier(
-            "neural statistician", "Edwards and Storkey, 2017", _neural_statistician, SetStatistics, photographs=False
+            "neural statistician", "Edwards and Storkey, 2017", _neural_statistician, SetStatistics, photographs=None
         ),
         "pretrained-classifier": _classifier(
             "pretrained on all classes", "Vinyals et al., 2016", _pretrained_classifier, PretrainedHead

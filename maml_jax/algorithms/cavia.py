@@ -29,7 +29,7 @@ def cavia(
 
     Args:
       model: a network whose inputs are a pair: inputs [S, ...] and the context [C], one for all examples.
-        `with_context` makes one of a network on vectors, and `models.conv4(context_block=2)` is the paper's on images.
+        `with_context` makes one of a network on vectors, and `models.conv4(context_block=2)` is one on images.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, for the support set.
       query_loss_fn: the same for the query set; by default `loss_fn`.
       num_context: C, the number of context parameters.

@@ -19,7 +19,17 @@ import optax
 from maml_jax.inner.gradients import mixed_mode
 from maml_jax.inner.loop import inner_loop
 from maml_jax.inner.steps import mini_batches
-from maml_jax.types import ArrayTree, Batch, InnerGradFn, LossFn, MetaLearner, Model, check_integer, check_model
+from maml_jax.types import (
+    ArrayTree,
+    Batch,
+    InnerGradFn,
+    LossFn,
+    MetaLearner,
+    Model,
+    check_integer,
+    check_model,
+    check_query,
+)
 
 
 class Hyperparameters(NamedTuple):
@@ -215,7 +225,7 @@ def hypergradient(
     Raises:
       ValueError: if `model` is no `Model`, a count no positive integer, `num_segments` does not divide the steps that
         are differentiated, or `truncation` exceeds `num_inner_steps`; from `adapt`, if there is no key, or an
-        `observe_fn`.
+        `observe_fn`; from `objective`, if there is no query example.
 
     References:
       Maclaurin et al., 2015, section 2.
@@ -245,6 +255,7 @@ def hypergradient(
         )
 
     def objective(hyperparameters, episode):
+        check_query(episode)
         network, support_loss = adapt(hyperparameters, episode.support, key=episode.key)
         outputs = model.apply(network, episode.query.inputs)
         metric = None if metric_fn is None else metric_fn(outputs, episode.query.targets)

@@ -21,6 +21,7 @@ from maml_jax.types import (
     check_not_negative,
     check_optimizer,
     check_query,
+    check_support,
     combine,
     select,
 )
@@ -80,6 +81,8 @@ def imaml(
     check_function("query_loss_fn", query_loss_fn or loss_fn, "losses.cross_entropy")
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
+        if num_inner_steps:
+            check_support(support)
         adapting, fixed = select(meta_params, where)
 
         def support_loss(adapting, support):

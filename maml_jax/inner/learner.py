@@ -24,6 +24,7 @@ from maml_jax.types import (
     check_integer,
     check_model,
     check_query,
+    check_support,
 )
 
 
@@ -68,7 +69,8 @@ def gradient_based(
 
     Raises:
       ValueError: if a count is no integer in its range, `model` is no `Model`, a loss or `inner_grad` no function, or
-        microbatches are asked for of data per step; from the objective, if the query set is empty.
+        microbatches are asked for of data per step; from `adapt`, if there are inner steps and no support example;
+        from the objective, if the query set is empty.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
@@ -88,6 +90,8 @@ def gradient_based(
         return loss_fn(model.call(params, batch.inputs, key), batch.targets)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
+        if num_inner_steps:
+            check_support(support, axis=1 if data_per_step else 0)
         keys = step_keys(key, num_inner_steps) if model.stochastic else None
         task_params, info = inner_loop(
             support_loss,

@@ -80,8 +80,10 @@ def masked_cross_entropy(outputs: jax.Array, targets: jax.Array, *, ignored: int
     """
     check_class_scores(outputs, targets, "masked_cross_entropy")
     counts = targets != ignored
-    total = jnp.sum(jnp.where(counts, _of_each(outputs, targets), 0.0))
-    return total / jnp.maximum(jnp.sum(counts), 1)
+    losses = _of_each(outputs, targets)
+    # In float32, because the sum of many targets may be too large for half precision where their mean is not.
+    total = jnp.sum(jnp.where(counts, losses, 0.0), dtype=jnp.promote_types(losses.dtype, jnp.float32))
+    return (total / jnp.maximum(jnp.sum(counts), 1)).astype(losses.dtype)
 
 
 def _of_each(outputs: jax.Array, targets: jax.Array) -> jax.Array:

@@ -240,7 +240,8 @@ def _unit(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _to_unit_length(vectors: jax.Array) -> jax.Array:
-    """Vectors [..., C] of unit length; a zero stays zero, with a derivative of zero."""
+    """Vectors [..., C] of unit length, in at least float32; a zero stays zero, with a derivative of zero."""
+    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
     square = jnp.sum(jnp.square(vectors), -1, keepdims=True)
     return jnp.where(square > 0, vectors * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 

@@ -90,7 +90,8 @@ def conv4(
         without, as in the authors' code.
       context_block: 0 to 3, the block whose features a context modulates, for `cavia`: after the normalisation,
         h ← (1 + γ) h + β for each filter, with γ and β linear in the context (FiLM). Inputs are then pairs (images,
-        context [C']). With None there is no context. CAVIA has it in the third block.
+        context [C']). With None there is no context. CAVIA has it in the third block,
+        in its authors' code after the pooling and as γ h + β.
       dtype: dtype of the four blocks, such as `jnp.bfloat16`. With None, inputs and parameters are promoted. The
         linear layer promotes the embedding and its own parameters in either case.
       param_dtype: dtype of the initial parameters.

@@ -30,7 +30,8 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
         the model is stochastic. A key given to `apply` puts the module into training mode, and every stream gets
         its own key derived from it. Without a key the module is in evaluation mode, and every `nn.Dropout` is the
         identity. The mode is passed to the arguments `train`, `training` and `deterministic` of `module.__call__`,
-        if it has them. Without names and `frozen`, these arguments keep their defaults.
+        if it has them. Without names and `frozen`, these arguments keep their defaults; one without a default
+        says evaluation.
       frozen: collections of variables beside "params" that stay as they are, such as the running averages
         `{"batch_stats": ...}` of a trained network. Without a key the module is then in evaluation mode.
 
@@ -38,12 +39,14 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
       A `Model` whose parameters are the module's "params" collection.
 
     Raises:
-      ValueError: if `rngs` is a string, or `frozen` holds "params". `init` raises it if the module keeps variables
-        that are not frozen, such as the running averages of `nn.BatchNorm`, which are state that an inner loop would
-        have to carry; if `frozen` lacks one of a collection, or has another shape; if the module changes a frozen
-        variable; if it draws from a stream that `rngs` does not name, or without a key; and if a given parameter has
-        a name or a shape that the module does not have.
+      ValueError: if `module` is no linen module, `rngs` is a string, or `frozen` holds "params". `init` raises it if
+        the module keeps variables that are not frozen, such as the running averages of `nn.BatchNorm`, which are state
+        that an inner loop would have to carry; if `frozen` lacks one of a collection, or has another shape; if the
+        module changes a frozen variable; if it draws from a stream that `rngs` does not name, or without a key; and if
+        a given parameter has a name or a shape that the module does not have.
     """
+    if not isinstance(module, nn.Module):
+        raise ValueError(f"module must be a flax.linen module, got {module!r}; of a class make an instance")
     if isinstance(rngs, str):
         raise ValueError(f'rngs must be a sequence of names, got {rngs!r}; write rngs=("{rngs}",)')
     frozen = dict(frozen or {})
@@ -56,9 +59,12 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
         arguments = {"train": training, "training": training, "deterministic": not training}
         return {argument: value for argument, value in arguments.items() if argument in accepted}
 
+    required = {name for name, argument in accepted.items() if argument.default is inspect.Parameter.empty}
+
     def evaluate(method, *args, **kwargs):
         if not rngs and not frozen:
-            return method(*args, **kwargs)
+            wanted = {argument: value for argument, value in mode(training=False).items() if argument in required}
+            return method(*args, **kwargs, **wanted)
         with nn.intercept_methods(_skip_dropout):
             return method(*args, **kwargs, **mode(training=False))
 

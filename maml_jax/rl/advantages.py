@@ -117,8 +117,13 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     time = jnp.arange(horizon, dtype=returns.dtype)[:, None, None] / 100.0
     time = jnp.broadcast_to(time, (horizon, num_trajectories, 1))
     features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)
+    # Columns of one size, because float32 loses the small ones beside the square of a large number.
+    valid = mask[..., None] * jnp.square(features)
+    size = jnp.sqrt(jnp.sum(valid, (0, 1), keepdims=True) / jnp.maximum(jnp.sum(mask), 1.0))
+    size = jnp.where(size > 0, size, 1.0)
+    features = features / size
     valid = features * mask[..., None]
-    gram = jnp.einsum("tnd,tne->de", valid, features) + ridge * jnp.eye(features.shape[-1], dtype=returns.dtype)
+    gram = jnp.einsum("tnd,tne->de", valid, features) + jnp.diag(ridge / jnp.square(size.reshape(-1)))
     # Least squares, because an observation that never changes makes the features collinear, and then the ridge is lost
     # in the rounding of float32.
     coefficients, *_ = jnp.linalg.lstsq(gram, jnp.einsum("tnd,tn->d", valid, returns))
@@ -134,6 +139,8 @@ def standardised(values: jax.Array, mask: jax.Array) -> jax.Array:
 
 def linear_advantages(*, discount: float = 0.99, decay: float = 1.0, ridge: float = 1e-5) -> AdvantageFn:
     """Builds standardised generalised advantages over `linear_baseline`, as the code of the MAML paper has them.
+
+    That code bounds observations at ±10 first. Here they are as they are.
 
     Args:
       discount: γ.

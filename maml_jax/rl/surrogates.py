@@ -9,6 +9,7 @@ They have the same gradient where the policy is that which acted, and different 
 meta-gradient needs. Only `loaded_dice` has those of the expected return.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -146,7 +147,10 @@ def _box(x: jax.Array) -> jax.Array:
 def _ratio(outputs: Distribution, targets: Transition) -> jax.Array:
     old = jax.lax.stop_gradient(targets.policy.log_prob(targets.action))
     # After the end of a trajectory anything may stand; a ratio that overflows there must not reach the gradient.
-    return jnp.exp(jnp.where(targets.mask > 0, _log_prob(outputs, targets) - old, 0.0))
+    log_ratio = jnp.where(targets.mask > 0, _log_prob(outputs, targets) - old, 0.0)
+    # Finite, so that a ratio that `clipped_surrogate` leaves out has a gradient of zero: infinity times zero has none.
+    largest = 0.9 * math.log(jnp.finfo(log_ratio.dtype).max)
+    return jnp.exp(jnp.minimum(log_ratio, largest))
 
 
 def _log_prob(outputs: Distribution, targets: Transition) -> jax.Array:

@@ -317,8 +317,8 @@ def rl2(
 
     Returns:
       A `MetaLearner` for `make_trial_sampler`. `adapt` reads a trial [L, ...] and gives {"params": θ, "carry": the
-      state of the policy}; `predict` goes on from there through inputs [L, D], and returns distributions and values.
-      The info of the objective is a `TrialInfo`.
+      state of the policy at its end}; `predict` goes on from there through inputs [L, D], and returns distributions
+      and values. The info of the objective is a `TrialInfo`.
 
     Raises:
       ValueError: if a weight is negative, or `clip` not positive.
@@ -335,7 +335,12 @@ def rl2(
         return jax.lax.scan(lambda carry, step: policy.step(params, carry, step), carry, inputs)
 
     def adapt(meta_params, support, *, key=None, observe_fn=None):
-        carry, _ = read(meta_params, policy.start(), support.inputs)
+        def go_on(carry, step):
+            inputs, mask = step
+            following, _ = policy.step(meta_params, carry, inputs)
+            return jax.tree.map(lambda new, old: jnp.where(mask > 0, new, old), following, carry), None
+
+        carry, _ = jax.lax.scan(go_on, policy.start(), (support.inputs, support.targets.transition.mask))
         task_params = {"params": meta_params, "carry": carry}
         observed = None if observe_fn is None else jax.tree.map(lambda x: jnp.asarray(x)[None], observe_fn(task_params))
         return task_params, InnerInfo(jnp.zeros(0), observed)

@@ -310,6 +310,11 @@ def class_table(images: jax.Array | Sequence[jax.Array], must_rotate: bool) -> C
         counts = [len(examples) for examples in classes]
         dtype, example_shape = (classes[0].dtype, classes[0].shape[1:]) if classes else (None, ())
     else:
+        if not hasattr(images, "ndim"):
+            raise ValueError(
+                f"images must be an array [classes, examples, ...] or a list of arrays [n_c, ...], got "
+                f"{type(images).__name__}; of a dictionary pass list(images.values())"
+            )
         if images.ndim < 2:
             raise ValueError(f"images must be [classes, examples, ...], got the shape {tuple(images.shape)}")
         counts = [images.shape[1]] * images.shape[0]

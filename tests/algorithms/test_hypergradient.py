@@ -161,6 +161,15 @@ def test_a_run_without_a_key_is_refused():
         learner.adapt(None, Batch(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32)))
 
 
+def test_a_run_that_nothing_scores_is_refused():
+    learner = hypergradient(
+        models.mlp(features=(4, 3)), losses.cross_entropy, initial=lambda layers: None, num_inner_steps=2, batch_size=2
+    )
+    support, query = (Batch(jnp.zeros((n, 5)), jnp.zeros(n, jnp.int32)) for n in (4, 0))
+    with pytest.raises(ValueError, match="the query set of the episode is empty"):
+        learner.objective(None, Episode(support, query, jax.random.key(0)))
+
+
 def test_the_objective_trains_on_the_support_set_and_is_scored_on_the_query_set(x64):
     rng = np.random.default_rng(0)
     batches = [Batch(jnp.asarray(rng.normal(size=(n, 5))), jnp.asarray(rng.integers(0, 3, n))) for n in (6, 4)]

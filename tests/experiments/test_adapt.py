@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import adapt
+from experiments import adapt, runs
 from experiments.cli import parse
 from experiments.runs import RunError
 from maml_jax import portable
@@ -125,9 +125,18 @@ def test_photographs_are_read_as_in_training(task, tmp_path, channels, capsys):
     capsys.readouterr()
 
 
-def test_json_is_all_that_is_printed(files, task, capsys):
+def test_json_is_all_that_is_printed(files, task, capsys, monkeypatch):
+    open_learner = adapt.open_learner
+
+    def with_a_message(*args, **kwargs):
+        runs.console.print("a checkpoint is damaged and left out")
+        return open_learner(*args, **kwargs)
+
+    monkeypatch.setattr(adapt, "open_learner", with_a_message)
     answers = run_task(files["protonets"], task, "--json")
-    assert json.loads(capsys.readouterr().out) == answers
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == answers
+    assert "left out" in printed.err
 
 
 def test_many_classes_are_shown_without_a_column_for_each(files, task, capsys):

@@ -15,7 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bandits, classification, cli, domains, images, navigation, omniglot, sinusoid
+from experiments import (
+    bandits,
+    classification,
+    cli,
+    domains,
+    faces,
+    images,
+    navigation,
+    omniglot,
+    sinusoid,
+    translation,
+)
 from experiments.commands import EXPERIMENTS
 from experiments.runs import RunError
 from maml_jax import CATALOGUE, ReptileDescent
@@ -90,6 +101,13 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         (omniglot, ["leo", "--no-rotations"], "--rotations False has no effect with --network features"),
         (domains, ["mldg", "--data", "pacs", "--num-characters", "10"], "no effect with --data pacs"),
         (sinusoid, ["meta-sgd", "--tune-inner-lr", "True"], "no effect with meta-sgd, whose rates are learned"),
+        (sinusoid, ["maml", "--inner-lr-grid", "0.5"], "--inner-lr-grid has no effect without --tune-inner-lr"),
+        (omniglot, ["leo", "--train-embedding"], "--train-embedding True has no effect with --network features"),
+        (images, ["leo", "--augment"], "--augment True has no effect with --network features"),
+        (translation, ["fomaml", "--vector-size", "32"], "--vector-size 32 has no effect with --lexical False"),
+        (translation, ["fomaml", "--network", "gru", "--depth", "6"], "--depth 6 has no effect with --network gru"),
+        (faces, ["erm", "--margin", "0.4"], "--margin 0.4 has no effect with --losses mfr"),
+        (navigation, ["maml", "--outer-clip", "1"], "--outer-clip 1.0 has no effect with --outer-rule trust-region"),
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused(module, arguments, message):

@@ -279,6 +279,16 @@ def test_learning_curves_are_drawn(suffix, characters, waves, tmp_path):
         assert (tmp_path / f"curves{suffix}").stat().st_size > 5000
 
 
+def test_a_figure_comes_before_the_tests_and_takes_any_name(waves, tmp_path, monkeypatch):
+    monkeypatch.setattr(retest, "evaluate", None)
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(RunError, match=r"--figure .*folder\.png cannot be written"):
+        run(waves["maml"], waves["other"], "--figure", tmp_path / "folder.png")
+    shutil.copytree(waves["maml"], tmp_path / "rate$_$")
+    run(tmp_path / "rate$_$", waves["other"], "--episodes", 0, "--figure", tmp_path / "curves.svg")
+    assert (tmp_path / "curves.svg").stat().st_size > 5000
+
+
 def made_up(a, b, metric, num_tests=1):
     """The sentence for made-up scores of runs A and B."""
     record = compare.difference(np.array(a, float), np.array(b, float), metric)
@@ -339,6 +349,12 @@ def test_directories_of_several_seeds_are_compared_seed_by_seed_and_over_the_see
     compared = run(waves["maml"], second, "--episodes", 2)
     assert {(pair["a"], pair["b"]) for pair in compared["pairs"]} == {("maml", f"second/seed-{n}") for n in (0, 1)}
     assert compared["over_seeds"] == []
+
+
+def test_a_seed_is_not_compared_with_itself(waves, tmp_path):
+    shutil.copytree(waves["maml"], tmp_path / "several" / "seed-0")
+    with pytest.raises(RunError, match=r"seed-0 and .*seed-0 are the same run"):
+        run(tmp_path / "several", tmp_path / "several" / "seed-0", "--episodes", 0)
 
 
 def test_mistakes_are_named_before_anything_is_computed(waves, characters, tmp_path, monkeypatch):

@@ -241,7 +241,7 @@ def test_outputs_that_are_not_finite_classify_nothing():
     assert "num_nonfinite" not in cross_domain.as_metric(np.array([0.5, 0.6]))
 
 
-def test_a_whole_run(tmp_path, directories, capsys):
+def test_a_whole_run(tmp_path, directories, capsys, monkeypatch):
     config = Config(
         tuple(directories.values()), data_sets=("digits", "signs"), ways=(4,), episodes=4, run_dir=tmp_path / "out"
     )
@@ -264,6 +264,15 @@ def test_a_whole_run(tmp_path, directories, capsys):
     printed = capsys.readouterr().out
     assert "nearest pixels, 28x28 grey" in printed
     assert "transductive" in printed
+
+    with monkeypatch.context() as patched:  # a finished test is not repeated
+        patched.setattr(cross_domain, "measure", None)
+        assert cross_domain.run(config) == results
+    assert "accuracy in %, 4 episodes of each data set" in capsys.readouterr().out
+    stored = tmp_path / "out" / "results.json"
+    stored.write_text(json.dumps(results | {"learners_sha256": "of another network"}))
+    with pytest.raises(RunError, match=r"holds a test of other learners: those at .* have changed since"):
+        cross_domain.run(config)
 
     again = cross_domain.run(dataclasses.replace(config, learners=config.learners[:1], run_dir=tmp_path / "again"))
     assert again["methods"][0]["data_sets"]["signs"]["accuracy"] == protonets["data_sets"]["signs"]["accuracy"]
@@ -310,6 +319,8 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path, directories):
         ({"ways": (1,)}, "--ways must be an integer of at least 2"),
         ({"episodes": 1}, "--episodes"),
         ({"data_sets": ()}, "--data-sets must hold"),
+        ({"seed": 2**32}, "--seed 4294967296 does not fit into 32 bits"),
+        ({"run_dir": Path("")}, "--run-dir is empty or the current directory"),
     ):
         with pytest.raises(ValueError, match=message):
             Config(**{"learners": learner} | settings)
@@ -319,6 +330,7 @@ def test_mistakes_are_named_before_anything_is_written(tmp_path, directories):
 
 
 def test_the_command_line():
+    assert parse(Config, "", ["a", "--run-dir=~/out"]).run_dir == Path.home() / "out"
     config = parse(Config, "", ["a", "b.npz", "--data-sets", "digits", "faces", "--ways", "5", "--heads", "linear"])
     assert [path.name for path in config.learners] == ["a", "b.npz"]
     assert (config.data_sets, config.ways, config.heads) == (("digits", "faces"), (5,), ("linear",))

@@ -240,6 +240,12 @@ def test_defaults_are_those_of_the_paper():
         images.with_paper_defaults(dataclasses.replace(images.METHODS["meta-lstm"], shot=shot)) for shot in (1, 5)
     ]
     assert [(c.hyperparameters.num_inner_steps, c.eval_inner_steps) for c in learned] == [(12, 12), (5, 5)]
+    filled = {name: images.with_paper_defaults(images.METHODS[name]) for name in ("boil", "cavia", "meta-sgd", "r2d2")}
+    for name, steps in {"boil": 1, "cavia": 2, "meta-sgd": 1}.items():
+        assert (filled[name].hyperparameters.num_inner_steps, filled[name].eval_inner_steps) == (steps, steps)
+    assert (filled["boil"].filters, filled["cavia"].meta_batch_size) == (64, 16)
+    r2d2 = filled["r2d2"]
+    assert (r2d2.train_way, r2d2.outer_lr, r2d2.hyperparameters.scale) == (16, 5e-3, 1e-4)
 
 
 @pytest.mark.skipif("MAML_JAX_IMAGES" not in os.environ, reason="set MAML_JAX_IMAGES to a folder of train, val, test")

@@ -269,6 +269,9 @@ def test_defaults_are_those_of_the_paper():
     assert twenty.hyperparameters.inner_lr == pytest.approx(0.1 * 20)
     assert "--inner-lr 0.001 or 0.0005, --num-inner-steps 5 or 10" in omniglot.about()["reptile"]
     assert "or for more" not in omniglot.about()["protonets"]
+    for way, steps in ((5, 16), (20, 25)):
+        imaml = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS["imaml"], way=way))
+        assert (imaml.hyperparameters.num_inner_steps, imaml.eval_inner_steps) == (steps, steps)
     names = ("inner_lr", "num_inner_steps", "batch_size")
     for way, steps, of_paper in ((5, 100_000, [1e-3, 5, 10]), (20, 200_000, [5e-4, 10, 20])):
         reptile = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS["reptile"], way=way))

@@ -53,8 +53,17 @@ def test_what_does_not_change_the_results_may_change_and_the_length_may_grow(tmp
 def test_a_damaged_file_is_named(tmp_path):
     claim(tmp_path)
     (tmp_path / "config.json").write_text('{"seed": ')
-    with pytest.raises(runs.RunError, match=r"config\.json is damaged .*; delete it, or choose another --run-dir"):
+    with pytest.raises(runs.RunError, match=r"config\.json is damaged .*; choose another --run-dir"):
         claim(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "results.json"])
+def test_what_is_no_run_of_known_settings_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("theirs")
+    (tmp_path / "lock").write_text("theirs")
+    with pytest.raises(runs.RunError, match=f"holds {name} but no config.json, .*; choose another --run-dir"):
+        claim(tmp_path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "theirs", "lock": "theirs"}
 
 
 def test_every_stream_of_an_experiment_is_another():

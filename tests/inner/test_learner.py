@@ -132,6 +132,16 @@ def test_an_empty_query_set_is_refused(builder):
         learner.objective(params, empty)
 
 
+@pytest.mark.parametrize("builder", [maml, imaml], ids=lambda builder: builder.__name__)
+def test_steps_on_an_empty_support_set_are_refused(builder):
+    episode = make_episode(jax.random.key(0))
+    nothing = jax.tree.map(lambda leaf: leaf[:0], episode.support)
+    learner = built(builder)
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+    with pytest.raises(ValueError, match="the support set is empty, so the inner steps would change nothing"):
+        learner.adapt(params, nothing)
+
+
 def test_counts_are_checked_when_the_learner_is_built():
     with pytest.raises(ValueError, match="num_microbatches must be an integer of at least 1, got 0"):
         maml(linear_model, half_mse, inner_optimizer=optax.sgd(1.0), num_inner_steps=1, num_microbatches=0)

@@ -220,6 +220,30 @@ def test_dropout_that_never_drops_needs_no_rngs():
     chex.assert_trees_all_equal(model.apply(params, inputs), inputs @ params["layers_0"]["kernel"])
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_a_mode_without_a_default_is_evaluation(rate):
+    class Trained(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, train):
+            return nn.Dropout(rate, deterministic=not train)(nn.Dense(2)(inputs))
+
+    inputs = jnp.ones((3, 4))
+    models = [from_linen(Trained(), rngs=("dropout",))]
+    if rate:
+        with pytest.raises(ValueError, match="Name every stream"):
+            from_linen(Trained()).init(jax.random.key(0), inputs)
+    else:
+        models.append(from_linen(Trained()))
+    for model in models:
+        params = model.init(jax.random.key(0), inputs)
+        chex.assert_trees_all_equal(model.apply(params, inputs), inputs @ params["Dense_0"]["kernel"])
+
+
+def test_a_class_is_no_module():
+    with pytest.raises(ValueError, match=r"must be a flax\.linen module, got <class .*; of a class make an instance"):
+        from_linen(HardCoded)
+
+
 def test_a_string_is_no_sequence_of_names():
     with pytest.raises(ValueError, match=r'got \'dropout\'; write rngs=\("dropout",\)'):
         from_linen(HardCoded(), rngs="dropout")

@@ -60,6 +60,19 @@ def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
     np.testing.assert_allclose(found, (rows @ coefficients).reshape(H, N), rtol=1e-9)
 
 
+@pytest.mark.parametrize(("largest", "horizon"), [(100.0, 100), (1.0, 1000)])
+def test_the_baseline_is_as_good_in_float32_for_large_observations_and_long_trajectories(largest, horizon, x64):
+    observation = rng.uniform(-largest, largest, size=(horizon, 20, 2))
+    time = np.arange(horizon)[:, None] / horizon
+    returns = 20.0 * (1.0 - time) ** 2 + 5.0 * observation[..., 0] / largest
+    arrays = observation, returns, np.ones(returns.shape)
+    single, double = (
+        np.asarray(rl.linear_baseline(*(jnp.asarray(x, dtype) for x in arrays))) for dtype in ("float32", "float64")
+    )
+    np.testing.assert_allclose(double, returns, atol=1e-3)  # the returns are linear in the features
+    np.testing.assert_allclose(single, double, atol=0.05)
+
+
 def test_an_observation_may_be_a_pytree():
     observation = jax.random.normal(jax.random.key(0), (5, 3, 4))
     parts = {"position": observation[..., :1], "rest": observation[..., 1:].reshape(5, 3, 3, 1)}

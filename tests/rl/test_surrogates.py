@@ -127,6 +127,19 @@ def test_values_are_those_written_out(x64):
     assert rl.loaded_dice(outputs, targets) == 0.0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.float32])
+def test_a_ratio_that_overflows_and_is_clipped_has_no_gradient(dtype):
+    def policy(mean):
+        return Normal(mean, jnp.zeros((1, 1, 1), dtype))
+
+    one = jnp.ones((1, 1), dtype)
+    targets = Transition(jnp.full((1, 1, 1), 20.0, dtype), one, one, one, policy(jnp.zeros((1, 1, 1), dtype)))
+    loss = jax.value_and_grad(lambda mean: rl.clipped_surrogate(0.2)(policy(mean), targets))
+    value, slope = loss(jnp.full((1, 1, 1), 20.0, dtype))  # the logarithm of the ratio is 200
+    np.testing.assert_allclose(value, -1.2, rtol=1e-3)
+    assert slope == 0.0
+
+
 @pytest.mark.parametrize("name", SURROGATES)
 def test_what_comes_after_the_end_changes_nothing(name, x64):
     outputs, targets = made_up()

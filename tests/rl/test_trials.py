@@ -163,6 +163,18 @@ def test_it_reads_a_trial_and_goes_on_from_there():
     np.testing.assert_allclose(value, (targets.value - targets.transition.advantage)[5:], rtol=1e-3, atol=1e-5)
 
 
+def test_reading_stops_where_the_trial_ends():
+    sampler = rl.make_trial_sampler(ENVIRONMENT, COUNTER, num_episodes=E, horizon=H)
+    learner = rl.rl2(COUNTER)
+    lengths = set()
+    for seed in range(8):
+        support = sampler(jax.random.key(seed), {"w": jnp.zeros(A)}).support
+        length = jnp.sum(support.targets.transition.mask)
+        assert learner.adapt({"w": jnp.zeros(A)}, support)[0]["carry"] == length
+        lengths.add(int(length))
+    assert len(lengths) > 1
+
+
 def test_gradients_have_the_differences_of_the_objective(x64):
     params = jax.tree.map(lambda x: x.astype(jnp.float64), PARAMS)
     episode = jax.tree.map(

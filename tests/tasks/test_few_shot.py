@@ -390,6 +390,8 @@ def test_a_whole_split_fits_into_one_episode():
         (telling_images(), {"query_shot": None, "num_queries": 0}, "num_queries must be an integer of at least 1"),
         (telling_images().astype(np.uint16), {}, r"must be uint8 .* got uint16 \(7, 5, 3, 3, 3\); .*images / 65535"),
         (telling_images()[..., 0], {}, r"got uint8 \(7, 5, 3, 3\); give pixels three axes"),
+        ({"a": np.zeros((3, 4))}, {}, r"got dict; of a dictionary pass list\(images.values\(\)\)"),
+        (None, {}, "must be an array .* or a list of arrays .*, got NoneType"),
         (np.zeros(3), {}, r"must be \[classes, examples, ...\], got the shape \(3,\)"),
         (telling_images()[:0], {}, "there is no class"),
         ([], {}, "there is no class"),
