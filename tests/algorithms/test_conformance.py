@@ -333,6 +333,10 @@ def test_one_device_and_two_take_the_same_path_that_is_traced_once(name):
     chex.assert_trees_all_close(results(2), results(1), rtol=1e-4, atol=1e-5)
 
 
+ADAPT_WITHOUT_CHANCE = {"imaml", "mldg", "erm"}
+"""The inner problem of iMAML is one problem; MLDG and ERM do not adapt."""
+
+
 @EVERY_ALGORITHM
 def test_the_key_of_the_episode_reaches_the_model(name):
     # A model that adds noise to its outputs: other keys give other objectives, no key gives none.
@@ -357,6 +361,26 @@ def test_the_key_of_the_episode_reaches_the_model(name):
     # A learner that draws itself has other objectives too if its model gets no key.
     plain = jax.jit(without_noise.objective)(meta_params, episode(name)._replace(key=jax.random.key(1)))[0]
     assert abs(float(plain) - values[2]) > 1e-3
+
+
+@EVERY_ALGORITHM
+def test_the_key_of_an_adaptation_reaches_the_model(name):
+    affine = affine_model(Affine)
+
+    def apply(params, inputs, *, key=None):
+        outputs = affine.apply(params, inputs)
+        return outputs if key is None else outputs + jax.random.normal(key, outputs.shape)
+
+    learner = build(name, Model(affine.init, apply, stochastic=True))
+    meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
+
+    @jax.jit
+    def adapted(key):
+        return learner.adapt(meta_params, episode(name).support, key=key)[0]
+
+    first, second = (jax.tree.leaves(adapted(jax.random.key(seed))) for seed in (0, 1))
+    is_same = all(bool(jnp.all(a == b)) for a, b in zip(first, second, strict=True))
+    assert is_same == (name in ADAPT_WITHOUT_CHANCE)
 
 
 def test_inner_gradients_of_the_networks_are_differentiated_exactly(x64):

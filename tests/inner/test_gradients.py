@@ -425,6 +425,27 @@ def test_the_check_finds_a_rule_that_is_no_derivative(x64):
         check_inner_grad(network_loss, *network()[:2], inner_grad=first_order)
 
 
+def test_the_largest_difference_counts():
+    # Wrong for one of the random numbers with which the derivative is multiplied, that of the first product.
+    first = jax.random.normal(*jax.random.split(jax.random.key(0), 1), ())
+
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    identity.defvjp(lambda x: (x, None), lambda _, cotangent: (jnp.where(cotangent == first, 2.0, 1.0) * cotangent,))
+
+    def wrong_once(fun):
+        def value_and_grad(x):
+            value, grad = jax.value_and_grad(fun)(x)
+            return value, identity(grad)
+
+        return value_and_grad
+
+    with pytest.raises(ValueError, match=r"differs from reverse over reverse by 100\.0%"):
+        check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once)
+
+
 @pytest.mark.parametrize("context", [lambda f: f, jax.jit])
 def test_a_mean_over_a_mapped_axis_inside_the_loss(x64, context):
     def outer(transform):

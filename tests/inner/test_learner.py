@@ -10,6 +10,7 @@ from maml_jax import (
     anil,
     boil,
     cavia,
+    first_order,
     fomaml,
     gradient_based,
     imaml,
@@ -19,6 +20,7 @@ from maml_jax import (
     meta_curvature,
     meta_lstm,
     meta_sgd,
+    pretrained,
     reptile,
     with_context,
 )
@@ -50,17 +52,6 @@ def test_start_rule_and_init_may_be_learned(x64):
     chex.assert_trees_all_close(grads, expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("builder", [maml, fomaml])
-def test_the_support_set_is_cut_into_the_microbatches_asked_for(builder):
-    # A loss that is a sum tells: the mean over three parts is a third of the whole.
-    episode = make_episode(jax.random.key(0))
-    learner = builder(
-        linear_model, lambda y, t: jnp.sum(y), inner_optimizer=optax.sgd(1.0), num_inner_steps=1, num_microbatches=3
-    )
-    params, _ = learner.adapt(jnp.zeros(4), episode.support)
-    chex.assert_trees_all_close(params, -episode.support.inputs.sum(0) / 3, rtol=1e-5)
-
-
 def test_complex_parameters_are_refused():
     # JAX's gradient of |z|² is 2 z*: a step against it would ascend in the imaginary part.
     with pytest.raises(ValueError, match=r"dtype complex64 .* split complex numbers into two parts"):
@@ -86,17 +77,84 @@ WITH_A_QUERY_LOSS = {
 }
 
 
-def built(builder, query_loss_fn=None):
+def built(builder, query_loss_fn=None, *, loss_fn=half_mse, num_inner_steps=2, **settings):
     """An affine learner of two inner steps."""
     model = Model(
         init=lambda key, inputs: {"weight": jax.random.normal(key, inputs.shape[-1:]), "offset": jnp.zeros(())},
         apply=lambda params, inputs: inputs @ params["weight"] + params["offset"],
     )
     model = with_context(model) if builder is cavia else model
-    return builder(model, half_mse, query_loss_fn, num_inner_steps=2, **WITH_A_QUERY_LOSS[builder])
+    settings = WITH_A_QUERY_LOSS[builder] | settings
+    return builder(model, loss_fn, query_loss_fn, num_inner_steps=num_inner_steps, **settings)
 
 
-@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=lambda builder: builder.__name__)
+def by_name(builder):
+    return builder.__name__
+
+
+@pytest.mark.parametrize("builder", [maml, fomaml, meta_sgd, meta_curvature, maml_plus_plus, imaml], ids=by_name)
+def test_only_the_chosen_parameters_adapt(builder):
+    episode = make_episode(jax.random.key(0))
+    for chosen, other in (("weight", "offset"), ("offset", "weight")):
+        learner = built(builder, where=lambda name, chosen=chosen: name == chosen)
+        meta_params = learner.init(jax.random.key(0), episode.support.inputs)
+        start = meta_params if "weight" in meta_params else meta_params["params"]
+        adapted = learner.adapt(meta_params, episode.support)[0]
+        adapted = adapted if "weight" in adapted else adapted["params"]
+        chex.assert_trees_all_equal(adapted[other], start[other])
+        assert jnp.all(adapted[chosen] != start[chosen])
+
+
+@pytest.mark.parametrize("builder", [reptile, pretrained], ids=by_name)
+def test_only_the_chosen_parameters_of_a_learner_without_a_query_loss_adapt(builder):
+    episode = make_episode(jax.random.key(0))
+    model = Model(
+        init=lambda key, inputs: {"weight": jnp.ones(inputs.shape[-1:]), "offset": jnp.zeros(())},
+        apply=lambda params, inputs: inputs @ params["weight"] + params["offset"],
+    )
+    settings = {"inner_optimizer": optax.sgd(0.1), "num_inner_steps": 2}
+    learner = builder(model, half_mse, where=lambda name: name == "weight", **settings)
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+    adapted = learner.adapt(params, episode.support)[0]
+    assert adapted["offset"] == 0
+    assert jnp.all(adapted["weight"] != 1)
+
+
+@pytest.mark.parametrize("builder", [maml, anil, boil, meta_sgd, meta_curvature, maml_plus_plus, cavia], ids=by_name)
+def test_the_inner_gradient_is_the_one_asked_for(builder):
+    episode = make_episode(jax.random.key(0))
+    exact, cut = built(builder), built(builder, inner_grad=first_order)
+    params = exact.init(jax.random.key(1), episode.support.inputs)
+    (of_exact, _), (of_cut, _) = (jax.grad(x.objective, has_aux=True)(params, episode) for x in (exact, cut))
+    differences = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), of_exact, of_cut)
+    assert max(map(float, jax.tree.leaves(differences))) > 1e-3
+
+
+OF_STEPS = [maml, fomaml, anil, boil, meta_sgd, meta_curvature]
+
+
+@pytest.mark.parametrize("builder", OF_STEPS, ids=by_name)
+def test_each_step_may_have_data_of_its_own(builder):
+    first, second = (make_episode(jax.random.key(seed)).support for seed in (0, 1))
+    learner, one_step = built(builder, data_per_step=True), built(builder, num_inner_steps=1)
+    params = learner.init(jax.random.key(0), first.inputs)
+    found, _ = learner.adapt(params, jax.tree.map(lambda *leaves: jnp.stack(leaves), first, second))
+    half_way, _ = one_step.adapt(params, first)
+    half_way = params | {"params": half_way} if "params" in params else half_way
+    chex.assert_trees_all_close(found, one_step.adapt(half_way, second)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("builder", [maml, fomaml, meta_sgd, meta_curvature], ids=by_name)
+def test_the_support_set_is_cut_into_the_microbatches_asked_for(builder):
+    # A loss that is a sum tells: the mean over three parts is a third of the whole.
+    episode, adapted = make_episode(jax.random.key(0)), []
+    for settings in ({"num_microbatches": 3}, {"loss_fn": lambda outputs, targets: jnp.sum(outputs) / 3}):
+        learner = built(builder, num_inner_steps=1, **{"loss_fn": lambda outputs, targets: jnp.sum(outputs)} | settings)
+        adapted.append(learner.adapt(learner.init(jax.random.key(0), episode.support.inputs), episode.support)[0])
+    chex.assert_trees_all_close(*adapted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=by_name)
 def test_the_query_set_may_have_a_loss_of_its_own(builder):
     episode = make_episode(jax.random.key(0))
     one, other = built(builder), built(builder, lambda outputs, targets: 3.0 * half_mse(outputs, targets))
@@ -122,7 +180,7 @@ def test_losses_and_inner_gradients_are_checked_when_the_learner_is_built():
         imaml(linear_model, half_mse, "mse", strength=1.0, num_cg_steps=1, **settings)
 
 
-@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=lambda builder: builder.__name__)
+@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=by_name)
 def test_an_empty_query_set_is_refused(builder):
     episode = make_episode(jax.random.key(0))
     empty = episode._replace(query=jax.tree.map(lambda leaf: leaf[:0], episode.query))
@@ -132,7 +190,7 @@ def test_an_empty_query_set_is_refused(builder):
         learner.objective(params, empty)
 
 
-@pytest.mark.parametrize("builder", [maml, imaml], ids=lambda builder: builder.__name__)
+@pytest.mark.parametrize("builder", [maml, imaml], ids=by_name)
 def test_steps_on_an_empty_support_set_are_refused(builder):
     episode = make_episode(jax.random.key(0))
     nothing = jax.tree.map(lambda leaf: leaf[:0], episode.support)

@@ -61,6 +61,15 @@ def test_observations_are_made_before_the_first_and_after_every_step(episode):
     chex.assert_trees_all_close(info.observed["norm"], jnp.linalg.norm(path, axis=1), rtol=1e-4)
 
 
+def test_a_rule_that_wants_the_gradient_gets_it(episode):
+    def update(updates, state, params=None, *, grad, **extra):
+        return jax.tree.map(lambda g: -ALPHA * g, grad), state
+
+    rule = optax.GradientTransformationExtraArgs(lambda params: (), update)
+    found, _ = adapt(episode, 2, rule=optax.chain(optax.scale(0.0), rule))
+    chex.assert_trees_all_close(found, adapt(episode, 2)[0], rtol=1e-6)
+
+
 def test_a_rule_that_wants_the_parameters_gets_them(episode):
     rule = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(ALPHA))
     params, _ = adapt(episode, 1, rule=rule)
