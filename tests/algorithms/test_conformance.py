@@ -8,6 +8,7 @@ import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -381,6 +382,28 @@ def test_the_key_of_an_adaptation_reaches_the_model(name):
     first, second = (jax.tree.leaves(adapted(jax.random.key(seed))) for seed in (0, 1))
     is_same = all(bool(jnp.all(a == b)) for a, b in zip(first, second, strict=True))
     assert is_same == (name in ADAPT_WITHOUT_CHANCE)
+
+
+@EVERY_ALGORITHM
+def test_passes_over_different_examples_draw_with_different_keys(name):
+    affine, drawn = affine_model(Affine), set()
+
+    def note(data, inputs):
+        drawn.add((tuple(np.asarray(data).tolist()), np.asarray(inputs).tobytes()))
+
+    def apply(params, inputs, *, key=None):
+        if key is not None:
+            jax.debug.callback(note, jax.random.key_data(key), inputs)
+        return affine.apply(params, inputs)
+
+    learner = build(name, Model(affine.init, apply, stochastic=True))
+    given = episode(name)
+    meta_params = learner.init(jax.random.key(0), given.support.inputs)
+    jax.block_until_ready(learner.objective(meta_params, given._replace(key=jax.random.key(1)))[0])
+    jax.effects_barrier()
+    keys = [key for key, _ in drawn]
+    assert keys
+    assert len(set(keys)) == len(keys), "one key was used for two batches"
 
 
 def test_inner_gradients_of_the_networks_are_differentiated_exactly(x64):
