@@ -51,7 +51,8 @@ BELOW_PUBLISHED = """Where a number is below the published one:
 - **MAML++**: the published number is that of an ensemble of five states, with pooling. Ours has stride 2. After all
   50,000 meta-steps an ensemble of five states is at 99.03, and the published 99.47 just above its interval. After
   1,000 the test has one state, because there was one validation.
-- **iMAML**: the conjugate gradients of the paper need I + H/λ positive definite, and the Hessian H of a network has
+- **iMAML** has had half of its meta-steps. Its validation accuracy still rises: it is 83, 89 and 94 % after 1,000,
+  5,000 and 10,000. The conjugate gradients of the paper need I + H/λ positive definite, and the Hessian H of a network has
   negative eigenvalues. One step of them may then end far away, with a meta-gradient a hundred times too large. Ours
   return the iterate with the smallest residual. The authors' code damps, in effect as `--damping 22`.
 - **ProtoNets** were published after a training for each shot. Ours of one shot is tested with all. With the
