@@ -78,9 +78,6 @@ class Config(RunConfig):
             raise ValueError(f"--eval-shots needs positive numbers of support points, got {self.eval_shots}")
         if not self.inner_lr_grid or not all(rate > 0 and math.isfinite(rate) for rate in self.inner_lr_grid):
             raise ValueError(f"--inner-lr-grid needs positive rates, got {self.inner_lr_grid}")
-        is_tuned = self.algorithm in ("pretrained", "oracle") if self.tune_inner_lr is None else self.tune_inner_lr
-        if self.inner_lr_grid != Config.inner_lr_grid and not is_tuned:
-            raise ValueError("--inner-lr-grid has no effect without --tune-inner-lr; leave it out, or give both")
         if self.tune_inner_lr and isinstance(self.hyperparameters, LearnedRates):
             raise ValueError(
                 f"--tune-inner-lr has no effect with {self.algorithm}, whose rates are learned; leave it out"

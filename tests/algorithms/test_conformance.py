@@ -334,20 +334,25 @@ def test_one_device_and_two_take_the_same_path_that_is_traced_once(name):
     chex.assert_trees_all_close(results(2), results(1), rtol=1e-4, atol=1e-5)
 
 
-ADAPT_WITHOUT_CHANCE = {"imaml", "mldg", "erm"}
-"""The inner problem of iMAML is one problem; MLDG and ERM do not adapt."""
-
-
-@EVERY_ALGORITHM
-def test_the_key_of_the_episode_reaches_the_model(name):
-    # A model that adds noise to its outputs: other keys give other objectives, no key gives none.
+def noisy_model():
+    """An affine model that adds noise to its outputs: other keys give other outputs, and no key gives no noise."""
     affine = affine_model(Affine)
 
     def apply(params, inputs, *, key=None):
         outputs = affine.apply(params, inputs)
         return outputs if key is None else outputs + jax.random.normal(key, outputs.shape)
 
-    learner = build(name, Model(affine.init, apply, stochastic=True))
+    return Model(affine.init, apply, stochastic=True)
+
+
+ADAPT_WITHOUT_CHANCE = {"imaml", "mldg", "erm"}
+"""The inner problem of iMAML is one problem; MLDG and ERM do not adapt."""
+
+
+@EVERY_ALGORITHM
+def test_the_key_of_the_episode_reaches_the_model(name):
+    affine = affine_model(Affine)
+    learner = build(name, noisy_model())
     without_noise = build(name, Model(affine.init, lambda *args, key=None: affine.apply(*args), stochastic=True))
     meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
 
@@ -366,13 +371,7 @@ def test_the_key_of_the_episode_reaches_the_model(name):
 
 @EVERY_ALGORITHM
 def test_the_key_of_an_adaptation_reaches_the_model(name):
-    affine = affine_model(Affine)
-
-    def apply(params, inputs, *, key=None):
-        outputs = affine.apply(params, inputs)
-        return outputs if key is None else outputs + jax.random.normal(key, outputs.shape)
-
-    learner = build(name, Model(affine.init, apply, stochastic=True))
+    learner = build(name, noisy_model())
     meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
 
     @jax.jit

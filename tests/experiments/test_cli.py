@@ -101,7 +101,6 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         (omniglot, ["leo", "--no-rotations"], "--rotations False has no effect with --network features"),
         (domains, ["mldg", "--data", "pacs", "--num-characters", "10"], "no effect with --data pacs"),
         (sinusoid, ["meta-sgd", "--tune-inner-lr", "True"], "no effect with meta-sgd, whose rates are learned"),
-        (sinusoid, ["maml", "--inner-lr-grid", "0.5"], "--inner-lr-grid has no effect without --tune-inner-lr"),
         (omniglot, ["leo", "--train-embedding"], "--train-embedding True has no effect with --network features"),
         (images, ["leo", "--augment"], "--augment True has no effect with --network features"),
         (translation, ["fomaml", "--vector-size", "32"], "--vector-size 32 has no effect with --lexical False"),
