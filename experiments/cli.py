@@ -170,7 +170,7 @@ class RunConfig:
 
 
 def expand_home(config: Any) -> None:
-    """Replaces "~" by the home directory in every setting that is a path, while a frozen dataclass is built."""
+    """Replaces "~" by the home directory in every setting of a new, frozen dataclass that is a path."""
     for field in dataclasses.fields(config):
         if isinstance(path := getattr(config, field.name), Path):
             object.__setattr__(config, field.name, path.expanduser())
@@ -251,7 +251,9 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     if not isinstance(configs, Mapping):
-        return tyro.cli(configs, prog=program, description=_wrapped(description), args=arguments, config=style)
+        parsed = tyro.cli(configs, prog=program, description=_wrapped(description), args=arguments, config=style)
+        expand_home(parsed)
+        return parsed
     first, *rest = _with_method(arguments, list(configs))
     about = dict(about or {})
     if first in configs:  # the parser of one method, because that of all takes seconds

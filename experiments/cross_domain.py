@@ -14,7 +14,6 @@ see `maml_jax.tasks.variable`. Omniglot has no hierarchy of alphabets here.
 
 import dataclasses
 import functools
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from rich.table import Table
 from scipy.special import stdtrit
 
 from experiments import classification, figures, packs, runs
-from experiments.cli import OptionalPath, Precision, check_run_dir, check_seed, expand_home, main
+from experiments.cli import OptionalPath, Precision, check_run_dir, check_seed, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, ensemble, losses
 from maml_jax.algorithms.classifier import Head, pretrained_classifier
@@ -86,7 +85,6 @@ class Config:
             values = getattr(self, name)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{name.replace('_', '-')} must hold something, and nothing twice")
-        expand_home(self)
         check_run_dir(self.run_dir)
         check_integer("--episodes", self.episodes, at_least=2)
         check_seed(self.seed)
@@ -405,7 +403,7 @@ def run(config: Config) -> dict:
         name: variable.make_selector(data.labels, groups=data.groups, min_examples=MIN_EXAMPLES, ways=config.ways)
         for name, data in data_sets.items()
     }
-    learners = digest_of(config.learners)
+    learners = digest_of(methods)
     with runs.open_run(config.run_dir, config) as run_dir:
         if (results := runs.read_results(run_dir)) is not None:
             if results.get("learners_sha256") != learners:
@@ -427,12 +425,10 @@ def run(config: Config) -> dict:
     return results
 
 
-def digest_of(learners: Sequence[Path]) -> str:
-    """A checksum of the files of learners, and of the results of those that are run directories."""
-    checksum = hashlib.sha256()
-    for path in learners:
-        checksum.update((path / "results.json" if path.is_dir() else path).read_bytes())
-    return checksum.hexdigest()
+def digest_of(methods: Sequence[Method]) -> str:
+    """A checksum of the parameters of the methods that can be tested."""
+    params = (method.at(method.way or 2)[1] for method in methods if method.reason is None)
+    return runs.digest([np.asarray(leaf)[None] for leaf in jax.tree.leaves(of_method)] for of_method in params)
 
 
 def measure(

@@ -60,8 +60,7 @@ BELOW_PUBLISHED = """Where a number is below the published one:
 - **Matching networks** have a learned scale of their cosines here, which their paper has not. With it they reach
   two of the four published numbers. In 5-way 1-shot they are 0.1 below, within the interval, and with 20 classes and
   five images 0.2. With the plain cosines of the paper (`--scale None`) and as many meta-steps they are 11 to 32 points
-  behind: after a ReLU cosines are between
-  0 and 1, so of 5 classes no probability is above e / (e + 4) = 0.40.
+  behind: after a ReLU cosines are between 0 and 1, so of 5 classes no probability is above e / (e + 4) = 0.40.
 - **R2-D2** has the highest validation accuracy, in 5-way 1-shot, at 4,500 of its 20,000 meta-steps. With 20 classes
   its test is 0.4 (one image) and 0.1 (five images) below the published numbers, both more than the interval. The
   authors draw the number of examples of a training episode from 1 to 9, of 60 classes; ours have one, and five
@@ -74,9 +73,9 @@ BELOW_PUBLISHED = """Where a number is below the published one:
 - **Siamese networks**: those of the published number were fine-tuned on the support set, and ours are not. Two of the
   four numbers are above the published ones, and two below.
 - **The memory module** has its highest validation accuracy, 97.2 %, at 6,500 of 10,000 meta-steps, so longer training
-  adds little. At that state it is at 99.5 % on training classes: what it lacks is new alphabets. The authors' network
-  is another one, without normalisation and with dropout. With stride 2 in place of pooling (`--no-pooling`) 20,000
-  meta-steps are 0.4 to 2.6 points behind.
+  adds little. That state has 99.5 % on training classes, so what is missing is lost between alphabets. The authors'
+  network is another one, without normalisation and with dropout. With stride 2 in place of pooling (`--no-pooling`)
+  20,000 meta-steps are 0.4 to 2.6 points behind.
 - **The neural statistician** is far smaller than the published network, and trained without dilated images.
 
 Other differences: images are 28x28 by nearest neighbour, as in MAML's code. Those of MANN and the LSTM are reduced to

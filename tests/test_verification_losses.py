@@ -188,6 +188,7 @@ def test_embeddings_of_half_precision_may_be_long(name):
     half, single = (
         jax.grad(OF_PAIRS[name])(jnp.asarray(12.0 * directions, dtype), IDENTITIES) for dtype in ("float16", "float32")
     )
+    # A gradient of half precision has 11 bits.
     chex.assert_trees_all_close(half.astype(jnp.float32), single, atol=1e-3 * float(jnp.max(jnp.abs(single))) + 1e-7)
 
 
