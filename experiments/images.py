@@ -38,7 +38,7 @@ class Config(ClassificationConfig):
     query_shot: int | None = 15
     """Query examples per class."""
     meta_batch_size: int | None = None
-    """Episodes per meta-step; by default the paper's, 4, or 2 with more than one shot."""
+    """Episodes per meta-step; by default those of MAML's paper, 4, or 2 with more than one shot."""
     eval_inner_steps: int | None = 10
     """Inner steps in validation and test."""
     network: Literal["conv4", "resnet12", "multi-scale", "features"] = "conv4"
