@@ -9,6 +9,7 @@ import binascii
 import dataclasses
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -248,9 +249,11 @@ class Handler(BaseHTTPRequestHandler):
 
     def _read_json(self) -> Any:
         length = self.headers.get("Content-Length", "")
-        if not (length.isascii() and length.isdigit()) or int(length) > MAX_BYTES:
+        if not re.fullmatch("[0-9]{1,9}", length) or int(length) > MAX_BYTES:
             self.close_connection = True  # what follows is not read
-            raise RequestError(f"the request must say its Content-Length, of at most {MAX_BYTES} bytes, got {length!r}")
+            raise RequestError(
+                f"the request must say its Content-Length, of at most {MAX_BYTES} bytes, got {length[:20]!r}"
+            )
         try:
             return json.loads(self.rfile.read(int(length)))
         except (ValueError, RecursionError) as error:
@@ -297,6 +300,11 @@ class Server(ThreadingHTTPServer):
                 f"the port {config.port} cannot be used ({error}); choose another --port, or 0 for any that is free"
             ) from error
         self.address = f"http://{HOST}:{self.server_port}/"
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints nothing when a browser leaves before its answer is written."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def warm_up(playground: Playground) -> None:

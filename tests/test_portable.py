@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maml_jax import Batch, portable
+from maml_jax import Batch, Episode, losses, portable
 from maml_jax.portable import LearnerConfig, build_learner, classify, load_learner, outputs_by_step, save_learner
 
 MAML = LearnerConfig(
@@ -78,6 +78,17 @@ def test_the_fields_of_the_configuration_reach_the_learner(params):
     scaled = random_params(dataclasses.replace(MAML, norm_scale=True, flatten=True, norm="population"))
     assert set(scaled["norm_0"]) == {"scale", "offset", "population_mean", "population_variance"}
     assert scaled["head"]["kernel"].shape == (4 * 4, 3)
+
+
+def test_a_learner_that_depends_on_the_meta_step_is_that_after_training():
+    # MAML++ begins with the mean of the losses after every step, and ends with the loss after the last.
+    config = dataclasses.replace(MAML, algorithm="maml++", hyperparameters={"inner_lr": 0.5, "num_inner_steps": 2})
+    learner, params = build_learner(config), random_params(config)
+    episode = Episode(SUPPORT, Batch(QUERIES, jnp.array([0, 1, 2, 0])), jax.random.key(0))
+    outputs = learner.predict(learner.adapt(params, SUPPORT)[0], QUERIES)
+    np.testing.assert_allclose(
+        learner.objective(params, episode)[0], losses.cross_entropy(outputs, episode.query.targets), rtol=1e-5
+    )
 
 
 def test_inner_steps_of_training_and_test_may_differ(tmp_path):

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from maml_jax import Batch, Episode, hypergradient, init_meta_state, losses, make_train_loop, models
+from maml_jax import Batch, Episode, Model, hypergradient, init_meta_state, losses, make_train_loop, models
 from maml_jax.algorithms.hypergradient import Hyperparameters, default_segments, training_run
 from maml_jax.inner.steps import mini_batches
 from maml_jax.parallel import task_mesh
@@ -159,6 +159,25 @@ def test_a_run_without_a_key_is_refused():
     )
     with pytest.raises(ValueError, match="a training run needs a key"):
         learner.adapt(None, Batch(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32)))
+
+
+def test_the_key_gives_the_weights_and_the_order_of_the_examples():
+    # One step of a run whose weights do not depend on the key tells which examples were in its mini-batch.
+    model = Model(lambda key, inputs: {"dense": jnp.zeros(6)}, lambda params, inputs: inputs @ params["dense"])
+    start = Hyperparameters({"dense": jnp.zeros(1)}, jnp.zeros(1), {"dense": jnp.float32(-9.0)})
+    data = Batch(jnp.eye(6), jnp.ones(6))
+    settings = {"initial": lambda layers: start, "num_inner_steps": 1, "batch_size": 2}
+    learner = hypergradient(model, losses.mean_squared_error, **settings)
+    keys = jax.random.split(jax.random.key(0), 30)
+    networks, _ = jax.vmap(lambda key: learner.adapt(start, data, key=key))(keys)
+    seen = networks["dense"] != 0.0
+    np.testing.assert_array_equal(seen.sum(1), 2)
+    assert np.all(seen.any(0))
+    drawn = model._replace(init=lambda key, inputs: {"dense": jax.random.normal(key, (6,))})
+    weights, _ = jax.vmap(
+        lambda key: hypergradient(drawn, losses.mean_squared_error, **settings).adapt(start, data, key=key)
+    )(keys)
+    assert np.all(np.std(weights["dense"], 0) > 0.5)
 
 
 def test_a_run_that_nothing_scores_is_refused():

@@ -5,6 +5,8 @@ import dataclasses
 import http.client
 import json
 import re
+import socket
+import struct
 import threading
 
 import jax
@@ -184,11 +186,33 @@ def test_outputs_that_are_not_finite_are_no_answer(server, monkeypatch):
 
 
 def test_the_length_of_a_request_is_said_and_limited(server):
-    for length in ("", "-1", "ten", "1000001", "٣"):
+    for length in ("", "-1", "ten", "1000001", "٣", 5000 * "9"):
         headers = {"Content-Length": length.encode()} if length else {"Transfer-Encoding": "chunked"}
         status, _, text = ask(server, "POST", "/predict", b"" if length else None, headers)
         assert status == 400
         assert "Content-Length, of at most 1000000 bytes" in json.loads(text)["error"]
+
+
+def test_a_browser_that_leaves_early_is_no_error(server, monkeypatch, capfd):
+    left = threading.Event()
+
+    def predict(request):
+        left.wait(60)
+        return {"answer": 1_000_000 * "x"}
+
+    monkeypatch.setattr(server.playground, "predict", predict)
+    handled = threading.Event()
+    shutdown_request = server.shutdown_request
+    monkeypatch.setattr(server, "shutdown_request", lambda request: (shutdown_request(request), handled.set()))
+    connection = socket.create_connection((playground.HOST, server.server_port))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves with a reset
+    connection.sendall(b"POST /predict HTTP/1.0\r\nContent-Length: 2\r\n\r\n{}")
+    connection.close()
+    left.set()
+    assert handled.wait(60)
+    assert capfd.readouterr().err == ""
+    monkeypatch.undo()
+    assert ask(server, "GET", "/")[0] == 200
 
 
 def test_programs_of_common_tasks_are_compiled_before_they_are_needed(server, monkeypatch):

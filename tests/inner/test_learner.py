@@ -1,6 +1,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from linear_regression import Quadratic, half_mse, linear_model, make_episode
@@ -24,6 +25,7 @@ from maml_jax import (
     reptile,
     with_context,
 )
+from maml_jax.inner import feed_forward
 
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
 
@@ -205,3 +207,30 @@ def test_counts_are_checked_when_the_learner_is_built():
         maml(linear_model, half_mse, inner_optimizer=optax.sgd(1.0), num_inner_steps=1, num_microbatches=0)
     with pytest.raises(ValueError, match=r"^num_steps must be an integer of at least 0, got -1"):
         inner_loop(lambda params, _: params.sum(), optax.sgd(1.0), THETA, None, num_steps=-1)
+
+
+def test_one_pass_reads_the_support_set_and_has_two_keys(x64):
+    # θ is the identity; the task parameters are the support inputs and a number, the outputs another.
+    def draw(key):
+        return jnp.zeros(()) if key is None else jax.random.normal(key)
+
+    learner = feed_forward(
+        lambda key, inputs: jnp.ones(()),
+        lambda theta, support, key: theta * support.inputs.sum() + draw(key),
+        lambda task_params, inputs, key: task_params + draw(key) + inputs[:, 0],
+        half_mse,
+    )
+    episode, key = make_episode(jax.random.key(0)), jax.random.key(1)
+    theta = learner.init(jax.random.key(0), episode.support.inputs)
+    total = episode.support.inputs.sum()
+    of_read, of_query = (jax.random.normal(jax.random.fold_in(key, n)) for n in (0, 1))
+    adapted, info = learner.adapt(theta, episode.support, key=key, observe_fn=lambda task_params: 2.0 * task_params)
+    np.testing.assert_allclose(adapted, total + of_read, rtol=1e-12)
+    np.testing.assert_allclose(info.observed, [2.0 * adapted], rtol=1e-12)
+    assert info.support_loss.shape == (0,)
+    np.testing.assert_allclose(learner.adapt(theta, episode.support)[0], total, rtol=1e-12)
+    inputs, targets = episode.query
+    np.testing.assert_allclose(learner.predict(adapted, inputs), adapted + inputs[:, 0], rtol=1e-12)
+    for episode_key, noise in ((None, 0.0), (key, of_read + of_query)):
+        loss, _ = learner.objective(theta, episode._replace(key=episode_key))
+        np.testing.assert_allclose(loss, half_mse(total + noise + inputs[:, 0], targets), rtol=1e-12)

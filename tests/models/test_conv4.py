@@ -106,6 +106,17 @@ def test_initial_weights():
         assert not jnp.any(params["head"]["bias"])
 
 
+@pytest.mark.parametrize("flatten", [False, True])
+def test_the_head_starts_as_it_is_told_to(flatten):
+    settings = {"way": 5, "features": 4, "flatten": flatten}
+    images, key = jnp.zeros((1, 28, 28, 1)), jax.random.key(0)
+    usual, zero = (
+        models.conv4(**settings, **init).init(key, images) for init in ({}, {"head_init": nn.initializers.zeros})
+    )
+    assert not np.any(zero["head"]["kernel"])
+    chex.assert_trees_all_equal(zero | {"head": usual["head"]}, usual)
+
+
 @pytest.mark.parametrize("pooling", [False, True])
 def test_how_the_convolution_is_computed_does_not_matter(x64, pooling):
     inputs = jax.random.normal(jax.random.key(0), (3, 17, 17, 2))

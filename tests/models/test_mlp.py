@@ -24,6 +24,13 @@ def test_it_is_the_composition_of_its_layers():
     chex.assert_trees_all_close(model.apply(params, inputs), hidden, rtol=1e-5)
 
 
+def test_the_initialisers_are_those_asked_for():
+    settings = {"kernel_init": nn.initializers.constant(2.0), "bias_init": nn.initializers.constant(3.0)}
+    params = models.mlp(features=(4, 3), **settings).init(jax.random.key(0), jnp.zeros((1, 6)))
+    for layer in params.values():
+        chex.assert_trees_all_equal(layer, {"kernel": 2.0 + 0 * layer["kernel"], "bias": 3.0 + 0 * layer["bias"]})
+
+
 def test_the_normalisation_is_before_the_activation(x64):
     model = models.mlp(features=(4, 3, 2), activation=jnp.tanh, norm=models.BatchStatNorm)
     inputs = jax.random.normal(jax.random.key(0), (5, 6))

@@ -196,6 +196,17 @@ def test_trajectories_of_all_updates_at_once_are_refused(loss_fn):
         sample(jax.random.key(0), PARAMS)
 
 
+def test_the_sampler_has_the_advantages_asked_for():
+    settings = {"num_updates": 1, "num_trajectories": N, "horizon": H}
+    sample = rl.make_sampler(learner_of, counter(), advantage_fn=lambda t: 7.0 * t.reward, **settings)
+    for batch in sample(jax.random.key(0), PARAMS)[:2]:
+        assert np.any(batch.targets.reward)
+        np.testing.assert_allclose(batch.targets.advantage, 7.0 * batch.targets.reward)
+    usual = rl.make_sampler(learner_of, counter(), **settings)(jax.random.key(0), PARAMS).support.targets
+    linear = rl.make_sampler(learner_of, counter(), advantage_fn=rl.linear_advantages(), **settings)
+    np.testing.assert_array_equal(usual.advantage, linear(jax.random.key(0), PARAMS).support.targets.advantage)
+
+
 def test_adaptation_raises_the_return():
     sample = rl.make_sampler(learner_of, counter(), num_updates=3, num_trajectories=200, horizon=H)
     episodes = jax.jit(jax.vmap(sample, (0, None)))(jax.random.split(jax.random.key(0), 20), PARAMS)
@@ -219,6 +230,20 @@ def test_policies_take_any_batch_axes():
         rl.normal_policy(Model(policy.init, lambda w, x: x @ w), action_size=3).apply(
             {"network": jnp.ones((3, 2)), "log_std": jnp.zeros(3)}, jnp.ones((N, 3))
         )
+
+
+@pytest.mark.parametrize("ndim", [0, 2])
+def test_an_observation_may_have_any_number_of_axes(ndim):
+    observation = (2, 3)[:ndim]
+    weight = jnp.linspace(-1.0, 2.0, 3 * int(np.prod(observation))).reshape(-1, 3)
+    model = Model(lambda key, x: None, lambda w, x: x.reshape(len(x), -1) @ w)
+    inputs = jnp.asarray(np.random.default_rng(0).normal(size=(H, N, *observation)), jnp.float32)
+    expected = inputs.reshape(H, N, -1) @ weight
+    policy = rl.categorical_policy(model, observation_ndim=ndim)
+    np.testing.assert_allclose(policy.apply(weight, inputs).logits, Categorical(expected).logits, rtol=1e-5, atol=1e-5)
+    policy = rl.normal_policy(model, action_size=3, observation_ndim=ndim)
+    found = policy.apply({"network": weight, "log_std": jnp.zeros(3)}, inputs)
+    np.testing.assert_allclose(found.mean, expected, rtol=1e-5)
 
 
 def test_a_scaled_start_changes_what_is_named():
