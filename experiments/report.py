@@ -91,11 +91,6 @@ def add(run_dir: Path, results_dir: Path) -> Path:
     return file
 
 
-def at(values: list[float | None], step: int) -> float | None:
-    """The value after some number of inner steps; None if the curve is shorter."""
-    return values[step] if step < len(values) else None
-
-
 def sinusoid_table(results: list[dict], shot: int) -> str:
     """Errors after 1, 5 and 10 steps: mean over seeds, range over seeds, median, share of diverged tasks."""
     rows, of_method = [], few_shot_report.relative_costs("methods_sinusoid")
@@ -114,7 +109,7 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
             [
                 ", ".join([figures.title(algorithm), *flags]),
                 " or ".join(f"{rate:g}" for rate in rates),
-                *(runs.format_over_seeds([at(m["mean"], step) for m in mse]) for step in (1, 5, 10)),
+                *(_after(step, [m["mean"] for m in mse]) for step in (1, 5, 10)),
                 " / ".join(f"{number:.2f}" for number in paper) if paper else "",
                 _mean_at_10(mse, "median", ".2f"),
                 _mean_at_10(mse, "diverged", ".2%"),
@@ -126,9 +121,14 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
     return runs.markdown_table([*header, *few_shot_report.RELATIVE_COSTS], rows)
 
 
+def _after(step: int, curves: list[list[float | None]]) -> str:
+    """The values of all seeds after some number of inner steps; empty if the test has fewer."""
+    return runs.format_over_seeds([curve[step] for curve in curves]) if step < len(curves[0]) else ""
+
+
 def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
-    values = [at(curve[name], 10) for curve in curves]
-    return "" if None in values else format(statistics.fmean(values), style)
+    values = [value for curve in curves for value in curve[name][10:11]]
+    return "" if not values or None in values else format(statistics.fmean(values), style)
 
 
 def domain_table(results: list[dict]) -> str:
