@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.devices import set_up_jax
-from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, flag
+from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, flag, typed
 from experiments.tracking import Tracking
 from maml_jax import CATALOGUE, processes
 from maml_jax.types import check_integer, check_positive
@@ -70,6 +70,7 @@ _READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
     "train_embedding": ("network", ("conv4", "multi-scale", "resnet12", "mlp")),
     "depth": ("network", ("transformer",)),
     "vector_size": ("lexical", (True,)),
+    "inner_lr_grid": ("tune_inner_lr", (True,)),
     "margin": ("losses", ("cdt",)),
     "positive_threshold": ("losses", ("mfr",)),
     "negative_threshold": ("losses", ("mfr",)),
@@ -80,7 +81,10 @@ _IGNORED_BY: dict[str, set[str]] = {
     "adapt_norm": {"anil", "cavia", *_CLASSIFIERS},
     "flatten": set(_CLASSIFIERS),
     "eval_inner_steps": {name for name, kind in _CLASSIFIERS.items() if not hasattr(kind, "num_inner_steps")},
-    "num_inner_steps": {"pretrained-classifier"},  # it takes steps in the test only: --eval-inner-steps
+    # They take steps in the test only: --eval-inner-steps, and on sinusoids --inner-lr-grid.
+    "num_inner_steps": {"pretrained-classifier", "pretrained", "oracle"},
+    "inner_lr": {"pretrained", "oracle"},
+    "later_lr": {"oracle"},
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
 }
@@ -349,8 +353,8 @@ def _check_read(given: Any, default: Any) -> None:
         other, read_with = _READ_WITH.get(name, ("", ()))
         if other in found and found[other] not in read_with:
             raise ValueError(
-                f"{flag(name)} {found[name]} has no effect with {flag(other)} {found[other]}; leave it at "
-                f"{of_method[name]}, or choose {' or '.join(f'{flag(other)} {value}' for value in read_with)}"
+                f"{typed(name, found[name])} has no effect with {typed(other, found[other])}; leave it at "
+                f"{of_method[name]}, or choose {' or '.join(typed(other, value) for value in read_with)}"
             )
 
 

@@ -5,7 +5,6 @@ from collections import defaultdict
 
 from experiments import (
     bandits,
-    cli,
     domains,
     faces,
     hyperparameters,
@@ -49,9 +48,7 @@ def changed_flags(results: dict) -> list[str]:
         if name in FROM_DATA and reference is None:
             continue
         if name in defaults and name != "algorithm" and name not in runs.IRRELEVANT and value != reference:
-            flag = cli.flag(name)
-            words = " ".join(map(str, value)) if isinstance(value, list) else value
-            flags.append(f"--no-{flag[2:]}" if value is False else flag if value is True else f"{flag} {words}")
+            flags.append(runs.typed(name, value))
     return flags
 
 

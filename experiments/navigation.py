@@ -25,7 +25,7 @@ import tyro
 from rich.table import Table
 
 from experiments import common, devices, figures, published, runs, seeds
-from experiments.cli import RunConfig, check_counts, flag, main, with_defaults
+from experiments.cli import RunConfig, check_counts, flag, main, typed, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
 from maml_jax import (
@@ -121,7 +121,7 @@ class Config(RunConfig):
         for name in clipped if self.outer_rule == "trust-region" else ("metric_stride",):
             if getattr(self, name) != (default := getattr(Config, name)):
                 raise ValueError(
-                    f"{flag(name)} {getattr(self, name)} has no effect with --outer-rule {self.outer_rule}; leave it "
+                    f"{typed(name, getattr(self, name))} has no effect with --outer-rule {self.outer_rule}; leave it "
                     f"at {default}, or choose the other rule"
                 )
         if self.on_nonfinite == "skip" and self.outer_rule == "trust-region":

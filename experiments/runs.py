@@ -106,6 +106,13 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def typed(name: str, value: Any) -> str:
+    """A setting with its value as it is typed: "--filters 9", "--pooling", "--no-pooling"."""
+    if isinstance(value, bool):
+        return flag(name if value else f"no_{name}")
+    return f"{flag(name)} {' '.join(map(str, value)) if isinstance(value, list | tuple) else value}"
+
+
 @contextlib.contextmanager
 def _named_if_not_written(path: Path) -> Iterator[None]:
     try:

@@ -52,9 +52,9 @@ class Config(RunConfig):
     """Tasks per meta-step."""
     num_meta_steps: int = 70_000
     """Outer updates. A run may be continued with a larger number."""
-    tune_inner_lr: bool | None = None
-    """Whether the rate at test is the best of --inner-lr-grid on other tasks; by default for "pretrained" and "oracle",
-    whose training has no inner rate."""
+    tune_inner_lr: bool = False
+    """Whether the rate at test is the best of --inner-lr-grid on other tasks, as for "pretrained" and "oracle", whose
+    training has no inner rate."""
     inner_lr_grid: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 2e-2, 5e-2)
     """The rates to choose from."""
     eval_episodes: int = 2000
@@ -85,7 +85,10 @@ class Config(RunConfig):
 
 
 METHODS = methods("sinusoid", Config)
-METHODS["oracle"] = dataclasses.replace(METHODS["pretrained"], algorithm="oracle")
+METHODS |= {
+    name: dataclasses.replace(METHODS["pretrained"], algorithm=name, tune_inner_lr=True)
+    for name in ("pretrained", "oracle")
+}
 
 
 def about() -> dict[str, str]:
@@ -108,7 +111,6 @@ def with_paper_defaults(config: Config) -> Config:
         config,
         {
             "query_shot": config.shot,
-            "tune_inner_lr": config.algorithm in ("pretrained", "oracle"),
             "run_dir": Path(f"runs/sinusoid-{config.algorithm}-{rate:g}-{config.seed}"),
         },
     )
