@@ -105,7 +105,7 @@ def run_workload(name: str, config: Config) -> dict[str, Any]:
                 "seconds": common.summarise([second / num_steps for second in seconds[count]]),
                 "steps_per_second": common.summarise([num_steps / second for second in seconds[count]]),
                 "times_first": common.summarise(
-                    [first / second for first, second in zip(seconds[config.devices[0]], seconds[count], strict=True)]
+                    [first / second for first, second in zip(seconds[config.devices[0]], seconds[count], strict=False)]
                 ),
                 "compile_seconds": compile_seconds[count],
                 "all_reduce_seconds": all_reduce(parameters + 1, count, config),

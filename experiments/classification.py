@@ -17,7 +17,7 @@ import numpy as np
 from rich.table import Table
 
 from experiments import common, devices, figures, runs, seeds
-from experiments.cli import RunConfig, check_counts, flag
+from experiments.cli import RunConfig, check_counts, typed
 from experiments.common import Training
 from experiments.runs import RunError, console, replace_known, stored_config
 from maml_jax import CATALOGUE, Model, Problem, ensemble, evaluate, evaluate_objective, losses, models
@@ -255,7 +255,7 @@ def make_sampler(
     except ValueError as error:
         own = "train_" if to_train and (way, shot) != (config.way, config.shot) else ""
         sizes = {own + "way": way, own + "shot": shot, "query_shot": config.query_shot}
-        flags = " ".join(f"{flag(name)} {size}" for name, size in sizes.items())
+        flags = " ".join(typed(name, size) for name, size in sizes.items())
         raise RunError(f"split {split!r} of {data.title}: {error} (with {flags})") from error
     return data.augmented(config, sampler) if to_train else sampler
 
@@ -277,7 +277,7 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
       RunError: if there is no such run, or it is none of a pretrained classifier that normalises by population
         statistics, on the same split of the same data.
     """
-    wanted = " ".join(f"{flag(name)} {getattr(config, name)}" for name in data.split_by)
+    wanted = " ".join(typed(name, getattr(config, name)) for name in data.split_by)
     if not (Path(config.pretrained_run) / "config.json").exists():
         raise RunError(
             f"there is no run in {config.pretrained_run}; make it with `python -m experiments.{data.name} "
@@ -285,7 +285,7 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
             "--pretrained-run"
         )
     source = data.with_paper_defaults(stored_config(data.methods, Path(config.pretrained_run)))
-    found = " ".join(f"{flag(name)} {getattr(source, name)}" for name in data.split_by)
+    found = " ".join(typed(name, getattr(source, name)) for name in data.split_by)
     if (source.algorithm, found) != ("pretrained-classifier", wanted):
         raise RunError(
             f"{config.pretrained_run} is a run of {source.algorithm} with {found}; give a run of "

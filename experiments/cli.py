@@ -53,42 +53,48 @@ GROUPS = {
 _RECORDS = {"method": "hyperparameters", "tracking": "tracking"}
 """The settings that are records, by the name of their group."""
 _OWN_GROUPS = ("algorithm", *_RECORDS.values())
-_READ_WITH: dict[str, tuple[str, tuple[Any, ...]]] = {
-    "outer_lr_end": ("outer_schedule", ("linear", "cosine")),
-    "outer_half_life": ("outer_schedule", ("halved",)),
-    "filters": ("network", ("conv4", "multi-scale", "resnet12")),
-    "pooling": ("network", ("conv4",)),
-    "flatten": ("network", ("conv4",)),
-    "norm_scale": ("network", ("conv4", "multi-scale", "mlp")),
-    "rotations": ("network", ("conv4", "multi-scale", "mlp", "pixels")),
-    "adapt_norm": ("per_step_norm", (False,)),
-    "num_characters": ("data", ("rotated-omniglot",)),
-    "rotated_test_classes": ("rotated_classes", (True,)),
-    "carry_state": ("inner_optimizer", ("adam",)),
-    "eps_root": ("inner_optimizer", ("adam",)),
-    "augment": ("network", ("conv4", "multi-scale", "resnet12")),
-    "train_embedding": ("network", ("conv4", "multi-scale", "resnet12", "mlp")),
-    "depth": ("network", ("transformer",)),
-    "vector_size": ("lexical", (True,)),
-    "inner_lr_grid": ("tune_inner_lr", (True,)),
-    "margin": ("losses", ("cdt",)),
-    "positive_threshold": ("losses", ("mfr",)),
-    "negative_threshold": ("losses", ("mfr",)),
-}
-"""By setting, another one and its values with which the first has an effect."""
+_READ_WITH: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
+    ("outer_lr_end", "outer_schedule", ("linear", "cosine")),
+    ("outer_half_life", "outer_schedule", ("halved",)),
+    ("filters", "network", ("conv4", "multi-scale", "resnet12")),
+    ("pooling", "network", ("conv4",)),
+    ("flatten", "network", ("conv4",)),
+    ("norm_scale", "network", ("conv4", "multi-scale", "mlp")),
+    ("rotations", "network", ("conv4", "multi-scale", "mlp", "pixels")),
+    ("rotations", "rotated_classes", (False,)),
+    ("adapt_norm", "per_step_norm", (False,)),
+    ("num_characters", "data", ("rotated-omniglot",)),
+    ("rotated_test_classes", "rotated_classes", (True,)),
+    ("carry_state", "inner_optimizer", ("adam",)),
+    ("eps_root", "inner_optimizer", ("adam",)),
+    ("augment", "network", ("conv4", "multi-scale", "resnet12")),
+    ("train_embedding", "network", ("conv4", "multi-scale", "resnet12", "mlp")),
+    ("depth", "network", ("transformer",)),
+    ("vector_size", "lexical", (True,)),
+    ("inner_lr_grid", "tune_inner_lr", (True,)),
+    ("margin", "losses", ("cdt",)),
+    ("positive_threshold", "losses", ("mfr",)),
+    ("negative_threshold", "losses", ("mfr",)),
+)
+"""A setting, another one, and the values of that one with which the first has an effect."""
 _CLASSIFIERS = {name: entry.hyperparameters for name, entry in CATALOGUE.items() if entry.classifies}
 _IGNORED_BY: dict[str, set[str]] = {
     "adapt_norm": {"anil", "cavia", *_CLASSIFIERS},
     "flatten": set(_CLASSIFIERS),
-    "eval_inner_steps": {name for name, kind in _CLASSIFIERS.items() if not hasattr(kind, "num_inner_steps")},
+    "eval_inner_steps": {
+        "navigation oracle",
+        *(name for name, kind in _CLASSIFIERS.items() if not hasattr(kind, "num_inner_steps")),
+    },
     # They take steps in the test only: --eval-inner-steps, and on sinusoids --inner-lr-grid.
     "num_inner_steps": {"pretrained-classifier", "pretrained", "oracle"},
     "inner_lr": {"pretrained", "oracle"},
-    "later_lr": {"oracle"},
+    "surrogate": {"navigation oracle"},
+    "later_lr": {"navigation oracle"},
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
+    "shot": {"translation pretrained"},  # nothing adapts in its training
 }
-"""By setting, the methods that do not read it, and so have no such flag."""
+"""By setting, the methods that do not read it, and so have no such flag; of one experiment where it is named."""
 _METAVARS = {int: "INT", float: "FLOAT", str: "STR", Path: "PATH"}
 OUT_OF_MEMORY = (
     "the memory of the device does not suffice; compute fewer tasks together with a smaller --chunk-size, make tasks "
@@ -274,6 +280,20 @@ def parse(
     return _ungrouped(parsed, configs)
 
 
+def has_flag(config: Any, name: str) -> bool:
+    """Whether the command that `config` is the settings of has a flag for the setting."""
+    for record in (config, getattr(config, "hyperparameters", None)):
+        hint = get_type_hints(type(record), include_extras=True).get(name)
+        if hint is not None:
+            return tyro.conf.Suppress not in getattr(hint, "__metadata__", ()) and not _is_ignored(config, name)
+    return False
+
+
+def _is_ignored(config: Any, name: str) -> bool:
+    of_experiment = f"{getattr(config, 'experiment', '')} {config.algorithm}"
+    return not _IGNORED_BY.get(name, set()).isdisjoint((config.algorithm, of_experiment))
+
+
 def _wrapped(text: str) -> str:
     """Text whose lines fit the terminal. Tyro joins the lines of a paragraph, but not those that begin with a space."""
     width = min(shutil.get_terminal_size().columns, 100) - 1
@@ -299,7 +319,7 @@ def _grouped(config: Any) -> Any:
         if type(None) in get_args(hint) and len(rest) == 1 and rest[0] in _METAVARS:
             settings |= {"metavar": _METAVARS[rest[0]]}
         kept = Annotated[hint, tyro.conf.arg(**settings)]
-        if config.algorithm in _IGNORED_BY.get(name, ()):
+        if _is_ignored(config, name):
             kept = Annotated[kept, tyro.conf.Suppress]
         return name, kept, dataclasses.field(default=value)
 
@@ -348,10 +368,9 @@ def _check_read(given: Any, default: Any) -> None:
         return vars(config) | (vars(hyperparameters) if hyperparameters else {})
 
     found, of_method = values(given), values(default)
-    changed = [name for name, value in found.items() if value is not None and value != of_method[name]]
-    for name in changed:
-        other, read_with = _READ_WITH.get(name, ("", ()))
-        if other in found and found[other] not in read_with:
+    for name, other, read_with in _READ_WITH:
+        is_changed = found.get(name) is not None and found[name] != of_method[name]
+        if is_changed and other in found and found[other] not in read_with:
             raise ValueError(
                 f"{typed(name, found[name])} has no effect with {typed(other, found[other])}; leave it at "
                 f"{of_method[name]}, or choose {' or '.join(typed(other, value) for value in read_with)}"

@@ -37,6 +37,8 @@ from maml_jax.types import ArrayTree, LearnerOrSchedule, MetaInfo, MetaState, Sa
 
 SAVE_SECONDS = 60.0
 """A checkpoint is written after a compiled call if the last one is older than this, besides those of validations."""
+UNTRAINED = np.finfo(np.float32).min
+"""The score of initial parameters, below that of any validation."""
 STOP_SECONDS = 25.0
 """How long a compiled call may go on after SIGTERM or SIGINT. Clusters kill a job 30 s or more after the signal."""
 
@@ -199,10 +201,12 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             means = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
             # The log of a seed has its share of the time; what is shown is the speed of all together.
             show(means | {"step": now.step, "steps_per_second": num_steps / elapsed})
+            # Agreed upon, because saving takes all processes, and each has a clock of its own.
             with processes.watchdog(f"the decision to go on after step {now.step}", PROCESS_TIMEOUT_SECONDS):
                 signalled = processes.largest(requested[0] if requested else 0)
+                is_due = processes.largest(int(time.monotonic() - saved_at > SAVE_SECONDS)) > 0
             is_leaving = signalled > 0
-            if now.step == boundary or is_leaving or time.monotonic() - saved_at > SAVE_SECONDS:
+            if now.step == boundary or is_leaving or is_due:
                 now.save()
                 saved_at = time.monotonic()
             if is_leaving:
@@ -252,19 +256,20 @@ class Progress:
     def validate(self, records: Sequence[dict[str, float]]) -> None:
         """Scores every seed, keeps its best states, and adds the score, and what else is logged, to its record."""
         for index, member in enumerate(self.members):
-            training, params, score = member.training, self.params(index), 0.0
+            training, params = member.training, self.params(index)
             with processes.watchdog(f"the validation after step {self.step}", PROCESS_TIMEOUT_SECONDS):
                 if training.validate is not None:
                     score = records[index]["val"] = training.validate(params)
+                    self.best[index] = keep_best(self.best[index], params, score, self.step)
                 if training.monitor is not None:
                     records[index] |= training.monitor(params)
-            always = training.validate is None
-            self.best[index] = keep_best(self.best[index], params, score, self.step, always=always)
 
     def save(self) -> None:
-        """Writes a checkpoint of every seed."""
+        """Writes a checkpoint of every seed. Without a validation the state that is saved is the selected one."""
         train_seconds = np.asarray(self.seconds["train"], np.float32)
         for index, member in enumerate(self.members):
+            if member.training.validate is None:
+                self.best[index] = keep_best(self.best[index], self.params(index), 0.0, self.step, always=True)
             checkpoints = member.run_dir / "checkpoints"
             last = checkpoint.latest(checkpoints)
             if len(self.members) > 1 and last is not None and last >= self.step:
@@ -278,9 +283,7 @@ class Progress:
         if np.isfinite(self.best[0]["score"][0]):
             return
         for index in range(len(self.members)):
-            # Any score of a later validation is higher.
-            lowest = np.finfo(np.float32).min
-            self.best[index] = keep_best(self.best[index], self.params(index), lowest, 0, always=True)
+            self.best[index] = keep_best(self.best[index], self.params(index), UNTRAINED, 0, always=True)
         self.save()
 
 
@@ -483,13 +486,16 @@ def load_params(
       optimizer: the outer optimiser or rule of the training; by default that of the settings.
 
     Raises:
-      RunError: if the run has no checkpoint.
+      RunError: if the run has no checkpoint, or none of a validated state.
     """
     optimizer = outer_optimizer(config) if optimizer is None else optimizer
     state = initial_state(learner, optimizer, inputs, streams(config.seed).init, mesh=None)
     best = load_state(run_dir / "checkpoints", state, getattr(config, "ensemble", 1))["best"]
     if not np.isfinite(best["score"][0]):
-        raise RunError(f"{run_dir} holds no checkpoint of a validated state; train longer, or name another directory")
+        raise RunError(
+            f"{run_dir} holds no checkpoint of a validated state; train longer, up to the first validation after "
+            "--val-every meta-steps, or name another directory"
+        )
     return selected(best)
 
 
@@ -556,7 +562,9 @@ def stop_requests(reached: Callable[[], int]) -> Iterator[list[int]]:
         timer.cancel()
 
 
-def keep_best(best: dict[str, Any], params: ArrayTree, score: float, step: int, *, always: bool) -> dict[str, Any]:
+def keep_best(
+    best: dict[str, Any], params: ArrayTree, score: float, step: int, *, always: bool = False
+) -> dict[str, Any]:
     """The best states so far, the highest score first, as host arrays, because the training state is donated.
 
     Args:
@@ -575,8 +583,8 @@ def keep_best(best: dict[str, Any], params: ArrayTree, score: float, step: int, 
 
 
 def selected(best: dict[str, Any]) -> ArrayTree:
-    """The parameters that were kept: one state if M = 1, else those with a score, [m, ...]."""
+    """The parameters that were kept: one state if M = 1, else those of a validation, [m, ...]."""
     if len(best["score"]) == 1:
         return jax.tree.map(lambda x: np.asarray(x)[0], best["params"])
-    count = max(1, int(np.sum(np.isfinite(best["score"]))))
+    count = max(1, int(np.sum(best["score"] > UNTRAINED)))
     return jax.tree.map(lambda x: np.asarray(x)[:count], best["params"])

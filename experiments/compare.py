@@ -26,7 +26,7 @@ from rich.table import Table
 from experiments import figures, pictures, runs
 from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.paired import holm, paired_test, sign_test
-from experiments.retest import ACCURACY, METRICS, Metric, Run, Test, check_checkpoint, fingerprint, open_run, tests
+from experiments.retest import ACCURACY, METRICS, Metric, Run, Test, fingerprint, open_run, tests
 from experiments.runs import RunError, console, format_mean, messages_to_stderr
 from maml_jax.types import check_integer
 
@@ -96,7 +96,7 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
             )
     if needs_checkpoint and opened[0].experiment in METRICS:
         for run in opened:
-            check_checkpoint(run.run_dir)
+            runs.load(run.run_dir)
     return opened
 
 

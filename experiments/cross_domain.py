@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
@@ -404,7 +405,10 @@ def run(config: Config) -> dict:
         for name, data in data_sets.items()
     }
     learners = digest_of(methods)
-    with runs.open_run(config.run_dir, config) as run_dir:
+    data_digest = runs.digest(
+        [data.images[data.labels == label] for label in np.unique(data.labels)] for data in data_sets.values()
+    )
+    with runs.open_run(config.run_dir, config, data_digest) as run_dir:
         if (results := runs.read_results(run_dir)) is not None:
             if results.get("learners_sha256") != learners:
                 raise RunError(
@@ -446,7 +450,8 @@ def measure(
             accuracies[index] = np.asarray(scores, np.float64)
             metric = as_metric(accuracies[index])
             mean = runs.format_mean(metric["mean"][0], metric["ci95"][0], scale=100)
-            console.print(f"{name}: {method.label}: {mean} % in {time.perf_counter() - start:.0f} s", highlight=False)
+            said = f"{name}: {method.label}: {mean} % in {time.perf_counter() - start:.0f} s"
+            console.print(said, highlight=False, markup=False)
     return accuracies
 
 
@@ -532,7 +537,7 @@ def show(results: dict) -> None:
     for record, star in zip(results["methods"], is_starred, strict=True):
         cells = [cell_text(record["data_sets"][name]) for name in names]
         rank = "–" if record["average_rank"] is None else f"{record['average_rank']:.2f}"
-        table.add_row(record["label"] + "*" * star, *cells, rank)
+        table.add_row(escape(record["label"]) + "*" * star, *cells, rank)
     console.print(table)
 
 

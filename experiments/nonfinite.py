@@ -1,6 +1,5 @@
 """Numbers that are not finite: where a training ceased to be, and what helps against it."""
 
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +56,17 @@ def check_selected(best: dict[str, Any], run_dir: Path, config: Any) -> None:
 
 def _remedies(config: Any, is_skipped: bool) -> str:
     """What helps against a loss that is not finite, by the flags that the experiment has."""
-    import tyro  # Only here: benchmarks of an accelerator import this module on machines without it.
+    from experiments.cli import has_flag  # Only here: benchmarks of an accelerator have no tyro, which it imports.
+
+    is_trust_region = getattr(config, "outer_rule", None) == "trust-region"
 
     def has(name: str) -> bool:
-        if name.startswith("outer_") and getattr(config, "outer_rule", None) == "trust-region":
-            return False  # it has no optimiser
-        for record in (config, getattr(config, "hyperparameters", None)):
-            hint = typing.get_type_hints(type(record), include_extras=True).get(name)
-            if hint is not None:
-                return tyro.conf.Suppress not in getattr(hint, "__metadata__", ())
-        return False
+        if is_trust_region and name in ("outer_lr", "outer_clip", "on_nonfinite"):
+            return False  # it has no optimiser, and refuses such steps itself
+        return has_flag(config, name)
 
-    rates = [flag(name) for name in ("inner_lr", "initial_rate", "outer_lr") if has(name)]
+    sizes = ("inner_lr", "initial_rate", "max_kl" if is_trust_region else "outer_lr")
+    rates = [flag(name) for name in sizes if has(name)]
     bounds = [flag(name) for name in ("outer_clip", "max_norm") if has(name)]
     text = f"lower {' or '.join(rates)}"
     if bounds:

@@ -99,9 +99,7 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
         chosen = [e for result in group for e in result["evaluations"] if e["shot"] == shot]
         if not chosen:
             continue
-        flags = [
-            f"`{flag}`" for flag in flags_but_seed(group[0]) if not flag.startswith(("--inner-lr", "--eval-shots"))
-        ]
+        flags = _further_flags(group[0])
         mse = [evaluation["metrics"]["mse"] for evaluation in chosen]
         rates = sorted({evaluation["inner_lr"] for evaluation in chosen})
         paper = published.SINUSOID.get((algorithm, config["inner_lr"])) if shot == 5 and not flags else None
@@ -119,6 +117,18 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
         )
     header = ["", "rate", "1 step", "5 steps", "10 steps", "published", "median, 10 steps", "diverged", "seeds"]
     return runs.markdown_table([*header, *few_shot_report.RELATIVE_COSTS], rows)
+
+
+def _further_flags(result: dict) -> list[str]:
+    """The changed flags of a result on sinusoids, without those that are columns of the table."""
+    in_columns = ("--inner-lr ", "--inner-lr-grid ", "--eval-shots ")
+    return [f"`{flag}`" for flag in flags_but_seed(result) if not flag.startswith(in_columns)]
+
+
+def _curve_label(result: dict) -> str:
+    """The method of a result on sinusoids with its rate and its changed flags."""
+    rate = f"rate {result['config']['inner_lr']:g}"
+    return ", ".join([figures.title(result["algorithm"]), rate, *_further_flags(result)]).replace("`", "")
 
 
 def _after(step: int, curves: list[list[float | None]]) -> str:
@@ -175,6 +185,7 @@ def hyperparameter_summary(results: list[dict]) -> str:
     sentences = []
     for result in results:
         losses = {name: method["test_loss"]["mean"] for name, method in result["methods"].items()}
+        losses = {name: loss for name, loss in losses.items() if loss is not None}  # not finite
         first, second = sorted(losses, key=losses.get)[:2]
         sentences.append(
             f"The lowest test loss is that of {first}, {losses[first]:.4f}, before {second} with {losses[second]:.4f}. "
@@ -230,8 +241,7 @@ def seed_curves(results: list[dict]) -> dict[str, list[list[dict]]]:
     for group in by_command([result for result in results if result["experiment"] == "sinusoid"]).values():
         curves = [result["curve"] for result in group if result.get("curve")]
         if len(curves) > 1:
-            first = group[0]
-            logs[f"{figures.title(first['algorithm'])}, rate {first['config']['inner_lr']:g}"] = curves
+            logs[_curve_label(group[0])] = curves
     return logs
 
 
@@ -305,7 +315,8 @@ def hyperparameter_section(results: list[dict], table: str) -> str:
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
         "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
         "hyperparameters are chosen by the held-out loss, and no choice used the test digits. The "
-        "seconds are those of learning or searching. One seed; the intervals are over training runs. "
+        "seconds are those of searching, or of learning without its validations. One seed; the intervals are over "
+        "training runs. "
         f"{hyperparameter_summary(results)}\n\n{table}\n\n"
         "![the learned schedules](figures/hyperparameters.png)\n\n"
         "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
@@ -317,8 +328,9 @@ def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[st
     if of["sinusoid"]:
         curves = {}
         for group in by_command(of["sinusoid"]).values():
-            name, rate = group[0]["algorithm"], group[0]["config"]["inner_lr"]
-            label = name if name not in curves else f"{figures.title(name)}, rate {rate:g}"
+            name, flags = group[0]["algorithm"], flags_but_seed(group[0])
+            is_plain = not any(flag.startswith("--inner-lr ") for flag in flags) and not _further_flags(group[0])
+            label = name if is_plain else _curve_label(group[0])
             curves[label] = [evaluation for result in group for evaluation in result["evaluations"]]
         figures.inner_curves(directory / "sinusoid.png", curves)
     if panels := orders_panels(of):

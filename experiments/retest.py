@@ -12,7 +12,7 @@ from experiments import classification, domains, navigation, runs, sinusoid
 from experiments.classification import DataSet
 from experiments.runs import RunError
 from experiments.trials import Experiment
-from maml_jax import checkpoint, evaluate, losses
+from maml_jax import evaluate, losses
 from maml_jax.types import MetaLearner, SampleEpisodeFn
 
 
@@ -120,15 +120,6 @@ def open_run(run_dir: Path, name: str | None = None, group: str | None = None) -
         getattr(module, "EXPERIMENT", None),
         group,
     )
-
-
-def check_checkpoint(run_dir: Path) -> None:
-    """Raises RunError if a run has no checkpoint."""
-    if checkpoint.latest(run_dir / "checkpoints") is None:
-        raise RunError(
-            f"{run_dir} holds no checkpoint; train longer, up to its first checkpoint after --val-every meta-steps, or "
-            "name another run"
-        )
 
 
 def tests(run: Run) -> list[Test]:

@@ -132,8 +132,9 @@ def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence
     return cells
 
 
-def mazes_table(results: Results) -> str:
+def mazes_table(results: Results, flags_of: FlagsOf) -> str:
     """Steps and success of both walks, one row for every size of maze that a run was tested in, and way to act."""
+    in_columns = ("size", "view", "horizon", "start_run", "num_meta_steps", "val_every", "eval_episodes")
     rows = []
     order = ("size", "horizon", "start_run")
     for result in sorted(results, key=lambda r: [r["config"].get(name) or "" for name in order]):
@@ -141,6 +142,8 @@ def mazes_table(results: Results) -> str:
         name = f"{config['size']} x {config['size']}, view {config['view']}"
         if start := config.get("start_run"):
             name += f", started from {Path(start).name}"
+        further = [f"`{one}`" for one in flags_of(result) if not one.startswith(tuple(map(flag, in_columns)))]
+        name = ", ".join([name, *further, *([f"seed {result['seed']}"] if result["seed"] else [])])
         tested = {name: (config["horizon"], result)}
         if larger:
             tested[f"{name}, tested in {larger['size']} x {larger['size']}"] = larger["horizon"], larger
@@ -247,7 +250,7 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "the paper it does. When its training goes on in larger mazes, the second walk falls to four tenths of the "
             "first. The last pair is the policy of the pair before, loaded from runs/mazes-longer. Its walks are given "
             "up later, after 400 steps; nothing is trained (`--num-meta-steps 0`).\n\n"
-            + mazes_table(of["mazes"])
+            + mazes_table(of["mazes"], flags_of)
             + behaviour("mazes", "rl2", "Walks through the first mazes of the test")
         )
     return "\n\n## Reinforcement learning\n\n" + "\n\n".join(parts) if parts else ""

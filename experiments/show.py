@@ -19,7 +19,7 @@ from rich.markup import escape
 
 from experiments import classification, figures, pictures, runs
 from experiments.cli import OptionalPath, Precision, check_seed, main
-from experiments.retest import Run, check_checkpoint, image_sampler, open_run, sinusoid_learner
+from experiments.retest import Run, image_sampler, open_run, sinusoid_learner
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE
 from maml_jax.portable import outputs_by_step
@@ -63,7 +63,6 @@ def run(config: Config) -> list[Path]:
             f"there are no pictures of runs of experiments.{shown.experiment}; give a run of experiments.sinusoid, "
             "experiments.navigation, experiments.mazes or of few-shot classification"
         )
-    check_checkpoint(config.run_dir)
     learner, params, _ = runs.load(config.run_dir)
     if draw_behaviour is not None:
         file = (config.out or config.run_dir / "figures") / "behaviour.png"

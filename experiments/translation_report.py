@@ -15,7 +15,7 @@ from experiments.translation import METHODS, AdamSteps, pairs_seen
 FlagsFn = Callable[[dict[str, Any]], Sequence[str]]
 """`(result) -> flags`, those of its command but for the seed."""
 OF_TRAINING = {
-    *("algorithm", "seed", "num_meta_steps", "pretrain_steps", "val_every", "log_every"),
+    *("algorithm", "seed", "num_meta_steps", "pretrain_steps", "shot", "val_every", "log_every"),
     *(field.name for field in dataclasses.fields(AdamSteps)),
 }
 """The settings in which results that are compared may differ."""

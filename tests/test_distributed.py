@@ -185,8 +185,9 @@ def test_two_processes_go_on_after_one_is_killed(tmp_path, cache, one_process):
     # The first call is saved, and every validation.
     assert sorted(entry.name for entry in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
 
+    # Here one process would save after every call and the other would not: saving takes both.
     env, command = slurm_script(tmp_path, 2)
-    with Job(run_dir, cache, [(env, [])], command) as job:
+    with Job(run_dir, cache, [(env | {"WORKER_FAULT": "clock:1"}, [])], command) as job:
         out = job.succeed()
     assert "from step 4" in out
     assert "step 4/12" not in out

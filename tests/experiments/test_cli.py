@@ -100,6 +100,7 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         (omniglot, ["maml++", "--adapt-norm"], "--adapt-norm has no effect with --per-step-norm"),
         (images, ["maml", "--network", "resnet12", "--norm-scale"], "no effect with --network resnet12"),
         (omniglot, ["leo", "--no-rotations"], "--no-rotations has no effect with --network features"),
+        (omniglot, ["reptile", "--no-rotations"], "--no-rotations has no effect with --rotated-classes; leave it at"),
         (domains, ["mldg", "--data", "pacs", "--num-characters", "10"], "no effect with --data pacs"),
         (sinusoid, ["meta-sgd", "--tune-inner-lr"], "no effect with meta-sgd, whose rates are learned"),
         (omniglot, ["leo", "--train-embedding"], "--train-embedding has no effect with --network features"),

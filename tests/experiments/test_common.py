@@ -17,7 +17,7 @@ import optax
 import pytest
 from rich.console import Console
 
-from experiments import bandits, common, devices, hyperparameters, nonfinite, progress, runs
+from experiments import bandits, common, devices, hyperparameters, navigation, nonfinite, progress, runs
 from experiments import sinusoid as sinusoid_experiment
 from experiments.tracking import Tracking
 from maml_jax import (
@@ -40,6 +40,7 @@ from maml_jax.tasks import sinusoid
 
 @dataclasses.dataclass(frozen=True)
 class Config:
+    algorithm: str = "maml"
     num_meta_steps: int = 12
     meta_batch_size: int = 4
     outer_optimizer: str = "adam"
@@ -156,6 +157,9 @@ def test_a_signal_between_validations_saves_the_state(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert stopped.value.code == 128 + signal.SIGINT
     assert checkpoint.latest(tmp_path / "stopped" / "checkpoints") == 2
+    # Nothing is validated, so the last state is selected.
+    loaded = common.load_params(tmp_path / "stopped", Config(), LEARNER, np.zeros((3, 1), np.float32))
+    chex.assert_trees_all_equal(loaded, train(tmp_path / "short", Config(num_meta_steps=2)).params)
     chex.assert_trees_all_equal(train(tmp_path / "stopped").params, whole.params)
 
 
@@ -386,6 +390,15 @@ def test_the_step_that_is_not_finite_is_named(tmp_path):
             "out. ",
         ),
         (hyperparameters.Config(), "Lower --initial-rate or --outer-lr. "),
+        (
+            navigation.METHODS["maml"],
+            "If the inner optimiser is adaptive, set its eps_root to 1e-8; else lower --inner-lr or --max-kl. ",
+        ),
+        (
+            sinusoid_experiment.METHODS["pretrained"],
+            "Lower --outer-lr, or bound the meta-gradient by --outer-clip. --on-nonfinite skip leaves such meta-steps "
+            "out. ",
+        ),
     ],
 )
 def test_only_flags_that_an_experiment_has_are_remedies(config, remedies):
@@ -427,10 +440,18 @@ def test_the_outer_rate_falls_to_its_end(schedule, halfway):
 def test_the_best_states_are_kept_in_order():
     best = {"params": np.zeros((3, 1)), "score": np.full(3, -np.inf, np.float32), "step": np.zeros(3, np.int32)}
     for step, score in enumerate([0.5, 0.7, 0.5, np.nan, 0.6, 0.7], 1):
-        best = common.keep_best(best, np.array([float(step)]), score, step, always=False)
+        best = common.keep_best(best, np.array([float(step)]), score, step)
     np.testing.assert_array_equal(best["score"], np.float32([0.7, 0.7, 0.6]))
     np.testing.assert_array_equal(best["step"], [2, 6, 5])  # of equal scores the older one is in front
     np.testing.assert_array_equal(common.selected(best), [[2.0], [6.0], [5.0]])
+
+
+def test_initial_parameters_are_no_member_of_an_ensemble():
+    best = {"params": np.zeros((3, 1)), "score": np.full(3, -np.inf, np.float32), "step": np.zeros(3, np.int32)}
+    best = common.keep_best(best, np.array([9.0]), common.UNTRAINED, 0, always=True)
+    np.testing.assert_array_equal(common.selected(best), [[9.0]])
+    best = common.keep_best(best, np.array([4.0]), -1e9, 4)
+    np.testing.assert_array_equal(common.selected(best), [[4.0]])
 
 
 def test_fewer_validations_than_states_make_a_smaller_ensemble(tmp_path):

@@ -269,6 +269,11 @@ def test_a_whole_run(tmp_path, directories, capsys, monkeypatch):
         patched.setattr(cross_domain, "measure", None)
         assert cross_domain.run(config) == results
     assert "accuracy in %, 4 episodes of each data set" in capsys.readouterr().out
+    with monkeypatch.context() as patched:
+        others = lambda name, *ignored: made_up(name)._replace(images=255 - made_up(name).images)  # noqa: E731
+        patched.setattr(packs, "load", others)
+        with pytest.raises(RunError, match="was made with other data"):
+            cross_domain.run(config)
     stored = tmp_path / "out" / "results.json"
     stored.write_text(json.dumps(results | {"learners_sha256": "of another network"}))
     with pytest.raises(RunError, match=r"holds a test of other learners: those at .* have changed since"):
@@ -282,13 +287,14 @@ def test_a_whole_run(tmp_path, directories, capsys, monkeypatch):
 
 def test_learners_are_told_apart_by_their_names(tmp_path, capsys):
     (tmp_path / "a").mkdir()
-    (tmp_path / "b").mkdir()
-    given = make_run(tmp_path / "a" / "rate-0.4", inductive=True), make_run(tmp_path / "b" / "rate-0.4")
+    (tmp_path / "b[").mkdir()  # read as markup, "[/0.4]" would be an error
+    given = make_run(tmp_path / "a" / "0.4]", inductive=True), make_run(tmp_path / "b[" / "0.4]")
     other = make_run(tmp_path / "rate-0.01")
     assert cross_domain.methods_of(other)[0].label == "ProtoNets (rate-0.01)"
     config = Config(given, data_sets=("digits",), ways=(4,), episodes=2, run_dir=tmp_path / "out")
     labels = [record["label"] for record in cross_domain.run(config)["methods"][:2]]
-    assert labels == ["ProtoNets (a/rate-0.4)", "ProtoNets (b/rate-0.4)"]
+    assert labels == ["ProtoNets (a/0.4])", "ProtoNets (b[/0.4])"]
+    assert "digits: ProtoNets (b[/0.4]): " in capsys.readouterr().out
     assert cross_domain.short_names([Path("x/a.npz"), Path("y/a.npz"), Path("b")]) == ["x/a", "y/a", "b"]
     assert cross_domain.short_names([Path("a.npz"), Path("a.zip")]) == ["a.npz", "a.zip"]
     results = json.loads((tmp_path / "out" / "results.json").read_text())

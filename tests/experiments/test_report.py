@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import chex
@@ -272,8 +273,32 @@ def test_runs_with_other_settings_have_rows_of_their_own():
     assert labels(report.sinusoid_table([wave, short], 5)) == ["MAML", "MAML, `--num-meta-steps 100`"]
     assert report.sinusoid_table([short], 5).count("0.67 / 0.38 / 0.35") == 0
     assert labels(report.sinusoid_table([wave], 7)) == []
+    rates = changed(stored("sinusoid_meta-sgd_seed-0"), inner_lr=0.005, inner_lr_max=0.1)
+    assert labels(report.sinusoid_table([rates], 5)) == ["Meta-SGD, `--inner-lr-max 0.1`"]
     photographs = next(json.loads(file.read_text()) for file in sorted(RESULTS.glob("images_fomaml_num*.json")))
     assert len(labels(few_shot_report.images_table([photographs, changed(photographs, size=84)]))) == 2
+
+
+def test_curves_of_other_settings_have_labels_of_their_own(tmp_path, monkeypatch):
+    waves = [json.loads((RESULTS / f"sinusoid_maml_seed-{seed}.json").read_text()) for seed in (0, 1)]
+    short = [wave | {"config": wave["config"] | {"num_meta_steps": 100}} for wave in waves]
+    fast = [wave | {"config": wave["config"] | {"inner_lr": 0.01}} for wave in waves]
+    expected = ["MAML, rate 0.001, --num-meta-steps 100", "MAML, rate 0.001", "MAML, rate 0.01"]
+    assert sorted(report.seed_curves([*short, *waves, *fast])) == sorted(expected)
+    drawn = {}
+    monkeypatch.setattr(report.figures, "inner_curves", lambda file, curves: drawn.update(curves))
+    report.draw(tmp_path, defaultdict(list, sinusoid=[*short, *waves, *fast]), {})
+    assert drawn.keys() == {"maml", expected[0], expected[2]}
+
+
+def test_a_method_that_diverged_does_not_win():
+    result = json.loads(next(RESULTS.glob("hyperparameters_*.json")).read_text())
+    first = min(result["methods"], key=lambda name: result["methods"][name]["test_loss"]["mean"])
+    assert f"The lowest test loss is that of {first}" in report.hyperparameter_summary([result])
+    result["methods"][first]["test_loss"]["mean"] = None
+    text = report.hyperparameter_summary([result])
+    assert "The lowest test loss is that of " in text
+    assert first not in text
 
 
 def test_seeds_with_other_numbers_of_meta_steps_are_not_averaged():

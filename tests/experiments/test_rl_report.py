@@ -123,8 +123,8 @@ def walks(steps):
 
 def test_walks_stand_beside_the_published_ones():
     larger = {"size": 9, "horizon": 400} | walks((80.0, 60.0))
-    result = {"config": {"size": 5, "view": 3, "horizon": 100}, "meta_steps": 100} | walks((20.0, 10.0))
-    rows = rows_of(rl_report.mazes_table([result | {"larger": larger}]))
+    result = {"config": {"size": 5, "view": 3, "horizon": 100}, "meta_steps": 100, "seed": 0} | walks((20.0, 10.0))
+    rows = rows_of(rl_report.mazes_table([result | {"larger": larger}], lambda r: ["--size 5", "--eval-episodes 9"]))
     assert [row[:2] for row in rows[:4]] == [
         [name, how]
         for name in ("5 x 5, view 3", "5 x 5, view 3, tested in 9 x 9")
@@ -135,9 +135,10 @@ def test_walks_stand_beside_the_published_ones():
     assert rows[2][3:6] == ["80.00 ± 0.50", "60.00 ± 0.50", "0.75"]
     assert rows[4][3:8] == ["52.4", "39.1", "0.75", "99.3 / 99.6", "91.7"]
     result["config"]["start_run"] = "runs/smaller"
-    rows = rows_of(rl_report.mazes_table([result]))
-    assert len(rows) == 4
-    assert rows[0][0] == "5 x 5, view 3, started from smaller"
+    rows = rows_of(rl_report.mazes_table([result, result | {"seed": 1}], lambda r: ["--associate"]))
+    assert len(rows) == 6
+    assert rows[0][0] == "5 x 5, view 3, started from smaller, `--associate`"
+    assert rows[2][0] == "5 x 5, view 3, started from smaller, `--associate`, seed 1"
 
 
 def test_only_what_there_is_has_a_section(tmp_path):
