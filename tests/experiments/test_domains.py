@@ -272,3 +272,13 @@ def test_the_training_names_its_data(tmp_path):
         digests.add(domains.training_of(domains.with_paper_defaults(config)).data_digest)
     assert None not in digests
     assert len(digests) == 2
+
+
+@pytest.mark.parametrize("network", ["mlp", "conv4"])
+def test_episodes_and_the_network_have_the_sizes_of_the_settings(drawings, network):
+    training = domains.training_of(domains.with_paper_defaults(config_of(shot=7, features=6, network=network)))
+    episode = jax.eval_shape(training.sample_episode, jax.random.key(0))
+    assert episode.support.inputs.shape == (5, 7, 28, 28, 1)
+    params = jax.eval_shape(training.learner.init, jax.random.key(0), episode.support.inputs)
+    widths = {leaf.shape[-1] for leaf in jax.tree.leaves(params)}
+    assert widths == {6, 3}  # of the layers, and the classes

@@ -277,3 +277,45 @@ def test_mldg_has_the_loss_between_domains(name, monkeypatch):
         assert given["across_fn"] is None
     np.testing.assert_allclose(found, 2.0 * expected, rtol=1e-5)
     assert (given["beta"], given["num_held_out"]) == (1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "pairs"),
+    [
+        (
+            {"losses": "mfr", "scale": 3.0, "positive_threshold": 0.5, "negative_threshold": -0.2},
+            losses.hard_pair_attention(positive_threshold=0.5, negative_threshold=-0.2),
+        ),
+        ({"losses": "cdt", "scale": 3.0, "margin": 0.7}, losses.triplet(0.7)),
+    ],
+)
+def test_the_loss_of_a_domain_is_that_of_pairs_and_of_classification(settings, pairs, monkeypatch):
+    monkeypatch.setattr(faces, "erm", lambda model, loss_fn, **settings: loss_fn)
+    outputs = jnp.asarray(np.random.default_rng(1).normal(size=(12, 4)), jnp.float32)
+    targets = jnp.repeat(jnp.arange(3), 4)
+    expected = pairs(outputs, targets) + losses.soft_classification(3.0)(outputs, targets)
+    loss_fn = faces.make_learner(config_of("erm", **settings))
+    np.testing.assert_allclose(loss_fn(outputs, targets), expected, rtol=1e-6)
+    # These outputs tell every setting from its default.
+    for name in settings.keys() - {"losses"}:
+        changed = faces.make_learner(config_of("erm", **settings | {name: getattr(faces.METHODS["erm"], name)}))
+        assert abs(changed(outputs, targets) - expected) > 1e-3, name
+
+
+def test_the_triplets_between_domains_have_the_margin_of_the_settings(monkeypatch):
+    monkeypatch.setattr(faces, "erm", lambda model, loss_fn, *, across_fn: across_fn)
+    outputs = jnp.asarray(np.random.default_rng(1).normal(size=(2, 6, 4)), jnp.float32)
+    targets = jnp.tile(jnp.repeat(jnp.arange(3), 2), (2, 1))
+    found = faces.make_learner(config_of("erm", losses="cdt", margin=0.7))(outputs, targets)
+    crossed = losses.cross_domain_triplet(0.7)
+    pairs = [crossed(outputs[i], targets[i], outputs[1 - i][None], targets[1 - i][None]) for i in range(2)]
+    np.testing.assert_allclose(found, np.mean(pairs), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("network", "ndim"), [("mlp", 2), ("conv4", 4)])
+def test_the_network_is_that_of_the_settings(network, ndim):
+    model = faces.make_model(config_of(network=network))
+    images = jax.ShapeDtypeStruct((5, faces.SIZE, faces.SIZE, 1), jnp.float32)
+    params = jax.eval_shape(model.init, jax.random.key(0), images)
+    assert max(leaf.ndim for leaf in jax.tree.leaves(params)) == ndim  # kernels of convolutions have four axes
+    assert jax.eval_shape(model.apply, params, images).shape == (5, 64)

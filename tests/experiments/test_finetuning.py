@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from experiments import decoding, finetuning, lexical, parallel_text
-from maml_jax import losses
+from maml_jax import losses, parallel
 from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS, Lexicon, Sentences, transformer_translator
 
 
@@ -166,3 +166,22 @@ def test_a_smaller_subset_is_a_part_of_the_larger():
     np.testing.assert_array_equal(jobs.order[0], jobs.order[3])
     assert jobs.order.shape == (12, 6)
     assert len({tuple(order) for order in jobs.order.tolist()}) == 6  # three subsets of each of two languages
+
+
+def test_jobs_that_are_divided_over_devices_are_the_same_ones(monkeypatch):
+    # In place of a fine-tuning and of a translation what tells jobs, languages and sentences apart.
+    monkeypatch.setattr(
+        finetuning, "fine_tune", lambda _, how, params, pool, dev, job: params * (pool - dev)[job.language] + job.size
+    )
+    monkeypatch.setattr(finetuning, "translated", lambda _, params, source, vectors, **settings: params * source)
+    pool, dev, test = np.random.default_rng(0).normal(size=(3, 2, 5)).astype(np.float32)
+    jobs = finetuning.Job(np.array([0, 0, 1, 1]), None, np.arange(4.0, dtype=np.float32), None, None)
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        monkeypatch.setattr(finetuning, "mesh_of_any", lambda count, mesh=mesh: mesh)
+        tuned = finetuning._program.__wrapped__(None, None, 4)((3.0, pool, dev), jobs)
+        decode = finetuning._decoding_program.__wrapped__(None, 4, 5, 1)
+        translations = decode(test, (np.asarray(tuned), jobs.language, None))
+        expected = 3.0 * (pool - dev)[jobs.language] + jobs.size[:, None]
+        np.testing.assert_allclose(tuned, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(translations, expected * test[jobs.language], rtol=1e-5, atol=1e-6)
+        assert len(tuned.devices()) == len(translations.devices()) == (1 if mesh is None else 2)

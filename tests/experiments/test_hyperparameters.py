@@ -3,13 +3,15 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments import devices
 from experiments import hyperparameters as hyper
-from maml_jax import MetaLearner, mixed_mode
+from maml_jax import MetaLearner, mixed_mode, parallel
 from maml_jax.cost import temporary_bytes
 
 STEPS, LAYERS = 6, ("dense_0", "dense_1")
@@ -180,3 +182,45 @@ def test_the_search_takes_the_lowest_finite_loss():
     learner = MetaLearner(None, None, None, lambda held, episode: (held, None))
     tried = [hyper.Candidate(jnp.float32(x), {"loss": x}) for x in (3.0, np.nan, 1.0, 2.0)]
     assert hyper.make_search(learner, None)(tried).description == {"loss": 1.0}
+
+
+def test_a_hypergradient_passes_through_no_more_than_the_last_steps_that_are_asked_for(tiny):
+    digits, learner = hyper.load_digits(tiny), hyper.make_learner(dataclasses.replace(tiny, truncation=2))
+    episode = hyper.make_sampler(digits["training"], digits["heldout"])(jax.random.key(0))
+    start = hyper.constant(LAYERS, 4, rate=0.1, momentum=0.5, l2=1e-5)
+    gradient, _ = jax.jit(jax.grad(learner.objective, has_aux=True))(start, episode)
+    for rates in gradient.log_rates.values():
+        np.testing.assert_array_equal(np.flatnonzero(rates), [2, 3])
+
+
+def test_candidates_that_are_divided_over_devices_are_searched_as_on_one(monkeypatch):
+    losses = (3.0, np.nan, 1.0, 2.0)
+    learner = MetaLearner(None, None, None, lambda held, episode: (held + episode, None))
+    tried = [hyper.Candidate(jnp.float32(x), {"loss": x}) for x in losses]
+    divided, each_task = [], hyper.each_task
+
+    def recorded(function, mesh):
+        program = each_task(function, mesh)
+        return lambda *args: divided.append(program(*args)) or divided[-1]
+
+    monkeypatch.setattr(hyper, "each_task", recorded)
+    monkeypatch.setattr(devices, "mesh_for", lambda *counts: parallel.task_mesh(jax.devices()[:2]))
+    assert hyper.make_search(learner, jnp.float32(5.0))(tried).description == {"loss": 1.0}
+    (found,) = divided
+    np.testing.assert_array_equal(found, 5.0 + np.array(losses))
+    assert len(found.devices()) == 2
+
+
+def test_a_score_is_the_same_on_two_devices(tiny, monkeypatch):
+    digits, learner = hyper.load_digits(tiny), hyper.make_learner(tiny)
+    start = hyper.constant(LAYERS, 4, rate=0.1, momentum=0.5, l2=1e-5)
+    given, evaluate = [], hyper.evaluate_objective
+    monkeypatch.setattr(
+        hyper, "evaluate_objective", lambda *args, **kw: given.append(kw["mesh"]) or evaluate(*args, **kw)
+    )
+    found = []
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        monkeypatch.setattr(devices, "mesh_for", lambda *counts, mesh=mesh: mesh)
+        found.append(hyper.score(learner, start, digits, tiny))
+    assert given == [None, None, mesh, mesh]
+    chex.assert_trees_all_close(*found, rtol=1e-5)

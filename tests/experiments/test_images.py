@@ -181,14 +181,14 @@ def test_classes_that_are_too_small_for_a_later_test_are_left_out(photographs, t
     assert [len(of_class) for of_class in images.examples(config, "test")] == [30]  # of 5 examples and 2 queries
 
 
-def test_the_split_file_is_that_of_the_set(monkeypatch, tmp_path):
+def test_the_split_file_and_the_colours_of_a_set_are_those_of_the_settings(monkeypatch, tmp_path):
     given = {}
     monkeypatch.setattr(
         images.tfds_classes, "load", lambda *args, **keywords: given.update(keywords) or FileNotFoundError()
     )
     monkeypatch.setattr(images.image_folder, "check_examples", lambda found, needed: found)
-    images.read_classes(config_of(tfds="cifar100", split_file=tmp_path / "mine.json"), "train")
-    assert given["split_file"] == tmp_path / "mine.json"
+    images.read_classes(config_of(tfds="cifar100", split_file=tmp_path / "mine.json", colour=False), "train")
+    assert (given["split_file"], given["colour"]) == (tmp_path / "mine.json", False)
 
 
 @pytest.mark.parametrize("algorithm", images.METHODS)
@@ -256,3 +256,22 @@ def test_real_photographs():
     episode = few_shot.make_sampler(list(classes.images), way=5, shot=1, query_shot=15)(jax.random.key(0))
     assert episode.query.inputs.shape == (75, 16, 16, 3)
     assert float(episode.query.inputs.std()) > 0.1
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_only_training_images_are_augmented_and_only_if_asked_to(photographs, monkeypatch, augment):
+    given = []
+    monkeypatch.setattr(images, "augmented", lambda sampler, **settings: given.append(settings) or "augmented")
+    config = images.with_paper_defaults(config_of(data_dir=photographs, augment=augment, size=32))
+    samplers = classification.make_samplers(images.DATA, config)
+    assert given == [{"max_shift": 3}] * augment
+    assert [split for split, sampler in samplers.items() if sampler == "augmented"] == ["train"] * augment
+
+
+@pytest.mark.parametrize(("colour", "channels"), [(True, 3), (False, 1)])
+def test_images_have_the_channels_of_the_settings(photographs, colour, channels):
+    config = images.with_paper_defaults(config_of(data_dir=photographs, colour=colour))
+    assert images.DATA.input_shape(config) == (16, 16, channels)
+    for sampler in classification.make_samplers(images.DATA, config).values():
+        episode = jax.eval_shape(sampler, jax.random.key(0))
+        assert episode.support.inputs.shape == (3, 16, 16, channels)

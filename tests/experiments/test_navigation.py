@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare, navigation, published, runs, show
+from experiments import compare, devices, navigation, published, runs, show
 from experiments.cli import parse
 from experiments.runs import RunError
+from maml_jax import parallel
 
 TINY = {
     "num_meta_steps": 2,
@@ -211,3 +212,42 @@ def test_runs_are_compared_at_the_same_goals(tmp_path):
     blocked = compare.Config(runs=(tmp_path / "0", tmp_path / "1"), figure=tmp_path / "0" / "config.json" / "x.png")
     with pytest.raises(RunError, match=r"--figure .*x\.png cannot be written"):
         compare.compare(blocked)
+
+
+def test_a_test_has_trajectories_of_its_own_number(monkeypatch):
+    given = []
+
+    def returns_at(config, params, goals, key, rates, num_trajectories):
+        given.append((len(goals), num_trajectories))
+        return np.zeros((len(goals), len(rates) + 1))
+
+    monkeypatch.setattr(navigation, "returns_at", returns_at)
+    config = config_of(shot=3, eval_shot=5, later_lr=0.1)
+    navigation.test(config, {"log_std": np.zeros(2)})
+    assert given == [(navigation.NUM_VALIDATION_GOALS, 3), (40, 5), (4, 5)]
+    params = navigation.make_policy(config).init(jax.random.key(0), jnp.zeros((1, 2)))
+    episode = jax.eval_shape(navigation.sampler_of(config), jax.random.key(0), params)
+    assert episode.support.inputs.shape == (1, 6, 3, 2)
+    assert episode.query.inputs.shape == (6, 3, 2)
+
+
+def test_the_weights_of_the_last_layer_are_scaled_at_the_start():
+    params, scaled = (
+        navigation.make_policy(config_of(head_scale=scale)).init(jax.random.key(0), jnp.zeros((1, 2)))
+        for scale in (1.0, 0.25)
+    )
+    params["network"]["dense_2"]["kernel"] *= 0.25
+    for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(scaled), strict=True):
+        np.testing.assert_allclose(leaf, other, rtol=1e-6)
+
+
+def test_goals_that_are_divided_over_devices_have_the_same_returns(monkeypatch):
+    config, found = config_of(horizon=3), []
+    params = navigation.make_policy(config).init(jax.random.key(0), jnp.zeros((1, 2)))
+    rates, goals = jnp.array([0.5]), navigation.published_goals()[:4]
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        monkeypatch.setattr(devices, "mesh_of_any", lambda count, mesh=mesh: mesh)
+        program = navigation.returns_program.__wrapped__(config, len(goals), len(rates), 2)
+        found.append(program((params, rates), (goals, jax.random.split(jax.random.key(1), len(goals)))))
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    assert [len(returns.devices()) for returns in found] == [1, 2]

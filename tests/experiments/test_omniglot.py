@@ -473,3 +473,19 @@ def test_features_are_those_of_the_rotated_drawings(drawings, tmp_path, monkeypa
         turned = np.rot90(images[2], turns, (1, 2)).reshape(20, -1)
         unit = turned / np.linalg.norm(turned, axis=1, keepdims=True)
         np.testing.assert_allclose(found[turns * len(images) + 2], unit, rtol=1e-5)
+
+
+@pytest.mark.parametrize("split_by", ["character", "alphabet"])
+def test_the_characters_of_a_split_are_those_of_the_settings(split_by, monkeypatch):
+    monkeypatch.setattr(omniglot.omniglot, "load", lambda *given: given)
+    config = config_of(split_by=split_by, data_dir=Path("data"))
+    assert omniglot.examples(config, "val") == ("val", Path("data"), split_by)
+
+
+@pytest.mark.parametrize("rotated_test_classes", [False, True])
+def test_rotations_are_classes_of_the_test_only_if_asked_to(drawings, monkeypatch, rotated_test_classes):
+    given = []
+    monkeypatch.setattr(few_shot, "make_sampler", lambda *args, **kwargs: given.append(kwargs["rotated_classes"]))
+    config = config_of(rotated_classes=True, rotated_test_classes=rotated_test_classes)
+    classification.make_samplers(omniglot.DATA, omniglot.with_paper_defaults(config))
+    assert given == [True, rotated_test_classes, rotated_test_classes]  # training, validation, test

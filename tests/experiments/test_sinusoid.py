@@ -158,3 +158,11 @@ def test_rates_are_tuned_on_other_tasks_than_the_test(monkeypatch):
     sinusoid.test(config, params, sinusoid.test_samplers(config)[5])
     keys = runs.streams(config.seed)
     assert seen == [keys.tune, keys.tune, keys.test]
+
+
+@pytest.mark.parametrize(("algorithm", "num_inputs"), [("maml", 1), ("oracle", 3)])
+def test_training_tasks_have_the_sizes_of_the_settings(algorithm, num_inputs):
+    config = sinusoid.with_paper_defaults(config_of(algorithm, shot=3, query_shot=7))
+    episode = jax.eval_shape(sinusoid.training_of(config).sample_episode, jax.random.key(0))
+    assert episode.support.inputs.shape == (3, num_inputs)
+    assert episode.query.inputs.shape == (7, num_inputs)

@@ -1,5 +1,6 @@
 """Metrics go where they are asked to, and nothing is imported otherwise."""
 
+import contextlib
 import dataclasses
 import struct
 import subprocess
@@ -8,7 +9,7 @@ import types
 
 import pytest
 
-from experiments import runs, tracking
+from experiments import common, runs, sinusoid, tracking
 from experiments.tracking import Tracking
 
 
@@ -109,3 +110,29 @@ def test_a_profile_is_written_if_it_is_wanted(tmp_path):
     with tracking.profiled(tmp_path / "yes", True):
         sum(range(10))
     assert list((tmp_path / "yes").rglob("*.xplane.pb"))
+
+
+def test_a_training_passes_every_record_on(tmp_path, monkeypatch):
+    tracked = []
+
+    @contextlib.contextmanager
+    def trackers(run_dir, config, step):
+        yield lambda record: tracked.append((run_dir.name, record))
+
+    monkeypatch.setattr(common, "trackers", trackers)
+    config = dataclasses.replace(
+        sinusoid.METHODS["maml"], num_meta_steps=3, val_every=2, log_every=1, meta_batch_size=2, run_dir=tmp_path
+    )
+    config = sinusoid.with_paper_defaults(config)
+    training = sinusoid.training_of(config)._replace(validate=lambda params: 0.5)
+    members = [
+        common.Member(tmp_path / name, dataclasses.replace(config, seed=seed), training)
+        for seed, name in enumerate("ab")
+    ]
+    for member in members:
+        member.run_dir.mkdir()
+    common.train_together(members, training)
+    for name in "ab":
+        records = [record for of_run, record in tracked if of_run == name]
+        assert records == runs.read_log(tmp_path / name)
+        assert [record.get("val") for record in records] == [None, 0.5, 0.5]

@@ -461,3 +461,25 @@ def test_a_row_is_of_its_language_and_size(corpus, monkeypatch):
         ("xd", 4, [4, 5], [4, 5]),
         ("xd", 8, [6, 7], [6, 7]),
     ]
+
+
+def test_a_fine_tuning_has_the_settings_of_the_run(corpus, monkeypatch):
+    given = []
+
+    def fine_tune_all(translator, how, *args):
+        given.append(how)
+        return finetuning.Tuned({}, np.zeros(2, int), np.zeros(2), np.zeros((2, 2)))
+
+    def evaluate(protocol, *args, **settings):
+        given.append(protocol.how)
+        return [{"pairs": 4, "nll": [1.0], "bleu": [1.0]}], []
+
+    monkeypatch.setattr(finetuning, "fine_tune_all", fine_tune_all)
+    monkeypatch.setattr(low_resource, "evaluate", evaluate)
+    config = config_of(corpus, finetune_lr=0.25, finetune_batch=3, finetune_steps=40)
+    setup = translation.setup_of(config)
+    setup.training.validate({})
+    translation.test(config, setup, {"selected": (0, {})})
+    assert given == [
+        finetuning.FineTuning(rate=0.25, steps=steps, batch_size=3) for steps in (translation.VALIDATION_STEPS, 40)
+    ]

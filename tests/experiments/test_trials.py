@@ -11,9 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import bandit_strategies, bandits, common, compare, mazes, mdps, published, runs, seeds, show, trials
+from experiments import (
+    bandit_strategies,
+    bandits,
+    common,
+    compare,
+    devices,
+    mazes,
+    mdps,
+    published,
+    runs,
+    seeds,
+    show,
+    trials,
+)
 from experiments.cli import parse
-from maml_jax import rl
+from maml_jax import parallel, rl
 
 TINY = {"num_meta_steps": 2, "val_every": 2, "log_every": 1, "meta_batch_size": 8, "eval_episodes": 8}
 SMALL = {
@@ -347,3 +360,68 @@ def test_greedy_trials_take_the_most_probable_action():
     )
     assert greedy.all()
     assert drawn.mean() < 0.5
+
+
+def test_the_objective_has_the_clip_and_the_weights_of_the_settings():
+    settings = {"clip": 0.05, "value_weight": 0.3, "entropy_weight": 0.7}
+    config = config_of(bandits, settings=settings)
+    problem = bandits.problem_of(config)
+    training, policy = trials.training_of(config, problem), trials.make_policy(problem, config.hyperparameters)
+    params = policy.init(jax.random.key(0), training.inputs)
+    episode = training.sample_episode(jax.random.key(1), params)
+    # A policy that is not the one which acted, so that ratios are clipped.
+    params = jax.tree.map(lambda leaf: 100.0 * leaf, params)
+    loss, info = training.learner.objective(params, episode)
+    start = {"params": params, "carry": policy.start()}
+    distribution, _ = training.learner.predict(start, episode.support.inputs)
+    surrogate = rl.clipped_surrogate(0.05)(distribution, episode.support.targets.transition)
+    assert abs(surrogate - rl.clipped_surrogate(0.2)(distribution, episode.support.targets.transition)) > 1e-3
+    np.testing.assert_allclose(loss, surrogate + 0.15 * info.value_error - 0.7 * info.entropy, rtol=1e-5)
+
+
+@pytest.mark.parametrize("learns", ["rates", "inverse_temperature", None])
+def test_the_descent_has_the_rate_the_baseline_and_the_learned_numbers_of_the_settings(learns):
+    settings = {"inner_lr": 0.3, "baseline": 0.25}
+    settings |= {"learn_rates": learns == "rates", "learn_temperature": learns == "inverse_temperature"}
+    config = config_of(bandits, method="maml", settings=settings)
+    problem = bandits.problem_of(config)
+    policy = trials.make_policy(problem, config.hyperparameters)
+    params = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    assert params["baseline"] == np.float32(0.25)
+    assert all(np.all(leaf == np.float32(0.3)) for leaf in jax.tree.leaves(params["rates"]))
+
+    def logit(params):
+        carry = policy.start()
+        for inputs in (jnp.zeros(6), jnp.array([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])):  # the first arm pays
+            carry, (distribution, _) = policy.step(params, carry, inputs)
+        return distribution.logits[0]
+
+    gradient = jax.grad(logit)(params)
+    for name in ("rates", "inverse_temperature"):
+        assert any(np.any(leaf != 0) for leaf in jax.tree.leaves(gradient[name])) == (name == learns), name
+
+
+def test_the_norm_of_the_meta_gradient_is_bounded(monkeypatch):
+    given, make = [], rl.clipped_epochs
+    monkeypatch.setattr(rl, "clipped_epochs", lambda *args, **settings: given.append(args) or make(*args, **settings))
+    config = config_of(bandits, outer_optimizer="sgd", outer_schedule="constant", outer_lr=1.0, max_norm=0.3)
+    trials.training_of(config, bandits.problem_of(config))
+    ((optimizer,),) = given
+    for gradient, expected in (([3.0, 4.0], [0.18, 0.24]), ([0.03, 0.04], [0.03, 0.04])):
+        gradient = jnp.array(gradient)
+        update, _ = optimizer.update(gradient, optimizer.init(gradient))
+        np.testing.assert_allclose(-update, expected, rtol=1e-5)
+
+
+def test_trials_that_are_divided_over_devices_are_the_same_ones(monkeypatch):
+    config = config_of(bandits)
+    problem = bandits.problem_of(config)
+    policy = trials.make_policy(problem, config.hyperparameters)
+    params = policy.init(jax.random.key(0), jnp.zeros((1, problem.num_inputs)))
+    found = []
+    for mesh in (None, parallel.task_mesh(jax.devices()[:2])):
+        monkeypatch.setattr(devices, "mesh_of_any", lambda count, mesh=mesh: mesh)
+        program = trials.trials_program.__wrapped__(problem, config.hyperparameters, 6, False, trials.of_episodes)
+        found.append(program(params, jax.random.split(jax.random.key(1), 6)))
+    chex.assert_trees_all_close(*found)
+    assert [len(outcome.reward.devices()) for outcome in found] == [1, 2]
