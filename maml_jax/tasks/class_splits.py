@@ -47,6 +47,7 @@ def make_split(names: Iterable[str], *, seed: int = 0, fractions: Sequence[float
         raise ValueError(f"fractions must be three numbers from 0 to 1 with the sum 1, got {fractions!r}")
     shuffled = sorted(names, key=lambda name: hashlib.sha256(json.dumps([seed, name]).encode()).digest())
     val, test = (round(fraction * len(names)) for fraction in fractions[1:])
+    test = min(test, len(names) - val)  # without "train" both may be rounded up
     ends = (len(names) - val - test, len(names) - test)
     parts = (shuffled[: ends[0]], shuffled[ends[0] : ends[1]], shuffled[ends[1] :])
     for name, fraction, part in zip(SPLITS, fractions, parts, strict=True):

@@ -1,3 +1,5 @@
+import itertools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from classes import WAY, draw_episode, embedding, permuted
 from jax.test_util import check_grads
 
-from maml_jax import PretrainedHead, losses, pretrained_classifier
+from maml_jax import Model, PretrainedHead, losses, pretrained_classifier
 
 NUM_CLASSES = 7
 
@@ -123,3 +125,26 @@ def test_the_rule_of_a_new_layer_has_momentum():
         for expected in (rate, 1.9 * rate):
             updates, state = rule.update(jnp.ones(1), state)
             chex.assert_trees_all_close(updates, jnp.array([-expected]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("head", ["neighbour", "centroid", "linear", "fine-tuned"])
+def test_the_key_of_an_adaptation_reaches_the_embedding(drawn, head):
+    def apply(params, inputs, *, key=None):
+        embedded = embedding.apply(params, inputs)
+        return embedded if key is None else embedded * jax.random.uniform(key, embedded.shape)
+
+    params, episode = drawn
+    learner = pretrained_classifier(
+        Model(embedding.init, apply, stochastic=True),
+        losses.cross_entropy,
+        num_classes=NUM_CLASSES,
+        way=WAY,
+        head=head,
+        inner_optimizer=optax.sgd(0.1),
+        num_inner_steps=2,
+    )
+    scores = [
+        learner.predict(learner.adapt(params, episode.support, key=key)[0], episode.query.inputs)
+        for key in (None, jax.random.key(1), jax.random.key(2))
+    ]
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.combinations(scores, 2))

@@ -157,8 +157,11 @@ def test_a_run_without_a_key_is_refused():
     learner = hypergradient(
         models.mlp(features=(4, 3)), losses.cross_entropy, initial=lambda layers: None, num_inner_steps=2, batch_size=2
     )
+    support = Batch(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match="a training run needs a key"):
-        learner.adapt(None, Batch(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32)))
+        learner.adapt(None, support)
+    with pytest.raises(ValueError, match="takes no observe_fn"):
+        learner.adapt(None, support, key=jax.random.key(0), observe_fn=lambda params: 0.0)
 
 
 def test_the_key_gives_the_weights_and_the_order_of_the_examples():

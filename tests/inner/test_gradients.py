@@ -425,15 +425,18 @@ def test_the_check_finds_a_rule_that_is_no_derivative(x64):
         check_inner_grad(network_loss, *network()[:2], inner_grad=first_order)
 
 
-def test_the_largest_difference_counts():
-    # Wrong for one of the random numbers with which the derivative is multiplied, that of the first product.
-    first = jax.random.normal(*jax.random.split(jax.random.key(0), 1), ())
+@pytest.mark.parametrize("product", [0, 1])
+def test_the_largest_difference_counts(product):
+    # Wrong for one of the random numbers with which the derivative is multiplied.
+    number = jax.random.normal(*jax.random.split(jax.random.key(product), 1), ())
 
     @jax.custom_vjp
     def identity(x):
         return x
 
-    identity.defvjp(lambda x: (x, None), lambda _, cotangent: (jnp.where(cotangent == first, 2.0, 1.0) * cotangent,))
+    identity.defvjp(
+        lambda x: (x, None), lambda _, cotangent: (jnp.where(cotangent == number, factor, 1.0) * cotangent,)
+    )
 
     def wrong_once(fun):
         def value_and_grad(x):
@@ -442,8 +445,15 @@ def test_the_largest_difference_counts():
 
         return value_and_grad
 
+    factor = 2.0
     with pytest.raises(ValueError, match=r"differs from reverse over reverse by 100\.0%"):
-        check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once)
+        check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once, num_products=product + 1)
+    if product:
+        assert check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once, num_products=product) < 1e-6
+    factor = 1.005
+    assert check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once) == pytest.approx(0.005, rel=0.01)
+    with pytest.raises(ValueError, match=r"differs from reverse over reverse by 0\.5%"):
+        check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once, rtol=1e-3)
 
 
 @pytest.mark.parametrize("context", [lambda f: f, jax.jit])

@@ -192,6 +192,25 @@ def test_an_empty_query_set_is_refused(builder):
         learner.objective(params, empty)
 
 
+def test_an_empty_query_set_of_one_pass_and_of_losses_after_every_step_is_refused():
+    episode = make_episode(jax.random.key(0))
+    empty = episode._replace(query=jax.tree.map(lambda leaf: leaf[:0], episode.query))
+    one_pass = feed_forward(lambda key, inputs: THETA, lambda theta, *_: theta, lambda theta, x, _: x @ theta, half_mse)
+    for learner in (one_pass, built(maml_plus_plus, step_weights=jnp.ones(2) / 2)):
+        params = learner.init(jax.random.key(0), episode.support.inputs)
+        with pytest.raises(ValueError, match="the query set of the episode is empty"):
+            learner.objective(params, empty)
+
+
+def test_data_of_every_step_have_examples_and_no_microbatches():
+    settings = {"inner_optimizer": optax.sgd(0.1), "num_inner_steps": 2, "data_per_step": True}
+    nothing = jax.tree.map(lambda leaf: jnp.stack([leaf[:0]] * 2), make_episode(jax.random.key(0)).support)
+    with pytest.raises(ValueError, match="the support set is empty"):
+        maml(linear_model, half_mse, **settings).adapt(THETA, nothing)
+    with pytest.raises(ValueError, match="num_microbatches=2 divides a support set that all steps share"):
+        maml(linear_model, half_mse, num_microbatches=2, **settings)
+
+
 @pytest.mark.parametrize("builder", [maml, imaml], ids=by_name)
 def test_steps_on_an_empty_support_set_are_refused(builder):
     episode = make_episode(jax.random.key(0))

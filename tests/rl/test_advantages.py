@@ -106,7 +106,21 @@ def test_advantages_of_trajectories_are_standardised():
     np.testing.assert_allclose(rl.linear_advantages(ridge=1.0)(other), found, atol=1e-5)
 
 
-def test_equal_rewards_leave_no_advantage():
+def test_linear_advantages_are_those_over_the_baseline_with_its_settings():
+    observation = jnp.asarray(rng.normal(size=(H, N, 2)), jnp.float32)
+    reward, mask = jnp.asarray(REWARD, jnp.float32), jnp.asarray(MASK, jnp.float32)
+    trajectories = Trajectories(observation, observation, reward, mask, Normal(observation, observation))
+    settings = {"discount": 0.9, "decay": 0.7, "ridge": 3.0}
+    value = rl.linear_baseline(observation, rl.discounted_returns(reward, 0.9), mask, ridge=3.0)
+    valid = np.asarray(rl.generalised_advantages(reward, value, mask, discount=0.9, decay=0.7))[MASK > 0]
+    expected = (valid - valid.mean()) / valid.std()
+    np.testing.assert_allclose(rl.linear_advantages(**settings)(trajectories)[MASK > 0], expected, atol=1e-4)
+    for name, default in {"discount": 0.99, "decay": 1.0, "ridge": 1e-5}.items():
+        other = rl.linear_advantages(**settings | {name: default})(trajectories)[MASK > 0]
+        assert np.abs(other - expected).max() > 1e-2, name
+
+
+def test_without_rewards_there_is_no_advantage():
     same = jnp.zeros((H, N))
     trajectories = Trajectories(jnp.ones((H, N, 1)), same, same, jnp.ones((H, N)), Normal(same, same))
     assert jnp.all(jnp.abs(rl.linear_advantages()(trajectories)) < 1e-3)

@@ -216,3 +216,8 @@ def test_it_learns_to_stay_with_the_arm_that_pays():
     reward = np.asarray(info.objective.reward)
     assert reward[0] < 3.0
     assert reward[-5:].mean() > 3.35  # 3.5 is the most that can be expected
+
+
+def test_the_network_of_the_values_has_the_size_asked_for():
+    params = policy_of(critic_size=7).init(jax.random.key(0), jnp.zeros((1, 1 + A + 2)))
+    assert params["critic"]["dense_0"]["kernel"].shape == (A + 1, 7)

@@ -248,7 +248,9 @@ def test_an_epoch_is_an_optax_step_and_a_bound_stops_them():
     assert divergences == sorted(divergences)
     # After two steps the divergence passes the bound, so the third and fourth are not taken.
     bound = 0.5 * (divergences[1] + divergences[2])
-    chex.assert_trees_all_close(after(4, bound)[0], after(2)[0], rtol=1e-5, atol=1e-7)
+    bounded, twice = after(4, bound), after(2)
+    chex.assert_trees_all_close(bounded[0], twice[0], rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_close(bounded[1]["optimizer"], twice[1]["optimizer"], rtol=1e-5, atol=1e-7)
     info = after(4)[2]
     np.testing.assert_allclose(info.objective.kl, divergences[-1], rtol=1e-3)
     assert info.finite
@@ -288,6 +290,25 @@ def test_minibatches_go_through_all_tasks():
         rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, num_minibatches=3).update(
             gradient_fn, PARAMS, EPISODES, rule.init(PARAMS)
         )
+
+
+def test_every_epoch_has_an_order_of_its_own_and_the_info_is_that_of_the_first_step():
+    def write_down(params, batch):
+        # A step of descent at the rate 1 appends the number of the task, as a digit to the base 4.
+        return (params, {"first": batch[0]}), -(3.0 * params + batch[0])
+
+    rule = rl.clipped_epochs(optax.sgd(1.0), num_epochs=2, num_minibatches=4)
+    state, orders = rule.init(jnp.float32(0.0)), []
+    for start in (0.0, 0.0, 0.0, 1.0):
+        written, state, info = rule.update(write_down, jnp.float32(start), jnp.arange(4.0), state)
+        digits = int(written) // 4 ** np.arange(7, -1, -1) % 4
+        orders += [tuple(digits[:4].tolist()), tuple(digits[4:].tolist())]
+        assert info.loss == start
+        assert info.objective["first"] == digits[0]
+        assert info.grad_norm == 3.0 * start + digits[0]
+    assert all(sorted(order) == [0, 1, 2, 3] for order in orders)
+    assert any(orders[n] != orders[n + 1] for n in (0, 2, 4, 6))
+    assert len(set(orders)) > 3
 
 
 def test_what_prepares_the_episodes_comes_first():

@@ -64,6 +64,25 @@ def test_colours_change_by_hand():
     assert spread.min() < 0.7
 
 
+def test_contrast_changes_the_distance_from_the_mean():
+    # Two grey pixels: brightness multiplies their mean, and saturation does nothing to them.
+    image = jnp.array([[[0.4] * 3], [[0.6] * 3]])
+    pixels = augmented(of_constant(image), flip=False, max_shift=0, jitter=0.3)(jax.random.key(0)).support.inputs[
+        ..., 0
+    ]
+    contrast = (pixels[:, 1, 0] - pixels[:, 0, 0]) / pixels.mean((1, 2)) / 0.4
+    assert 0.7 <= contrast.min() < 0.72
+    assert 1.28 < contrast.max() <= 1.3001
+
+
+def test_the_query_set_is_changed_as_the_support_set_is_and_on_its_own():
+    support = of_constant(jnp.arange(48.0).reshape(4, 4, 3) / 48)(None).support
+    changed = augmented(lambda key: Episode(support, support, key), max_shift=0, jitter=0.0)(jax.random.key(0))
+    reflected = [np.any(batch.inputs != support.inputs, (1, 2, 3)) for batch in (changed.support, changed.query)]
+    assert all(150 < flips.sum() < 250 for flips in reflected)
+    assert 150 < np.sum(reflected[0] != reflected[1]) < 250
+
+
 def test_images_are_changed_each_on_its_own_and_targets_are_not():
     sampler = augmented(few_shot.make_sampler(IMAGES, way=3, shot=2, query_shot=1))
     episode = jax.jit(sampler)(jax.random.key(3))

@@ -53,6 +53,11 @@ def test_a_split_may_have_no_validation():
     assert make_split(["a", "b"], fractions=(0.5, 0, 0.5))["val"] == []
 
 
+def test_counts_that_are_both_rounded_up_do_not_exceed_the_classes():
+    split = make_split([f"class {n}" for n in range(7)], fractions=(0.0, 0.5, 0.5))
+    assert [len(split[name]) for name in ("train", "val", "test")] == [0, 4, 3]
+
+
 def test_a_split_is_written_once_and_read_back(tmp_path):
     write_split(tmp_path / "split.json", make_split(NAMES))
     assert read_split(tmp_path / "split.json") == make_split(NAMES)
