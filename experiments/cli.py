@@ -281,7 +281,7 @@ def parse(
 
 
 def has_flag(config: Any, name: str) -> bool:
-    """Whether the command that `config` is the settings of has a flag for the setting."""
+    """Whether the command of these settings has a flag for the one of that name."""
     for record in (config, getattr(config, "hyperparameters", None)):
         hint = get_type_hints(type(record), include_extras=True).get(name)
         if hint is not None:

@@ -68,7 +68,7 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
 
     Args:
       run_dirs: their directories. That of several seeds stands for all of them.
-      needs_checkpoint: whether each must hold a checkpoint, if the experiment has tests that can be repeated.
+      needs_checkpoint: whether each must hold a selected state, if the experiment has tests that can be repeated.
 
     Raises:
       RunError: if there are fewer than two, one is given twice, is no run directory or holds no checkpoint, or they are
@@ -96,7 +96,7 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
             )
     if needs_checkpoint and opened[0].experiment in METRICS:
         for run in opened:
-            runs.load(run.run_dir)
+            runs.load(run.run_dir)  # refuses one that has selected nothing, before tests that take minutes
     return opened
 
 

@@ -99,7 +99,7 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
         chosen = [e for result in group for e in result["evaluations"] if e["shot"] == shot]
         if not chosen:
             continue
-        flags = _further_flags(group[0])
+        flags = [f"`{flag}`" for flag in _further_flags(group[0])]
         mse = [evaluation["metrics"]["mse"] for evaluation in chosen]
         rates = sorted({evaluation["inner_lr"] for evaluation in chosen})
         paper = published.SINUSOID.get((algorithm, config["inner_lr"])) if shot == 5 and not flags else None
@@ -122,13 +122,13 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
 def _further_flags(result: dict) -> list[str]:
     """The changed flags of a result on sinusoids, without those that are columns of the table."""
     in_columns = ("--inner-lr ", "--inner-lr-grid ", "--eval-shots ")
-    return [f"`{flag}`" for flag in flags_but_seed(result) if not flag.startswith(in_columns)]
+    return [flag for flag in flags_but_seed(result) if not flag.startswith(in_columns)]
 
 
 def _curve_label(result: dict) -> str:
     """The method of a result on sinusoids with its rate and its changed flags."""
     rate = f"rate {result['config']['inner_lr']:g}"
-    return ", ".join([figures.title(result["algorithm"]), rate, *_further_flags(result)]).replace("`", "")
+    return ", ".join([figures.title(result["algorithm"]), rate, *_further_flags(result)])
 
 
 def _after(step: int, curves: list[list[float | None]]) -> str:
@@ -186,10 +186,10 @@ def hyperparameter_summary(results: list[dict]) -> str:
     for result in results:
         losses = {name: method["test_loss"]["mean"] for name, method in result["methods"].items()}
         losses = {name: loss for name, loss in losses.items() if loss is not None}  # not finite
-        first, second = sorted(losses, key=losses.get)[:2]
+        best = [f"{name} ({losses[name]:.4f})" for name in sorted(losses, key=losses.get)[:2]]
         sentences.append(
-            f"The lowest test loss is that of {first}, {losses[first]:.4f}, before {second} with {losses[second]:.4f}. "
-            f"A run with its hypergradient takes {result['relative_flops']:.1f} times the operations of one without."
+            f"The lowest test loss is that of {', before '.join(best)}. A run with its hypergradient takes "
+            f"{result['relative_flops']:.1f} times the operations of one without."
         )
     return " ".join(sentences)
 
