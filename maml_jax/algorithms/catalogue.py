@@ -35,7 +35,7 @@ from maml_jax.algorithms.siamese import siamese
 from maml_jax.algorithms.statistician import SetStatistics, neural_statistician
 from maml_jax.inner.embedding import unit_length
 from maml_jax.inner.gradients import first_order, mixed_mode
-from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model
+from maml_jax.types import InnerGradFn, LossFn, MetaLearner, Model, check_model
 
 
 class Problem(NamedTuple):
@@ -169,6 +169,8 @@ def _leo(problem: Problem, settings: LatentDescent) -> MetaLearner:
     """LEO on embeddings of unit length, as those of its paper are; its first rates are for these."""
 
     def unit(embedding: Model, *arguments: Any, **keywords: Any) -> MetaLearner:
+        check_model(embedding)
+
         def apply(params, inputs, **key):
             return unit_length(embedding.apply(params, inputs, **key))
 

@@ -82,7 +82,11 @@ def with_context(model: Model) -> Model:
     It is for vectors in front of a layer without normalisation. A context that is the same for all examples adds a
     constant to each unit or filter, and a normalisation by the statistics of a batch takes that out again. For images
     the paper modulates features after a normalisation: see `context_block` of `models.conv4`.
+
+    Raises:
+      ValueError: if `model` is no `Model`.
     """
+    check_model(model)
 
     def joined(pair):
         inputs, context = pair

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import typing
 from typing import NamedTuple
 
 import chex
@@ -37,7 +38,7 @@ NUM_STEPS, WAY, BLOB_SIZE = 2, 3, 4
 EVERY_ALGORITHM = pytest.mark.parametrize("name", CATALOGUE)
 
 
-def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=None, **hyperparameters):
+def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=None, way=WAY, **hyperparameters):
     entry = CATALOGUE[name]
     if iterates(name):
         hyperparameters["num_inner_steps"] = num_inner_steps
@@ -46,7 +47,7 @@ def build(name, model, num_inner_steps=NUM_STEPS, loss_fn=None, **hyperparameter
     hyperparameters = SMALL.get(name, {}) | hyperparameters
     known = {field.name for field in dataclasses.fields(entry.hyperparameters)}
     hyperparameters = {field: value for field, value in hyperparameters.items() if field in known}
-    problem = Problem(model, loss_fn or loss_of(name), head=is_head, embedding=model, way=WAY)
+    problem = Problem(model, loss_fn or loss_of(name), head=is_head, embedding=model, way=way)
     return learner_at(entry.build(problem, entry.hyperparameters(**hyperparameters)), jnp.int32(0))
 
 
@@ -470,6 +471,28 @@ def test_labels_that_do_not_fit_are_refused(name):
     entry, incomplete = CATALOGUE[name], Problem(affine_model(Affine), losses.cross_entropy)
     with pytest.raises(ValueError, match=r"Problem\(..., embedding=..., way=...\)"):
         learner_at(entry.build(incomplete, entry.hyperparameters()), jnp.int32(0))
+
+
+@EVERY_ALGORITHM
+def test_a_network_that_is_no_model_is_refused(name):
+    with pytest.raises(ValueError, match=r"model must be a maml_jax\.Model, got function"):
+        build(name, lambda params, inputs: inputs)
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if classifies(name)])
+def test_an_episode_without_classes_is_refused(name):
+    with pytest.raises(ValueError, match="way must be an integer of at least 1, got 0"):
+        build(name, affine_model(Affine), way=0)
+
+
+@EVERY_ALGORITHM
+def test_a_record_checks_its_numbers(name):
+    record = CATALOGUE[name].hyperparameters
+    for field, kind in typing.get_type_hints(record).items():
+        kinds = {kind, *typing.get_args(kind)}
+        for value in [-1] * (int in kinds) + [-1.0, float("nan"), float("inf")] * (float in kinds):
+            with pytest.raises(ValueError, match=rf"{field}(=| must be .*, got ){value}"):
+                record(**{field: value})
 
 
 class OneConvolution(nn.Module):

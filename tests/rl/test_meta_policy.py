@@ -330,6 +330,8 @@ def test_what_prepares_the_episodes_comes_first():
         ({"backtrack": 1.0}, r"backtrack=1\.0 must be below 1"),
         ({"num_cg_steps": 0}, "num_cg_steps must be an integer of at least 1, got 0"),
         ({"metric_stride": 0}, "metric_stride must be an integer of at least 1, got 0"),
+        ({"damping": 0.0}, r"damping=0\.0 must be a positive number"),
+        ({"num_backtracks": 0}, "num_backtracks must be an integer of at least 1, got 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(settings, message):
@@ -340,10 +342,18 @@ def test_numbers_out_of_range_are_refused(settings, message):
 def test_epochs_and_bounds_out_of_range_are_refused():
     with pytest.raises(ValueError, match="num_epochs must be an integer of at least 1, got 0"):
         rl.clipped_epochs(optax.sgd(1.0), num_epochs=0)
+    with pytest.raises(ValueError, match="num_minibatches must be an integer of at least 1, got 0"):
+        rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, num_minibatches=0)
     with pytest.raises(ValueError, match=r"max_kl=-1\.0 must be a positive number"):
         rl.clipped_epochs(optax.sgd(1.0), num_epochs=1, max_kl=-1.0)
     with pytest.raises(ValueError, match="optimizer must be an optax transformation"):
         rl.clipped_epochs(1e-3, num_epochs=1)
+
+
+@pytest.mark.parametrize("build", [rl.meta_policy, rl.trust_region])
+def test_what_is_no_learner_is_refused(build):
+    with pytest.raises(ValueError, match="the learner must be a MetaLearner, got function"):
+        build(learner_of)
 
 
 def test_a_learner_that_reports_no_divergence_is_refused():

@@ -1,5 +1,6 @@
 """Trajectories and collection, on an environment whose every number is known."""
 
+import functools
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from maml_jax import Model, maml, meta_sgd, rl
+from maml_jax import Model, maml, meta_sgd, models, rl
 from maml_jax.rl import Categorical, Normal
 from maml_jax.types import Environment
 
@@ -207,6 +208,11 @@ def test_the_sampler_has_the_advantages_asked_for():
     np.testing.assert_array_equal(usual.advantage, linear(jax.random.key(0), PARAMS).support.targets.advantage)
 
 
+def test_a_negative_number_of_updates_is_refused():
+    with pytest.raises(ValueError, match="num_updates must be an integer of at least 0, got -1"):
+        rl.make_sampler(learner_of, counter(), num_updates=-1, num_trajectories=N, horizon=H)
+
+
 def test_adaptation_raises_the_return():
     sample = rl.make_sampler(learner_of, counter(), num_updates=3, num_trajectories=200, horizon=H)
     episodes = jax.jit(jax.vmap(sample, (0, None)))(jax.random.split(jax.random.key(0), 20), PARAMS)
@@ -230,6 +236,33 @@ def test_policies_take_any_batch_axes():
         rl.normal_policy(Model(policy.init, lambda w, x: x @ w), action_size=3).apply(
             {"network": jnp.ones((3, 2)), "log_std": jnp.zeros(3)}, jnp.ones((N, 3))
         )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"action_size": 0}, "action_size must be an integer of at least 1, got 0"),
+        ({"std": 0.0}, r"std=0\.0 must be a positive number"),
+        ({"smallest_std": -1.0}, r"smallest_std=-1\.0 must be a positive number"),
+        ({"observation_ndim": -1}, "observation_ndim must be an integer of at least 0, got -1"),
+    ],
+)
+def test_numbers_of_a_policy_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        rl.normal_policy(models.mlp(features=(2,)), **({"action_size": 2} | settings))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        rl.categorical_policy,
+        functools.partial(rl.normal_policy, action_size=2),
+        functools.partial(rl.scaled_start, where=lambda name: True, factor=0.1),
+    ],
+)
+def test_a_policy_needs_a_model(build):
+    with pytest.raises(ValueError, match=r"model must be a maml_jax\.Model, got function"):
+        build(lambda params, inputs: inputs)
 
 
 @pytest.mark.parametrize("ndim", [0, 2])

@@ -99,6 +99,24 @@ def test_counts_out_of_range_are_refused(name):
         rl.make_trial_sampler(ENVIRONMENT, POLICY, **({"num_episodes": 1, "horizon": 1} | {name: 0}))
 
 
+@pytest.mark.parametrize("name", ["discount", "decay"])
+def test_factors_out_of_range_are_refused(name):
+    for value, message in ((-0.1, r"=-0\.1 must be a number of at least 0"), (1.5, r"=1\.5 must be at most 1")):
+        with pytest.raises(ValueError, match=name + message):
+            rl.make_trial_sampler(ENVIRONMENT, POLICY, num_episodes=E, horizon=H, **{name: value})
+    rl.make_trial_sampler(ENVIRONMENT, POLICY, num_episodes=E, horizon=H, **{name: 1.0})
+
+
+def test_scales_and_weights_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"reward_scale=0\.0 must be a positive number"):
+        rl.make_trial_sampler(ENVIRONMENT, POLICY, num_episodes=E, horizon=H, reward_scale=0.0)
+    for name in ("value_weight", "entropy_weight"):
+        with pytest.raises(ValueError, match=rf"{name}=-1\.0 must be a number of at least 0"):
+            rl.rl2(POLICY, **{name: -1.0})
+    with pytest.raises(ValueError, match=r"clip=0\.0 must be a positive number"):
+        rl.rl2(POLICY, clip=0.0)
+
+
 LEARNER = rl.rl2(POLICY, entropy_weight=0.1)
 SAMPLER = rl.make_trial_sampler(ENVIRONMENT, POLICY, num_episodes=E, horizon=H, discount=0.9, decay=0.8)
 
