@@ -192,8 +192,11 @@ def assert_same(found, expected, atol):
 
 @pytest.mark.parametrize("num_devices", [1, 2, 4, 8])
 def test_pmap_takes_the_steps_of_one_device(expected, num_devices):
-    step = pmap_meta_step(LEARNER, OPTIMIZER, devices=jax.devices()[:num_devices])
+    devices = jax.devices()[:num_devices]
+    # All eight are the default.
+    step = pmap_meta_step(LEARNER, OPTIMIZER, devices=None if num_devices == 8 else devices)
     assert_same(trajectory(step), expected, 1e-5)
+    assert step(initial_state(), META_BATCHES[0])[0].step.devices() == set(devices)
 
 
 def test_pmap_does_not_sum_inner_gradients_over_devices(expected):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maml_jax import Batch, Episode, losses, portable
+from maml_jax import Batch, Episode, InnerInfo, MetaLearner, losses, portable
 from maml_jax.portable import LearnerConfig, build_learner, classify, load_learner, outputs_by_step, save_learner
 
 MAML = LearnerConfig(
@@ -138,6 +138,19 @@ def test_outputs_are_given_before_the_first_and_after_every_inner_step(file):
     learner, params, config = load_learner(file)
     shape = jax.eval_shape(lambda p: outputs_by_step(learner, p, SUPPORT, QUERIES), params).shape
     assert shape == (config.inner_steps + 1, 4, 3)
+
+
+def test_the_key_reaches_an_adaptation_that_draws():
+    def adapt(params, support, *, key=None, observe_fn=None):
+        task_params = params + jax.random.normal(key, (3,))
+        return task_params, InnerInfo(jnp.zeros(1), None if observe_fn is None else observe_fn(task_params)[None])
+
+    def predict(task_params, inputs):
+        return jnp.broadcast_to(task_params, (len(inputs), 3))
+
+    learner, key = MetaLearner(init=None, adapt=adapt, predict=predict, objective=None), jax.random.key(5)
+    found = outputs_by_step(learner, jnp.ones(3), SUPPORT, QUERIES, key=key)
+    np.testing.assert_allclose(found[-1, 0], 1.0 + jax.random.normal(key, (3,)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,10 @@ def test_segments_divide_the_steps(steps, segments):
     [
         ({"num_segments": 4}, "num_segments=4 does not divide the 6 differentiated steps; choose a divisor, such as 2"),
         ({"truncation": 7}, "truncation=7 exceeds num_inner_steps=6"),
+        ({"truncation": 0}, "truncation must be an integer of at least 1, got 0"),
+        ({"num_segments": 0}, "num_segments must be an integer of at least 1, got 0"),
         ({"num_inner_steps": 0}, "num_inner_steps must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
     ],
 )
 def test_wrong_settings_are_refused(wrong, message):
@@ -151,6 +154,11 @@ def test_wrong_settings_are_refused(wrong, message):
     settings = {"initial": lambda layers: None, "num_inner_steps": STEPS, "batch_size": 4} | wrong
     with pytest.raises(ValueError, match=message):
         hypergradient(model, losses.cross_entropy, **settings)
+
+
+def test_a_network_that_is_no_model_is_refused():
+    with pytest.raises(ValueError, match=r"model must be a maml_jax\.Model, got function"):
+        hypergradient(lambda x: x, losses.cross_entropy, initial=lambda layers: None, num_inner_steps=2, batch_size=2)
 
 
 def test_a_run_without_a_key_is_refused():

@@ -381,6 +381,8 @@ def test_what_does_not_fit_is_refused():
     params = build().init(jax.random.key(0), support.inputs)
     with pytest.raises(ValueError, match="has no example of class 3 of way=4"):
         build(way=4).adapt(params, support)
+    with pytest.raises(ValueError, match="the query set of the episode is empty"):
+        build().objective(params, make_episode()._replace(query=jax.tree.map(lambda x: x[:0], support)))
 
 
 def test_defaults_of_the_builder_are_those_of_the_hyperparameters():

@@ -559,6 +559,17 @@ def test_first_order_gradients_are_constants_and_values_are_not():
     chex.assert_trees_all_close(jax.grad(outer)(a), 2 * jnp.cos(a), rtol=1e-6)
 
 
+def test_first_order_gradients_of_a_function_with_auxiliary_data():
+    def outer(a):
+        (value, aux), grads = first_order(lambda a, b: (jnp.sum(a * b**2), 3.0 * b), argnums=1, has_aux=True)(a, a)
+        return value + jnp.sum(aux) + jnp.sum(grads), aux
+
+    # Σ a³ + 3 Σ a, and the constant 2 Σ a².
+    grads, aux = jax.grad(outer, has_aux=True)(jnp.arange(3.0))
+    chex.assert_trees_all_close(grads, 3 * jnp.arange(3.0) ** 2 + 3.0)
+    chex.assert_trees_all_close(aux, 3 * jnp.arange(3.0))
+
+
 def lowered_meta_gradient(inner_grad, num_steps):
     """A meta-gradient with 200 support examples, whose activations outweigh the parameters; and the parameters."""
     model = models.mlp(features=(64, 64, 64, 5), activation=jnp.tanh)

@@ -1,5 +1,6 @@
 """What all networks have in common: arguments and dtypes."""
 
+import functools
 import inspect
 
 import chex
@@ -57,6 +58,28 @@ def test_activations_in_bfloat16(network):
     del layers["__call__"]
     assert [leaf.dtype for leaf in (outputs, *jax.tree.leaves(last))] == [jnp.float32, jnp.float32]
     assert {leaf.dtype for leaf in jax.tree.leaves(layers)} == {jnp.dtype(jnp.bfloat16)}
+
+
+BUILDERS = {
+    "conv4": (functools.partial(models.conv4, way=None, features=4), (5, 16, 16, 1)),
+    "resnet12": (functools.partial(models.resnet12, way=None, widths=(2, 3)), (5, 4, 4, 1)),
+    "multi_scale": (functools.partial(models.multi_scale, features=(2, 2, 2, 2)), (5, 16, 16, 1)),
+}
+
+
+@pytest.mark.parametrize("network", BUILDERS)
+def test_builders_pass_the_dtype_of_the_parameters_on(x64, network):
+    build, shape = BUILDERS[network]
+    params = jax.eval_shape(build(param_dtype=jnp.float64).init, jax.random.key(0), jnp.zeros(shape))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.float64)}
+
+
+@pytest.mark.parametrize("network", ["conv4", "resnet12"])
+def test_builders_pass_the_dtype_of_the_blocks_on(network):
+    build, shape = BUILDERS[network]
+    model, inputs = build(dtype=jnp.bfloat16), jnp.zeros(shape)
+    params = jax.eval_shape(model.init, jax.random.key(0), inputs)
+    assert jax.eval_shape(model.apply, params, inputs).dtype == jnp.bfloat16
 
 
 def test_bfloat16_changes_little():

@@ -1,3 +1,5 @@
+from functools import partial
+
 import chex
 import flax.linen as nn
 import jax
@@ -7,6 +9,7 @@ import pytest
 from networks import batch_normalisation, convolution, dense, num_parameters, random_params
 
 from maml_jax import models
+from maml_jax.models.layers import conv_lax
 
 WIDTHS = (2, 3, 4, 5)
 
@@ -16,22 +19,23 @@ def inputs():
     return np.random.default_rng(0).normal(size=(3, 17, 16, 2))
 
 
-def written_out(params, inputs):
+def leaky_relu(hidden):
+    return jnp.where(hidden > 0, hidden, 0.1 * hidden)
+
+
+def written_out(params, inputs, activation=leaky_relu):
     """The network as the papers draw it, with XLA's convolution and pooling."""
 
     def conv_norm(hidden, suffix, prefix=""):
         convolved = convolution(params[f"{prefix or 'conv'}_{suffix}"], hidden)
         return batch_normalisation(params[f"{prefix + '_' if prefix else ''}norm_{suffix}"], convolved)
 
-    def leaky(hidden):
-        return jnp.where(hidden > 0, hidden, 0.1 * hidden)
-
     hidden = inputs
     for b in range(4):
-        first = leaky(conv_norm(hidden, f"{b}_0"))
-        second = leaky(conv_norm(first, f"{b}_1"))
+        first = activation(conv_norm(hidden, f"{b}_0"))
+        second = activation(conv_norm(first, f"{b}_1"))
         third = conv_norm(second, f"{b}_2")
-        summed = leaky(third + conv_norm(hidden, b, prefix="shortcut"))
+        summed = activation(third + conv_norm(hidden, b, prefix="shortcut"))
         hidden = nn.max_pool(summed, (2, 2), (2, 2))
     return dense(params["head"], jnp.mean(hidden, (1, 2)))
 
@@ -43,6 +47,22 @@ def test_is_the_network_of_the_papers(inputs):
     outputs = jax.jit(model.apply)(params, inputs)
     assert outputs.shape == (3, 6)
     chex.assert_trees_all_close(outputs, jax.jit(written_out)(params, inputs), rtol=1e-10)
+
+
+@pytest.mark.usefixtures("x64")
+def test_another_nonlinearity_and_the_convolution_of_xla(inputs):
+    convolutions = []
+
+    def conv_fn(inputs, kernel, strides):
+        convolutions.append(kernel.shape)
+        return conv_lax(inputs, kernel, strides)
+
+    model = models.resnet12(way=6, widths=WIDTHS, activation=jnp.tanh, conv_fn=conv_fn)
+    params = random_params(model, inputs)
+    convolutions.clear()
+    outputs = jax.jit(model.apply)(params, inputs)
+    chex.assert_trees_all_close(outputs, jax.jit(partial(written_out, activation=jnp.tanh))(params, inputs), rtol=1e-10)
+    assert len(convolutions) == 4 * len(WIDTHS)
 
 
 def test_default_size():

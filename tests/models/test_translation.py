@@ -223,6 +223,14 @@ def test_sizes_that_do_not_fit_are_refused(settings, message):
         transformer_translator(**SIZES | {"heads": 2} | settings)
 
 
+def test_vectors_that_do_not_fit_the_lexicon_are_refused():
+    translator = transformer_translator(**SIZES, lexicon=Lexicon(KEYS))
+    size = KEYS.shape[1]
+    for vectors, shown in ((None, "None"), (np.zeros((*SOURCE.shape, size + 1)), rf"\(3, 6, {size + 1}\)")):
+        with pytest.raises(ValueError, match=rf"need vectors \(3, 6, {size}\) of their tokens, got {shown}"):
+            translator.model.init(jax.random.key(0), (Sentences(SOURCE, vectors), jnp.asarray(TARGET)))
+
+
 def test_every_place_of_the_memory_has_read_the_whole_sentence(x64):
     translator = translators(False)["gru"]
     params = noisy(translator, False)

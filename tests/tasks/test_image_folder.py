@@ -259,6 +259,17 @@ def test_a_link_to_nothing_is_refused_by_name(tmp_path, split_file):
     )
 
 
+def test_what_is_no_file_or_a_huge_one_is_refused_by_name(tmp_path, split_file):
+    directory = source(tmp_path, "pool")
+    os.mkfifo(directory / "dog" / "pipe.png")
+    assert refused(directory, "test", split_file=split_file).endswith("dog/pipe.png is no file; remove it")
+    (directory / "dog" / "pipe.png").unlink()
+    with open(directory / "dog" / "huge.png", "wb") as stream:
+        stream.truncate(2**28 + 1)  # no block is written
+    message = refused(directory, "test", split_file=split_file)
+    assert message.endswith("dog/huge.png has 268,435,457 bytes, more than 268,435,456; shrink it")
+
+
 def test_links_bombs_and_encrypted_members_are_refused(tmp_path, split_file):
     pool = tmp_path / "pool.zip"
     with zipfile.ZipFile(pool, "w") as archive:

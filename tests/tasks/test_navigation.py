@@ -45,5 +45,7 @@ def test_greedy_moves_reach_the_optimum():
     found = jax.vmap(walk)(jnp.asarray(GOALS))
     np.testing.assert_allclose(found, optimal_return(jnp.asarray(GOALS)), atol=1e-4)
     np.testing.assert_allclose(found.mean(), -0.54, atol=0.01)  # on the goals of the published numbers
+    # One step of 0.1 along each axis: 0.2 and 0.0 are left of a goal at (0.3, -0.1).
+    np.testing.assert_allclose(optimal_return(jnp.array([0.3, -0.1]), horizon=1), -0.2, rtol=1e-5)
     many = jax.vmap(ENVIRONMENT.sample_task)(jax.random.split(jax.random.key(1), 20_000))
     np.testing.assert_allclose(optimal_return(many).mean(), -0.50, atol=0.01)
