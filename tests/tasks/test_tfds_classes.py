@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -138,6 +139,23 @@ def test_parts_are_chosen_and_small_classes_refused(data_dir, tmp_path):
         load("small", "train", **options, parts=["val"])
     with pytest.raises(ValueError, match=r"parts must be a list of names"):
         load("small", "train", **options, parts="train")
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "old", "new", "message"),
+    [
+        ("small", "label.labels.txt", "class 7\n", "class 6\n", r"small/1\.0\.0 has 7 names of 8 classes"),
+        ("numbers", "features.json", '"2"', '"1"', r"record \d of 'test' in .*numbers/1\.0\.0 has the unknown label 1"),
+    ],
+)
+def test_classes_that_do_not_fit_are_refused(data_dir, tmp_path, name, file, old, new, message):
+    shutil.copytree(data_dir / name, tmp_path / name)
+    path = tmp_path / name / "1.0.0" / file
+    assert path.read_text().count(old) == 1
+    path.write_text(path.read_text().replace(old, new))
+    split = write_json(tmp_path / "s.json", {"train": ["0"], "val": [], "test": []})
+    with pytest.raises(ValueError, match=message):
+        load(name, "train", size=8, data_dir=tmp_path, cache_dir=tmp_path / "cache", split_file=split)
 
 
 def test_classes_without_names_are_called_by_their_numbers(data_dir, tmp_path):
