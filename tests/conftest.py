@@ -1,5 +1,6 @@
 """Every test runs with eight virtual devices and without silent rank promotion."""
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,8 @@ import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tracing makes many objects that stay. Looking for cycles among them as often as by default takes a tenth of the time.
+gc.set_threshold(200_000, 20, 100)
 
 
 SLOW_FILES = (

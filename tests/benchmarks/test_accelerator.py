@@ -344,6 +344,7 @@ def data(tmp_path):
     return ["--data", str(tmp_path / "omniglot.npz")]
 
 
+@pytest.mark.slow
 def test_a_minute_is_enough_without_the_packages_of_the_experiments(tmp_path, data):
     # On a busy machine not everything fits into it. What does not is named.
     process = start(tmp_path, "--minutes", "1", *data)

@@ -1,7 +1,10 @@
 """The tutorials run, what they claim holds, and their committed outputs say nothing about a machine."""
 
+import ast
 import copy
+import inspect
 import re
+import types
 
 import pytest
 
@@ -18,6 +21,7 @@ SMALLER = {
     "first_against_second_order": {"STEPS_PER_CALL, NUM_CALLS = 250": "STEPS_PER_CALL, NUM_CALLS = 125"},
 }
 """What a tutorial has, and what its test has instead. The assertions are the same."""
+SLOW = pytest.mark.slow
 MOST_BYTES = 200_000  # of one notebook, its figures included
 
 
@@ -32,7 +36,31 @@ def no_settings(tmp_path, monkeypatch):
     monkeypatch.delenv("MPLBACKEND", raising=False)
 
 
+def resolve(node, namespace):
+    """What an expression such as `models.mlp` names; None if it begins with no import."""
+    if isinstance(node, ast.Attribute):
+        holder = resolve(node.value, namespace)
+        return getattr(holder, node.attr) if isinstance(holder, types.ModuleType) else None
+    return namespace.get(node.id) if isinstance(node, ast.Name) else None
+
+
 @pytest.mark.parametrize("name", tutorials.NOTEBOOKS)
+def test_what_a_tutorial_names_of_the_library_is_there(name):
+    nodes = list(ast.walk(ast.parse("\n".join(cell.source for cell in code_cells(tutorials.read(name))))))
+    imports, namespace, calls = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)], {}, 0
+    exec(compile(ast.Module(imports, []), name, "exec"), namespace)
+    for node in nodes:
+        resolve(node, namespace)
+        called = resolve(node.func, namespace) if isinstance(node, ast.Call) else None
+        if getattr(called, "__module__", "").startswith("maml_jax"):
+            inspect.signature(called).bind_partial(**{word.arg: None for word in node.keywords if word.arg})
+            calls += 1
+    assert calls >= 5
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "your_own_model" else SLOW) for name in tutorials.NOTEBOOKS]
+)
 def test_every_cell_runs_and_its_assertions_hold(name, no_settings):
     notebook = tutorials.read(name)
     assert sum(cell.source.count("assert") for cell in code_cells(notebook)) >= 3

@@ -169,9 +169,9 @@ def test_the_divergence_stays_within_its_bound_and_the_objective_falls(max_kl):
 
 def test_as_many_lengths_are_tried_as_were_asked_for():
     # For a far bound the first lengths are too long. Twice half the length is once a quarter.
-    def refused_and_length(backtrack):
+    def refused_and_length(backtrack, most):
         moved = []
-        for num_backtracks in range(1, 5):
+        for num_backtracks in range(1, most + 1):
             rule = rl.trust_region(LEARNER, max_kl=1.0, num_backtracks=num_backtracks, backtrack=backtrack)
             new, _, info = update(rule)
             moved.append(float(optax.tree.norm(optax.tree.sub(new, PARAMS))))
@@ -180,9 +180,9 @@ def test_as_many_lengths_are_tried_as_were_asked_for():
         np.testing.assert_allclose(moved[refused:], moved[-1], rtol=1e-6)
         return refused, moved[-1]
 
-    refused, length = refused_and_length(0.25)
+    refused, length = refused_and_length(0.25, most=2)
     assert refused == 1
-    assert refused_and_length(0.5) == (2, pytest.approx(length, rel=1e-5))
+    assert refused_and_length(0.5, most=4) == (2, pytest.approx(length, rel=1e-5))
 
 
 def test_where_nothing_can_be_gained_the_parameters_stay():
