@@ -460,6 +460,7 @@ def training(bench: Bench, images: dict[str, np.ndarray], save: Callable[[dict],
                 },
                 "tasks": tasks,
                 "filters": filters,
+                "precision": DEFAULT_PRECISION,
                 "published": PUBLISHED["maml", "conv4", 5, 1],
                 "goal": goal,
                 "meta_steps": trained,
@@ -672,7 +673,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     fastest = contents.get("sweep", {}).get("fastest", {}).get(OMNIGLOT.title)
                     peers(bench, ends[part], saved, fastest)
                 else:
-                    training(bench, images, saved)
+                    with jax.default_matmul_precision(DEFAULT_PRECISION):
+                        training(bench, images, saved)
     except (Stopped, KeyboardInterrupt):
         clock.signal = clock.signal or signal.SIGINT
     show(contents, bench.missing)

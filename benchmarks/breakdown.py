@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -183,5 +184,8 @@ if __name__ == "__main__":
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false --xla_cpu_enable_xprof_traceme=true"
     )
+    jax.config.update("jax_platforms", "cpu")
+    if not hasattr(os, "sched_setaffinity"):
+        sys.exit("error: this system cannot bind a process to one core; run the benchmark on Linux")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     common.main(Config, run, __doc__, SHORT)

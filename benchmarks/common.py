@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import rich.table
 from rich.console import Console
 
-from experiments.runs import RunError, device_name, versions, write_json
+from experiments.runs import RunError, device_name, num_cores, versions, write_json
 from maml_jax import parallel
 from maml_jax.types import Batch, Episode, MetaState
 
@@ -196,11 +196,12 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
     prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
     config = tyro.cli(config_type, default=default, description=description, prog=prog)
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", num_cores())
     jax.config.update("jax_default_matmul_precision", "float32")
     try:
+        results_folder(config)  # a directory that cannot be written is noticed before anything is measured
         run(config)
-    except RunError as error:
+    except (RunError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

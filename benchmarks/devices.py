@@ -8,7 +8,6 @@ compares the meta-gradient with that of one device and reports the bytes of a de
 """
 
 import dataclasses
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import numpy as np
 import optax
 
 from benchmarks import common
-from experiments.runs import RunError
+from experiments.runs import RunError, num_cores
 from maml_jax import MetaLearner, init_meta_state, losses, make_meta_step, make_train_loop, maml, models, parallel
 from maml_jax.cost import count_flops
 from maml_jax.meta_gradient import meta_gradient
@@ -205,7 +204,7 @@ def run(config: Config) -> dict[str, Any]:
     jax.config.update("jax_num_cpu_devices", max(*config.devices, *(a * b for a, b in config.meshes)))
     config = dataclasses.replace(config, devices=tuple(n for n in config.devices if n <= jax.device_count()))
     config = dataclasses.replace(config, meshes=tuple((a, b) for a, b in config.meshes if a * b <= jax.device_count()))
-    processors = len(os.sched_getaffinity(0)) if jax.default_backend() == "cpu" else jax.device_count()
+    processors = num_cores() if jax.default_backend() == "cpu" else jax.device_count()
     content = {
         "processors": processors,
         "workloads": {name: run_workload(name, config) for name in config.workload},
@@ -223,7 +222,14 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
         common.Table(
             f"{name}, {found['tasks']} tasks of {found['flops'] / found['tasks'] / 1e6:.2f} MFLOP, "
             f"{found['parameters']} parameters",
-            ["devices", "ms a meta-step (quartiles)", "model ms", "times first", "all-reduce ms", "compile s"],
+            [
+                "devices",
+                "ms a meta-step (quartiles)",
+                "model ms",
+                "speed, times one device",
+                "all-reduce ms",
+                "compile s",
+            ],
             [
                 [
                     row["devices"],

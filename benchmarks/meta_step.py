@@ -6,7 +6,6 @@ compares the library's default with one vmap over lax.conv, and has only a few r
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +15,7 @@ import optax
 
 from benchmarks import common
 from experiments.devices import matmul_algorithm, mesh_for
+from experiments.runs import RunError
 from maml_jax import first_order, init_meta_state, losses, make_meta_step, maml, mixed_mode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import conv_lax, conv_matmul
@@ -106,11 +106,20 @@ def cases(config: Config, num_devices: int) -> Iterator[Case]:
         combinations += [base | {name: value} for name, values in swept.items() for value in values[1:]]
         # The convolutions differ most when tasks are vmapped together.
         combinations += [base | {"convolution": name, "chunk_size": 4} for name in config.convolution[1:]]
+
+    def tasks_of_a_device(meta_batch_size: int) -> int:
+        """With as many devices as `mesh_for` takes."""
+        return meta_batch_size // max(n for n in range(1, num_devices + 1) if meta_batch_size % n == 0)
+
+    if config.chunk_size[0] > tasks_of_a_device(config.meta_batch_size[0]):
+        raise RunError(
+            f"--chunk-size {config.chunk_size[0]} is more tasks than one of {num_devices} devices has of "
+            f"--meta-batch-size {config.meta_batch_size[0]}; choose a smaller one"
+        )
     seen = set()
     for combination in combinations:
         case = Case(**fixed, **combination)
-        tasks_of_a_device = case.meta_batch_size // math.gcd(case.meta_batch_size, num_devices)
-        if case.chunk_size <= tasks_of_a_device and case not in seen:
+        if case.chunk_size <= tasks_of_a_device(case.meta_batch_size) and case not in seen:
             seen.add(case)
             yield case
 
@@ -185,7 +194,8 @@ def run_cases(named: dict[str, Case], reference: str, config: Config) -> dict[st
             "seconds": timing,
             "times_reference": common.summarise(ratios) if ratios else None,
             "flops_per_second": case.row["flops"] / timing.median,
-            "matmul_flops_per_second": peak,
+            # One product uses all cores of a CPU, and one of several accelerators.
+            "matmul_flops_per_second": peak * (1 if jax.default_backend() == "cpu" else case.row["devices"]),
         }
     return rows
 

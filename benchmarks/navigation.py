@@ -6,7 +6,6 @@ float64 that both have the same advantages, meta-gradient and trust-region step 
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from benchmarks import common
 from benchmarks.peers import by_path, check, distance
 from experiments import navigation
 from experiments.devices import mesh_for
+from experiments.runs import num_cores
 from maml_jax import init_meta_state, make_train_loop, rl
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.types import task_keys
@@ -96,7 +96,7 @@ def in_torch(settings: navigation.Config) -> tuple[dict[str, Callable], Any] | N
         from benchmarks import torch_navigation
     except ImportError:
         return None
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cores())
     peer = peer_settings(torch_navigation, settings)
     weights = torch_navigation.as_weights(by_path(start_of(settings)[1]))
     rng = np.random.default_rng(0)

@@ -302,7 +302,7 @@ def _call(compiled: Callable, data: tuple, state: MetaState, key: jax.Array) -> 
 
 
 def score(work: Workload, learner: MetaLearner, params: ArrayTree, key: jax.Array, config: Config) -> dict[str, float]:
-    """The metric on test tasks after the last inner step, and its 95 % interval over the tasks."""
+    """The metric on test tasks after the last inner step, its 95 % interval over them, and how many are not finite."""
     found = evaluate(
         learner,
         jax.device_get(params),
@@ -312,7 +312,12 @@ def score(work: Workload, learner: MetaLearner, params: ArrayTree, key: jax.Arra
         num_episodes=config.eval_episodes,
         mesh=mesh_for(config.eval_episodes),
     )
-    return {"mean": float(found.mean[-1]), "ci95": float(found.ci95[-1])}
+    return {
+        "mean": float(found.mean[-1]),
+        "ci95": float(found.ci95[-1]),
+        "num_nonfinite": int(found.num_nonfinite[-1]),
+        "finite_median": float(found.finite_median[-1]),
+    }
 
 
 def cost_on_one_device(work: Workload, learner: MetaLearner) -> Cost:
@@ -341,7 +346,10 @@ def run(config: Config) -> dict[str, Any]:
         for inner_steps, inner_lr in zip(config.inner_steps, work.inner_lr, strict=True):
             rows.append(train_in_turns(work, inner_steps, inner_lr, config))
             common.console.print(f"{name}: trained with {inner_steps} inner steps")
-            common.write_results("orders", config, content)  # an interrupted run keeps what is finished
+            # An interrupted run keeps what is finished, beside the complete results of an earlier one.
+            partial = common.write_results("orders", config, content, suffix="_partial")
+    common.write_results("orders", config, content)
+    partial.unlink()
     common.show(tables(content))
     draw(config, content)
     return content
@@ -417,13 +425,12 @@ def _alignment(name: str, found: dict[str, Any]) -> common.Table:
         ],
         [cells(row) for row in found["rows"]],
         "The last column compares two exact meta-gradients on different tasks. Where it is the smaller one, the draw "
-        "of the tasks changes the meta-gradient more than the order does. What is not finite, after a training has "
-        "diverged, is left out.",
+        "of the tasks changes the meta-gradient more than the order does. What is not finite is left out.",
     )
 
 
 def _mean(values: Iterable[float | None]) -> float:
-    """The mean of the numbers that are finite; a training that diverged has others. NaN if there are none."""
+    """The mean of the numbers that are finite. NaN if there are none."""
     numbers = [value for value in values if value is not None and math.isfinite(value)]
     return math.fsum(numbers) / len(numbers) if numbers else math.nan
 
@@ -466,9 +473,9 @@ def _draw_column(column: Sequence[Any], name: str, found: dict[str, Any]) -> Non
                 linestyle="none",
                 capsize=3,
             )
-            if diverged := sum(math.isnan(_number(score["mean"])) for score in of_row):
+            if missing := sum(math.isnan(_number(score["mean"])) for score in of_row):
                 scores.annotate(
-                    f"{diverged} of {len(of_row)} diverged",
+                    f"{missing} of {len(of_row)} not finite",
                     (place, 1.0),
                     xytext=(0, -11 * line),
                     xycoords=("data", "axes fraction"),

@@ -3,7 +3,6 @@
 Each follows the example of MAML in its own documentation. All share the network and the outer step.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,6 +12,8 @@ import torch
 import torch.nn.functional as F
 import torchopt
 from torch import Tensor, nn
+
+from experiments.runs import num_cores
 
 Weights = dict[str, Tensor]
 
@@ -51,7 +52,7 @@ class Peer(NamedTuple):
 
 def use_all_cores() -> None:
     """Gives PyTorch one thread per core of this process."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(num_cores())
 
 
 def _to_torch(array: np.ndarray) -> Tensor:

@@ -164,6 +164,7 @@ FIGURES = {"episodes": episodes, "loops": loops, "second_order": second_order, "
 
 def main(directory: Path) -> None:
     """Writes all figures to a directory."""
+    directory.mkdir(parents=True, exist_ok=True)
     with plt.rc_context(STYLE):
         for name, draw in FIGURES.items():
             figure = draw()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from experiments.runs import RunError
+from experiments.runs import RunError, num_cores
 from maml_jax import parallel
 
 
@@ -17,7 +17,7 @@ def set_up_jax(precision: str) -> None:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         jax.config.update("jax_compilation_cache_dir", str(cache_home / "maml_jax" / "programs"))
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
-        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
+        jax.config.update("jax_num_cpu_devices", num_cores())
 
 
 def matmul_algorithm(precision: str) -> str:

@@ -635,4 +635,9 @@ def device_name() -> str:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 kind = line.partition(":")[2].strip()
-    return f"{kind}, {len(os.sched_getaffinity(0))} cores"
+    return f"{kind}, {num_cores()} cores"
+
+
+def num_cores() -> int:
+    """The processor cores that this process may use; where the system does not tell, those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

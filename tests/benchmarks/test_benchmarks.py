@@ -27,6 +27,7 @@ from benchmarks import (
     sinusoid,
     surrogates,
 )
+from experiments.runs import RunError
 from maml_jax import Batch, Episode, models
 from maml_jax.cost import count_flops
 from maml_jax.models.layers import Conv
@@ -117,6 +118,14 @@ def test_sweep_varies_each_setting_alone():
     crossed = list(meta_step.cases(dataclasses.replace(config, cross=True, chunk_size=(1, 2, 3, 8, 16)), 2))
     assert len(crossed) == 3 * 3 * (5 + 3) * 2 * 2
     assert {case.chunk_size for case in crossed if case.meta_batch_size == 8} == {1, 2, 3}
+
+
+def test_chunks_are_at_most_the_tasks_of_a_device():
+    # Of 12 devices 32 tasks use 8, with 4 tasks each.
+    config = dataclasses.replace(meta_step.Config(), chunk_size=(1, 4, 8), meta_batch_size=(32,))
+    assert {case.chunk_size for case in meta_step.cases(config, 12)} == {1, 4}
+    with pytest.raises(RunError, match="--chunk-size 8 is more tasks than one of 12 devices has"):
+        list(meta_step.cases(dataclasses.replace(config, chunk_size=(8,)), 12))
 
 
 def test_gradient_distance():
@@ -279,6 +288,7 @@ def test_orders_run(quick, tmp_path):
         features=(3, 1),
     )
     orders.run(config)
+    assert {file.name for file in tmp_path.glob("*.json")} == {"orders.json"}
     (row,) = result_of("orders", tmp_path)["workloads"]["sinusoid"]["rows"]
     exact, first = (row["orders"][order] for order in orders.ORDERS)
     assert exact["flops"] > 1.5 * first["flops"]
@@ -289,6 +299,32 @@ def test_orders_run(quick, tmp_path):
         assert training["meta_steps"] == [0, 2, 4]
         assert len(set(training["cosine"])) == len(set(training["noise_cosine"])) == 3
         assert max(map(abs, training["cosine"] + training["noise_cosine"])) <= 1
+
+
+def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_results(quick, tmp_path, monkeypatch):
+    def one_row(work, inner_steps, inner_lr, config):
+        if inner_steps == 5:
+            raise KeyboardInterrupt
+        return {"inner_steps": inner_steps}
+
+    monkeypatch.setattr(orders, "train_in_turns", one_row)
+    (tmp_path / "orders.json").write_text("{}")
+    with pytest.raises(KeyboardInterrupt):
+        orders.run(
+            orders.Config(**quick, workload=("sinusoid",), inner_steps=(1, 5), sinusoid_inner_lr=(0.01, 0.01),
+                          omniglot_inner_lr=(0.4, 0.4))
+        )  # fmt: skip
+    assert (tmp_path / "orders.json").read_text() == "{}"
+    partial = json.loads((tmp_path / "orders_partial.json").read_text())
+    assert partial["workloads"]["sinusoid"]["rows"] == [{"inner_steps": 1}]
+
+
+def test_a_directory_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
+    monkeypatch.setattr(sys, "argv", ["orders", "--results-dir", str(tmp_path / "file" / "results")])
+    with pytest.raises(SystemExit, match=r"error: .*Not a directory: .*results"):
+        common.main(orders.Config, lambda config: pytest.fail("it was measured"), "", orders.Config())
 
 
 def test_alignment_of_the_two_orders_in_closed_form(x64):
