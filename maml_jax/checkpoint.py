@@ -105,13 +105,8 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
         return
     directory = Path(directory).expanduser().resolve()
     path, incomplete = directory / str(step), directory / ".incomplete"
-    if path.exists():
-        try:
-            _verify(path)
-        except CheckpointError:
-            shutil.rmtree(path)
-        else:
-            raise ValueError(f"{path} already exists and is not overwritten; delete it or save to another directory")
+    if _is_intact(path):
+        raise ValueError(f"{path} already exists and is not overwritten; delete it or save to another directory")
     try:
         with _quiet(), _checkpointer() as checkpointer:
             checkpointer.save(
@@ -121,6 +116,8 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
                 custom_metadata={"leaves": {name: _describe(leaf) for name, leaf in leaves.items()}},
             )
         (incomplete / _CHECKSUMS).write_text(json.dumps(_checksums(incomplete)))
+        if path.exists():  # damaged
+            shutil.rmtree(path)
         incomplete.rename(path)
     except Exception as error:  # tensorstore reports a full disk as a ValueError
         raise OSError(
@@ -138,6 +135,16 @@ def latest(directory: str | Path) -> int | None:
       directory: as given to `save`; it need not exist.
     """
     return processes.on_process_zero(lambda: max(_steps(Path(directory).expanduser()), default=None))
+
+
+def exists(directory: str | Path, step: int) -> bool:
+    """Whether there is an undamaged checkpoint of `step`.
+
+    Args:
+      directory: as given to `save`; it need not exist.
+      step: the number of the checkpoint.
+    """
+    return processes.on_process_zero(lambda: _is_intact(Path(directory).expanduser() / str(step)))
 
 
 def restore(directory: str | Path, step: int, like: ArrayTree) -> ArrayTree:
@@ -255,13 +262,22 @@ def _checksums(path: Path) -> dict[str, str]:
     return sums
 
 
+def _is_intact(path: Path) -> bool:
+    """Whether there is an undamaged checkpoint at `path`."""
+    try:
+        _verify(path)
+    except CheckpointError:
+        return False
+    return True
+
+
 def _verify(path: Path) -> None:
     """Raises CheckpointError if a file of the checkpoint is not as it was written."""
     try:
         if json.loads((path / _CHECKSUMS).read_bytes()) == _checksums(path):
             return
         problem = f"{_CHECKSUMS} and the other files do not match"
-    except (OSError, ValueError) as error:  # the file is missing, cannot be read, or is no JSON
+    except (FileNotFoundError, NotADirectoryError, ValueError) as error:  # a file is missing, or is no JSON
         problem = str(error)
     raise CheckpointError(
         f"the checkpoint {path} is damaged, or was written by a version without checksums ({problem}); delete it, "

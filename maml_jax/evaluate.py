@@ -21,6 +21,7 @@ from maml_jax.types import (
     draw_episode,
     function_and_data,
     predict_beside_support,
+    task_keys,
     with_data,
 )
 
@@ -147,8 +148,7 @@ def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, ch
         program = _program(score, learner, is_built, sample_episode, chunk_size, mesh)
     except TypeError:  # a part that cannot be hashed: the program is not kept, and every call compiles
         program = _program.__wrapped__(score, learner, is_built, sample_episode, chunk_size, mesh)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_episodes))
-    per_episode = as_floating(program((meta_params, learner_data, sample_data), keys))
+    per_episode = as_floating(program((meta_params, learner_data, sample_data), task_keys(key, num_episodes)))
     quantile = float(stdtrit(num_episodes - 1, 0.975))
     return jax.tree.transpose(
         jax.tree.structure(per_episode),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maml_jax.types import ArrayTree, Episode, MetaLearner, as_floating, check_integer
+from maml_jax.types import ArrayTree, Episode, MetaLearner, as_floating, at_least_float32, check_integer
 
 CPU_CHUNK_BYTES = 256 * 1024
 """CPU only: the largest intermediate result of one chunk, in bytes, so that it fits in a core's cache.
@@ -90,6 +90,8 @@ def count_tasks(episodes: Episode) -> int:
             + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             + ". Add the axis to a single episode with jax.tree.map(lambda x: x[None], episode)"
         )
+    if (0,) in sizes:
+        raise ValueError("the meta-batch has no task; give it one or more")
     return sizes.pop()[0]
 
 
@@ -103,12 +105,12 @@ def meta_gradient(
       params: meta-parameters θ.
       episodes: leaves [T, ...].
       chunk_size: tasks that are vmapped together. The chunks are scanned and their gradients summed; the last
-        one may be smaller. With 1 there is no `vmap`. Only rounding depends on it. None
-        picks a size, see `default_chunk_size`.
+        one may be smaller. With 1 there is no `vmap`. Only rounding depends on it: sums over chunks are in float32 or
+        more. None picks a size, see `default_chunk_size`.
 
     Returns:
-      `((loss, info), grads)`: the mean objective, a scalar; the objective's info, averaged over the tasks as floating
-      numbers; and the gradient with the structure of `params`.
+      `((loss, info), grads)`: the mean objective, a scalar; the objective's info, averaged over the tasks; both as
+      floating numbers of at least 32 bits; and the gradient with the structure and dtypes of `params`.
 
     Raises:
       ValueError: if `episodes` is no meta-batch, or `chunk_size` is not a positive integer.
@@ -121,9 +123,9 @@ def meta_gradient(
     def chunk_loss(params, chunk):
         if chunk_size == 1:  # a vmap over one task would turn plain products into batched ones
             loss, info = learner.objective(params, chunk)
-            return _check_scalar(loss, 0), as_floating(info)
+            return at_least_float32((_check_scalar(loss, 0), as_floating(info)))
         losses, info = jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk)
-        return jnp.sum(_check_scalar(losses, 1)), jax.tree.map(lambda x: jnp.sum(x, 0), as_floating(info))
+        return jax.tree.map(lambda x: jnp.sum(x, 0), at_least_float32((_check_scalar(losses, 1), as_floating(info))))
 
     chunk_gradient = jax.value_and_grad(chunk_loss, has_aux=True)
     num_chunks, rest = divmod(num_tasks, chunk_size)
@@ -133,17 +135,19 @@ def meta_gradient(
 
         def add_chunk(grads, chunk):
             value, of_chunk = chunk_gradient(params, chunk)
-            return jax.tree.map(jnp.add, grads, of_chunk), value
+            return jax.tree.map(jnp.add, grads, at_least_float32(of_chunk)), value
 
         chunks = jax.tree.map(lambda x: x[: num_tasks - rest], episodes) if rest else episodes
         if chunk_size > 1:
             chunks = jax.tree.map(lambda x: x.reshape(num_chunks, chunk_size, *x.shape[1:]), chunks)
-        grads, values = jax.lax.scan(add_chunk, jax.tree.map(jnp.zeros_like, params), chunks)
+        zeros = at_least_float32(jax.tree.map(jnp.zeros_like, params))
+        grads, values = jax.lax.scan(add_chunk, zeros, chunks)
         total = jax.tree.map(lambda x: jnp.sum(x, 0), values), grads
         if rest:
             last = jax.tree.map(lambda x: x[num_tasks - rest :], episodes)
             total = jax.tree.map(jnp.add, total, chunk_gradient(params, last))
-    return jax.tree.map(lambda x: x / num_tasks, total)
+    value, grads = jax.tree.map(lambda x: x / num_tasks, total)
+    return value, jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), grads, params)
 
 
 def _check_scalar(loss: jax.Array, num_axes: int) -> jax.Array:

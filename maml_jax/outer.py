@@ -18,6 +18,7 @@ from maml_jax.types import (
     MetaState,
     PRNGKey,
     SampleEpisodeFn,
+    at_least_float32,
     check_floating,
     check_integer,
     check_optimizer,
@@ -61,8 +62,7 @@ def gradient_step(optimizer: optax.GradientTransformation) -> OuterRule:
     def update(gradient_fn, params, episodes, opt_state):
         (loss, info), grads = gradient_fn(params, episodes)
         params, opt_state = optax_step(optimizer, gradient_fn, params, episodes, loss, grads, opt_state)
-        # In at least float32: squares of float16 overflow above 256.
-        grad_norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), grads))
+        grad_norm = optax.tree.norm(at_least_float32(grads))  # squares of float16 overflow above 256
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((loss, grad_norm, params))])
         return params, opt_state, MetaInfo(loss, grad_norm, jnp.all(finite), info)
 

@@ -203,7 +203,9 @@ def save_learner(file: str | Path, params: ArrayTree, config: LearnerConfig, *, 
         raise ValueError(f"{file} already exists and is not overwritten; delete it, or pass overwrite=True")
     arrays = {name: np.asarray(leaf) for name, leaf in _named_leaves(params).items()}
     _check_arrays(arrays, config, "the parameters")
-    text = json.dumps({"format": FORMAT} | dataclasses.asdict(config), indent=1, allow_nan=False)
+    # Hyperparameters may be numbers of numpy.
+    record = {"format": FORMAT} | dataclasses.asdict(config)
+    text = json.dumps(record, indent=1, allow_nan=False, default=lambda number: number.item())
     content = {_CONFIG: np.array(text)} | {_PARAMS + name: array for name, array in arrays.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".learner-") as scratch:

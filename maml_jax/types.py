@@ -244,7 +244,8 @@ def check_floating(params: ArrayTree) -> None:
 
 def check_optimizer(name: str, optimizer: Any) -> None:
     """Raises ValueError unless `optimizer` has the `init` and `update` of an optax transformation."""
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+    is_outer_rule = hasattr(optimizer, "looks_at_episodes")
+    if is_outer_rule or not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
         raise ValueError(f"{name} must be an optax transformation such as optax.sgd(0.1), got {optimizer!r}")
 
 
@@ -300,14 +301,18 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
 def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
     """Whether a real number, or every entry of an array, is finite and fulfils `condition`.
 
-    A traced array has no value yet, and passes. A bool, and anything else that is no number, fails.
+    A traced array has no value yet, and passes. A bool, an empty array, and anything else that is no number, fails.
     """
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
         return False
     try:
-        found = np.asarray(value)
+        found = np.asarray(value) if isinstance(value, np.ndarray | jax.Array) else np.float64(float(value))
     except jax.errors.TracerArrayConversionError:
         return True
+    except OverflowError:  # an integer beyond all floating numbers
+        return False
+    if not found.size or (found.dtype.kind not in "iuf" and not jnp.issubdtype(found.dtype, jnp.floating)):
+        return False
     return bool(np.all(np.isfinite(found) & condition(found)))
 
 
@@ -391,6 +396,11 @@ def as_floating(info: ArrayTree) -> ArrayTree:
         return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else jnp.asarray(leaf, jnp.float32)
 
     return jax.tree.map(convert, info)
+
+
+def at_least_float32(tree: ArrayTree) -> ArrayTree:
+    """Floating leaves of fewer than 32 bits as float32: a sum of many of them would round much, or overflow."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
 
 def task_keys(key: PRNGKey, num_tasks: int) -> PRNGKey:

@@ -1,3 +1,4 @@
+import errno
 import os
 import shutil
 import socket
@@ -278,6 +279,31 @@ def test_only_a_damaged_checkpoint_is_replaced(tmp_path):
     chex.assert_trees_all_equal(checkpoint.restore(tmp_path, 4, {"w": jnp.zeros(2)}), {"w": jnp.ones(2)})
     with pytest.raises(ValueError, match="4 already exists"):
         checkpoint.save(tmp_path, 4, {"w": jnp.ones(2)})
+
+
+def test_a_checkpoint_that_cannot_be_read_for_now_is_not_damaged(tmp_path, monkeypatch):
+    checkpoint.save(tmp_path, 3, {"w": jnp.zeros(2)})
+
+    def fail(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "_checksums", fail)
+    for use in (
+        lambda: checkpoint.restore_latest(tmp_path, {"w": jnp.zeros(2)}),
+        lambda: checkpoint.save(tmp_path, 3, {"w": jnp.ones(2)}),
+    ):
+        with pytest.raises(OSError, match="Input/output error"):
+            use()
+    monkeypatch.undo()
+    assert checkpoint.restore_latest(tmp_path, {"w": jnp.ones(2)}).damaged == ()
+
+
+def test_a_checkpoint_exists_if_it_is_not_damaged(tmp_path):
+    assert not checkpoint.exists(tmp_path / "nowhere", 3)
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, {"w": jnp.zeros(2)})
+    damage(tmp_path / "4" / "manifest.ocdbt", b"")
+    assert [checkpoint.exists(tmp_path, step) for step in (2, 3, 4)] == [False, True, False]
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_count_as_kept(tmp_path):

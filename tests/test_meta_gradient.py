@@ -36,6 +36,22 @@ def test_the_meta_gradient_is_the_mean_over_tasks_in_chunks_of_any_size(x64, chu
     chex.assert_trees_all_close(gradient(episodes, chunk_size, theta), expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "gradient"), [(jnp.bfloat16, 1.0), (jnp.float16, 300.0)])
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_sums_over_chunks_are_not_in_half_precision(dtype, gradient, chunk_size):
+    # 256 + 1 is 256 in bfloat16, and 512 x 300 is beyond float16.
+    learner = LEARNER._replace(objective=lambda params, episode: (gradient * params.sum(), {"twice": 2 * params.sum()}))
+    episodes = make_episodes(jax.random.key(0), 512)
+    (loss, info), grads = meta_gradient(learner, jnp.ones(1, dtype), episodes, chunk_size=chunk_size)
+    assert grads.dtype == dtype
+    chex.assert_trees_all_close((loss, info["twice"], grads.astype(float)[0]), (gradient, 2.0, gradient))
+
+
+def test_a_meta_batch_has_a_task(episodes):
+    with pytest.raises(ValueError, match="the meta-batch has no task; give it one or more"):
+        gradient(jax.tree.map(lambda x: x[:0], episodes))
+
+
 def test_the_products_of_a_chunk_of_one_task_are_plain_ones(episodes):
     def batched_products(chunk_size):
         jaxpr = jax.make_jaxpr(lambda e: meta_gradient(LEARNER, THETA, e, chunk_size=chunk_size))(episodes)

@@ -104,6 +104,14 @@ def test_inner_steps_of_training_and_test_may_differ(tmp_path):
     assert shapes.shape == (4, 4, 3)
 
 
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    config = dataclasses.replace(
+        MAML, way=np.int64(3), hyperparameters={"inner_lr": np.float32(0.5), "num_inner_steps": 1}
+    )
+    save_learner(tmp_path / "learner.npz", random_params(MAML), config)
+    assert load_learner(tmp_path / "learner.npz").config == MAML
+
+
 def test_protonets_take_another_number_of_classes_and_maml_does_not(tmp_path, file):
     save_learner(tmp_path / "protonets.npz", random_params(PROTONETS), PROTONETS)
     loaded = load_learner(tmp_path / "protonets.npz", way=2)

@@ -239,6 +239,7 @@ def mean_distance(x, *, same):
         (partial(losses.large_margin_cosine, margin=-0.1), "margin=-0.1 must be a number of at least 0"),
         (partial(losses.cross_domain_triplet, -0.1), "margin=-0.1 must be a number of at least 0"),
         (partial(losses.cross_domain_triplet, 0.3, 1.5), r"shrinkage=1.5 must be in \[0, 1\]"),
+        (partial(losses.cross_domain_triplet, 0.3, None), r"shrinkage=None must be in \[0, 1\]"),
         (
             partial(losses.hard_pair_attention, positive_threshold=1.5, negative_threshold=0.0),
             "positive_threshold=1.5 must be a cosine",

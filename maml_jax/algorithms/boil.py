@@ -50,6 +50,8 @@ def boil(
       Oh et al., 2021, section 3.
     """
     check_function("head", head, 'lambda name: name.startswith("head")')
+    if where is not None:
+        check_function("where", where, 'lambda name: not name.startswith("norm")')
     return maml(
         model,
         loss_fn,

@@ -248,7 +248,7 @@ def hypergradient(
             hyperparameters,
             model.init(weight_key, support.inputs[:1]),
             support,
-            mini_batches(order_key, len(support.targets), num_inner_steps, batch_size),
+            mini_batches(order_key, len(jax.tree.leaves(support)[0]), num_inner_steps, batch_size),
             num_segments=num_segments,
             truncation=truncation,
             inner_grad=inner_grad,

@@ -34,6 +34,7 @@ from maml_jax.types import (
     check_not_negative,
     check_positive,
     check_query,
+    holds_for,
 )
 
 
@@ -370,5 +371,5 @@ class LatentDescent:
         check_positive("finetuning_lr", self.finetuning_lr)
         for name in ("kl_weight", "encoder_penalty_weight", "l2_weight", "orthogonality_weight"):
             check_not_negative(name, getattr(self, name))
-        if not 0 <= self.dropout_rate < 1:
+        if not holds_for(self.dropout_rate, lambda x: (x >= 0) & (x < 1)):
             raise ValueError(f"dropout_rate={self.dropout_rate} must be at least 0 and below 1")

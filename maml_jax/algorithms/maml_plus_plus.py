@@ -23,6 +23,7 @@ from maml_jax.types import (
     LossFn,
     MetaLearner,
     Model,
+    check_function,
     check_integer,
     check_not_negative,
     check_query,
@@ -77,6 +78,10 @@ def maml_plus_plus(
     """
     check_not_negative("inner_lr", inner_lr)
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
+    for name, names in {"where": where, "per_step": per_step}.items():
+        if names is not None:
+            check_function(name, names, 'lambda name: name.startswith("norm")')
+    step_weights = None if step_weights is None else jnp.asarray(step_weights)
     if step_weights is not None and (num_inner_steps == 0 or jnp.shape(step_weights) != (num_inner_steps,)):
         raise ValueError(
             f"step_weights must have one weight for each of num_inner_steps={num_inner_steps} steps, at least one, got "

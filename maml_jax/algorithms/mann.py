@@ -8,7 +8,6 @@ https://arxiv.org/abs/1605.06065
 """
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from maml_jax.types import (
     check_classes,
     check_integer,
     check_model,
+    holds_for,
 )
 
 
@@ -251,8 +251,7 @@ class ExternalMemory:
                 f"num_slots={self.num_slots} is less than num_reads={self.num_reads}; every head writes to a slot of "
                 "its own"
             )
-        # A traced share cannot be compared.
-        if isinstance(self.usage_decay, numbers.Real) and not 0 <= self.usage_decay <= 1:
+        if not holds_for(self.usage_decay, lambda x: (x >= 0) & (x <= 1)):
             raise ValueError(f"usage_decay={self.usage_decay} must be a number from 0 to 1")
 
 

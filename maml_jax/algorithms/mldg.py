@@ -207,6 +207,10 @@ def _count_domains(support: Batch) -> int:
             f"{', '.join(map(str, shapes))}; draw episodes with tasks.domains.make_sampler, or stack one batch of "
             "every source domain"
         )
+    if 0 in shapes[0][:2]:
+        raise ValueError(
+            f"the support set has {shapes[0][0]} domains of {shapes[0][1]} examples; give one or more of each"
+        )
     return shapes[0][0]
 
 

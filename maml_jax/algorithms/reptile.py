@@ -30,6 +30,7 @@ from maml_jax.types import (
     check_model,
     check_optimizer,
     check_positive,
+    check_support,
     select,
 )
 
@@ -98,6 +99,8 @@ def reptile(
 
     def run(meta_params, support, key=None, observe_fn=None):
         """The inner loop from the meta-parameters; (φ_K, or φ_K with the last state) and the info."""
+        if num_inner_steps:
+            check_support(support)
         params, state = meta_params, None
         if carry_state:
             first = jax.eval_shape(lambda params: inner_optimizer.init(select(params, where)[0]), meta_params["params"])

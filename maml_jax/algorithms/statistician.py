@@ -26,6 +26,7 @@ from maml_jax.types import (
     check_integer,
     check_model,
     check_not_negative,
+    holds_for,
 )
 
 
@@ -305,7 +306,7 @@ class SetStatistics:
         """Raises ValueError for a number that is out of range."""
         for name in ("num_context", "num_latent", "num_hidden", "alpha_half_life"):
             check_integer(name, getattr(self, name), at_least=1)
-        if not 0 <= self.sample_dropout < 1:
+        if not holds_for(self.sample_dropout, lambda x: (x >= 0) & (x < 1)):
             raise ValueError(f"sample_dropout={self.sample_dropout} must be at least 0 and below 1")
         check_not_negative("initial_alpha", self.initial_alpha)
 

@@ -150,7 +150,7 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
 
             gradient, product = jax.jvp(complete_gradient, (chosen,), (_with_zeros(grads_bar, chosen),))
             if value_bar is not None:
-                product = jax.tree.map(lambda p, g: p + value_bar * g, product, gradient)
+                product = jax.tree.map(lambda p, g: p + (value_bar * g).astype(p.dtype), product, gradient)
             if jax.tree.leaves(aux_bar):
                 aux, pullback = jax.vjp(lambda *floats: value_and_aux(*floats, fixed)[1], chosen, floating)
                 product = jax.tree.map(jnp.add, product, pullback(_with_zeros(aux_bar, aux)))

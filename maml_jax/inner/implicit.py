@@ -83,12 +83,13 @@ def proximal_solution(
 
     def solve_linear(hessian_plus_strength, cotangent):
         def operator(u):
-            return jax.tree.map(lambda x, u: (x + damping * u) / (strength + damping), hessian_plus_strength(u), u)
+            shifted = optax.tree.add_scale(hessian_plus_strength(u), damping, u)
+            return optax.tree.cast_like(jax.tree.map(lambda x: x / (strength + damping), shifted), u)
 
         def solve_scaled(operator, v):
             return conjugate_gradients(operator, v, num_cg_steps)
 
-        scaled = jax.tree.map(lambda x: x / strength, cotangent)
+        scaled = optax.tree.cast_like(jax.tree.map(lambda x: x / strength, cotangent), cotangent)
         return jax.lax.custom_linear_solve(operator, scaled, solve_scaled, symmetric=True)
 
     return jax.lax.custom_root(jax.grad(objective), jax.lax.stop_gradient(params), solve, solve_linear, has_aux=True)
@@ -121,16 +122,19 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
       Hestenes and Stiefel, 1952, Methods of conjugate gradients for solving linear systems, section 3.
     """
 
+    def add_scale(tree, scalar, other):
+        return optax.tree.cast_like(optax.tree.add_scale(tree, scalar, other), tree)
+
     def step(carry, _):
         solution, residual, direction, squared, best, least = carry
         product = operator(direction)
         curvature = optax.tree.vdot(direction, product)
         rate = jnp.where(squared > 0, squared / jnp.where(squared > 0, curvature, 1), 0)
-        solution = optax.tree.add_scale(solution, rate, direction)
-        residual = optax.tree.add_scale(residual, -rate, product)
+        solution = add_scale(solution, rate, direction)
+        residual = add_scale(residual, -rate, product)
         next_squared = optax.tree.norm(residual, squared=True)
         ratio = jnp.where(squared > 0, next_squared / jnp.where(squared > 0, squared, 1), 0)
-        direction = optax.tree.add_scale(residual, ratio, direction)
+        direction = add_scale(residual, ratio, direction)
         best = optax.tree.where(next_squared < least, solution, best)
         return (solution, residual, direction, next_squared, best, jnp.fmin(next_squared, least)), None
 

@@ -13,6 +13,7 @@ from maml_jax.types import (
     InnerGradFn,
     InnerInfo,
     ObserveFn,
+    at_least_float32,
     check_floating,
     check_function,
     check_integer,
@@ -98,7 +99,7 @@ def inner_loop(
         return loss_fn(combine(adapting, fixed), *batch)
 
     def observe(adapting):
-        return None if observe_fn is None else observe_fn(combine(adapting, fixed))
+        return None if observe_fn is None else jax.tree.map(jnp.asarray, observe_fn(combine(adapting, fixed)))
 
     value_and_grad = inner_grad(loss_of)
 
@@ -135,15 +136,19 @@ def _batch(support: ArrayTree, per_step: ArrayTree, num_microbatches: int) -> tu
 
 
 def _mean_over_parts(function: Callable, support: ArrayTree, own: tuple, num_parts: int) -> ArrayTree:
-    """The mean of `function(part, *own)` over the parts [M, ...] of a support set, computed one after another."""
+    """The mean of `function(part, *own)` over the parts [M, ...] of a support set, computed one after another.
+
+    The sums are in float32 or more.
+    """
     if num_parts == 1:
         return function(support, *own)
 
     def add(total, part):
-        return jax.tree.map(lambda t, x: t + x / num_parts, total, function(part, *own)), None
+        return jax.tree.map(lambda t, x: t + x / num_parts, total, at_least_float32(function(part, *own))), None
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], support), *own)
-    return jax.lax.scan(add, jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), support)[0]
+    zeros = at_least_float32(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes))
+    return optax.tree.cast_like(jax.lax.scan(add, zeros, support)[0], shapes)
 
 
 def _check_leading_axis(tree: ArrayTree, name: str, fits: Callable[[int], bool], what: str) -> None:

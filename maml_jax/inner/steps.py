@@ -1,14 +1,13 @@
 """What belongs to one step of an inner loop: its key and its mini-batch, for `per_step` of `inner_loop`."""
 
 import jax
-import jax.numpy as jnp
 
-from maml_jax.types import PRNGKey
+from maml_jax.types import PRNGKey, task_keys
 
 
 def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
     """The keys [K] of the inner steps, `fold_in(key, k)`; None without a key."""
-    return None if key is None else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_steps))
+    return None if key is None else task_keys(key, num_steps)
 
 
 def mini_batches(key: PRNGKey, num_examples: int, num_steps: int, batch_size: int) -> jax.Array:

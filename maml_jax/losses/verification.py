@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.losses.supervised import check_class_scores, cross_entropy
-from maml_jax.types import check_not_negative, check_positive
+from maml_jax.types import check_not_negative, check_positive, holds_for
 
 VerificationLoss = Callable[[jax.Array, jax.Array], jax.Array]
 """`(outputs [B, C], targets [B]) -> scalar`, embeddings and the integer identities of B examples."""
@@ -40,7 +40,7 @@ def hard_pair_attention(*, positive_threshold: float, negative_threshold: float)
       Guo et al., 2020, MFR, section 3.3. https://arxiv.org/abs/2003.07733
     """
     for name, value in {"positive_threshold": positive_threshold, "negative_threshold": negative_threshold}.items():
-        if not -1.0 <= value <= 1.0:
+        if not holds_for(value, lambda x: abs(x) <= 1):
             raise ValueError(f"{name}={value} must be a cosine, in [-1, 1]")
 
     def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
@@ -172,7 +172,7 @@ def cross_domain_triplet(
       Faraki et al., 2021, cross-domain similarity learning (CDT), section 3. https://arxiv.org/abs/2103.07503
     """
     check_not_negative("margin", margin)
-    if not 0.0 <= shrinkage <= 1.0:
+    if not holds_for(shrinkage, lambda x: (x >= 0) & (x <= 1)):
         raise ValueError(f"shrinkage={shrinkage} must be in [0, 1]")
 
     def metrics_of(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

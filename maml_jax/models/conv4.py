@@ -35,6 +35,11 @@ class Conv4(nn.Module):
     def __call__(self, inputs: jax.Array | tuple[jax.Array, jax.Array]) -> jax.Array:
         """[S, H, W, C] -> [S, N], or [S, D] without a head; with a context, ([S, H, W, C], [C']) -> the same."""
         inputs, context = (inputs, None) if self.context_block is None else inputs
+        if self.pooling and min(inputs.shape[1:3]) < 16:
+            raise ValueError(
+                f"conv4 with pooling halves its images four times and needs at least 16 pixels a side, got inputs "
+                f"{inputs.shape}; use larger images or pooling=False"
+            )
         strides = (1, 1) if self.pooling else (2, 2)
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         hidden = inputs
@@ -97,7 +102,8 @@ def conv4(
       param_dtype: dtype of the initial parameters.
 
     Returns:
-      A `Model` from inputs [S, H, W, C] to outputs [S, N].
+      A `Model` from inputs [S, H, W, C] to outputs [S, N]. With `pooling` it raises ValueError for images of fewer than
+      16 pixels a side.
 
     Raises:
       ValueError: if `way` or `features` is not a positive integer, or `context_block` no block.

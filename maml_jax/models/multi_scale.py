@@ -26,6 +26,8 @@ class MultiScale(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[S, H, W, C] -> [S, D]."""
+        if min(inputs.shape[1:3]) < 16:
+            raise ValueError(f"multi_scale needs images of at least 16 pixels a side, got inputs {inputs.shape}")
         hidden, kept = inputs, []
         for index, features in enumerate(self.features):
             conv = Conv(features, name=f"conv_{index}", param_dtype=self.param_dtype)
@@ -62,7 +64,8 @@ def multi_scale(
       param_dtype: dtype of the initial parameters.
 
     Returns:
-      A `Model` from inputs [S, H, W, C] to embeddings [S, D], for images of at least 16x16.
+      A `Model` from inputs [S, H, W, C] to embeddings [S, D]. It raises ValueError for images of fewer than 16 pixels a
+      side.
 
     Raises:
       ValueError: if there are not four numbers of filters, or one is no positive integer.

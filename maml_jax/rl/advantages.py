@@ -42,6 +42,7 @@ def discounted_returns(reward: jax.Array, discount: float = 1.0) -> jax.Array:
     Returns:
       [H, ...].
     """
+    reward = reward.astype(jnp.result_type(reward, 0.0))
 
     def add(later, reward):
         return (total := reward + discount * later), total

@@ -8,8 +8,6 @@ Finn, Abbeel and Levine, 2017, section 3.3, with one trajectory of one time step
 https://arxiv.org/abs/1703.03400
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 
@@ -19,7 +17,7 @@ from maml_jax.rl.distributions import Categorical
 from maml_jax.rl.policies import categorical_policy
 from maml_jax.rl.surrogates import Transition, policy_gradient
 from maml_jax.rl.trials import RecurrentPolicy, check_input_size
-from maml_jax.types import ArrayTree, InnerGradFn, LossFn, Model, check_integer, check_positive
+from maml_jax.types import ArrayTree, InnerGradFn, LossFn, Model, check_integer, check_positive, holds_for
 
 
 def maml_policy(
@@ -73,7 +71,7 @@ def maml_policy(
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     observation_size = check_integer("observation_size", observation_size, at_least=1)
     check_positive("inner_lr", inner_lr)
-    if not math.isfinite(baseline):
+    if not holds_for(baseline, jnp.isfinite):
         raise ValueError(f"baseline={baseline} must be a finite number")
     policy = categorical_policy(model)
     critic = models.mlp(features=(check_integer("critic_size", critic_size, at_least=1), 1))

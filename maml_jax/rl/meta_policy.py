@@ -21,6 +21,7 @@ from maml_jax.types import (
     LossFn,
     MetaInfo,
     MetaLearner,
+    at_least_float32,
     check_integer,
     check_learner,
     check_optimizer,
@@ -146,7 +147,7 @@ def clipped_epochs(
                 may_go_on &= _kl_of(info) <= max_kl
             new = optax_step(optimizer, gradient_fn, params, batch, loss, grads, opt_state)
             params, opt_state = jax.tree.map(lambda a, b: jnp.where(may_go_on, a, b), new, (params, opt_state))
-            return (params, opt_state, may_go_on, order), (loss, optax.tree.norm(grads), info)
+            return (params, opt_state, may_go_on, order), (loss, optax.tree.norm(at_least_float32(grads)), info)
 
         start = (params, state["optimizer"], jnp.bool_(True), jnp.arange(num_tasks))
         (params, opt_state, _, _), steps = jax.lax.scan(step, start, jnp.arange(num_epochs * num_minibatches))
@@ -237,7 +238,7 @@ def trust_region(
 
     def measure(params: ArrayTree, episodes: Episode) -> tuple[jax.Array, jax.Array]:
         losses, info = over_tasks(learner.objective)(params, episodes)
-        return jnp.mean(losses), jnp.mean(_kl_of(info))
+        return jnp.mean(at_least_float32(losses)), jnp.mean(at_least_float32(_kl_of(info)))
 
     def fisher_product(params: ArrayTree, episodes: Episode) -> Callable[[ArrayTree], ArrayTree]:
         seen = episodes._replace(
@@ -251,8 +252,8 @@ def trust_region(
 
         def product(vector: ArrayTree) -> ArrayTree:
             slope = jax.grad(lambda new: mean_kl(outputs, new, mask))
-            _, curved = jax.jvp(slope, (outputs,), push(vector))
-            return pull(curved)[0]
+            _, curved = jax.jvp(slope, (outputs,), push(optax.tree.cast_like(vector, params)))
+            return optax.tree.cast_like(pull(curved)[0], vector)
 
         return product
 
@@ -262,8 +263,8 @@ def trust_region(
         # Steps beyond the rounding of the residual would divide zeros.
         tolerance = 10.0 * float(jnp.finfo(loss.dtype).eps)
         direction, _ = jax.scipy.sparse.linalg.cg(
-            lambda vector: optax.tree.add_scale(product(vector), damping, vector),
-            grads,
+            lambda vector: optax.tree.cast_like(optax.tree.add_scale(product(vector), damping, vector), vector),
+            at_least_float32(grads),
             maxiter=num_cg_steps,
             tol=tolerance,
         )
@@ -272,14 +273,14 @@ def trust_region(
         length = jnp.where(curvature > 0, jnp.sqrt(2.0 * max_kl / jnp.where(curvature > 0, curvature, 1.0)), 0.0)
 
         def at(attempt: jax.Array) -> ArrayTree:
-            return optax.tree.add_scale(params, -length * backtrack**attempt, direction)
+            return optax.tree.cast_like(optax.tree.add_scale(params, -length * backtrack**attempt, direction), params)
 
         def is_accepted(tried_loss: jax.Array, kl: jax.Array) -> jax.Array:
             return (tried_loss < loss) & (kl <= max_kl)
 
         attempt, accepted, kl = _search(lambda n: measure(at(n), episodes), is_accepted, num_backtracks, loss)
         new = jax.tree.map(lambda a, b: jnp.where(accepted, a, b), at(attempt), params)
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = optax.tree.norm(at_least_float32(grads))
         computed = (loss, grad_norm, curvature, direction, new)
         finite = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(computed)])
         info = info._replace(kl=jnp.where(accepted, kl, 0.0))

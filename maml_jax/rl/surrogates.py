@@ -59,7 +59,7 @@ def policy_gradient(outputs: Distribution, targets: Transition) -> jax.Array:
       ValueError: if the leading axes differ.
 
     References:
-      Williams, 1992. Finn et al., 2017, equation 5. https://arxiv.org/abs/1703.03400
+      Williams, 1992. Finn et al., 2017, equation 4. https://arxiv.org/abs/1703.03400
     """
     return -masked_mean(_log_prob(outputs, targets) * targets.advantage, targets.mask)
 

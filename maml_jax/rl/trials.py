@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax import models
+from maml_jax.inner.learner import observed_once
 from maml_jax.rl.advantages import generalised_advantages, standardised
 from maml_jax.rl.distributions import Categorical, unless_diverged
 from maml_jax.rl.environments import check_environment
@@ -24,7 +25,6 @@ from maml_jax.types import (
     Batch,
     Environment,
     Episode,
-    InnerInfo,
     MetaLearner,
     PRNGKey,
     SampleEpisodeFn,
@@ -342,8 +342,7 @@ def rl2(
 
         carry, _ = jax.lax.scan(go_on, policy.start(), (support.inputs, support.targets.transition.mask))
         task_params = {"params": meta_params, "carry": carry}
-        observed = None if observe_fn is None else jax.tree.map(lambda x: jnp.asarray(x)[None], observe_fn(task_params))
-        return task_params, InnerInfo(jnp.zeros(0), observed)
+        return task_params, observed_once(task_params, observe_fn)
 
     def predict(task_params, inputs):
         return read(task_params["params"], task_params["carry"], inputs)[1]

@@ -5,7 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer, function_and_data, with_data
+from maml_jax.types import (
+    Batch,
+    Episode,
+    PRNGKey,
+    SampleEpisodeFn,
+    check_integer,
+    function_and_data,
+    holds_for,
+    with_data,
+)
 
 
 def augmented(
@@ -31,7 +40,7 @@ def augmented(
       ValueError: if `max_shift` is negative or `jitter` is not in [0, 1).
     """
     max_shift = check_integer("max_shift", max_shift, at_least=0)
-    if not 0 <= jitter < 1:
+    if not holds_for(jitter, lambda x: (x >= 0) & (x < 1)):
         raise ValueError(f"jitter={jitter} must be in [0, 1); 0.4 changes colours by up to 40 %")
     function, data = function_and_data(sample_episode)
     return jax.tree_util.Partial(_Augmented(function, flip, max_shift, float(jitter)), data)
@@ -55,9 +64,9 @@ class _Augmented:
         )
 
     def _change_batch(self, key: PRNGKey, batch: Batch) -> Batch:
-        if not len(batch.targets):
+        if not len(batch.inputs):
             return batch
-        keys = jax.random.split(key, len(batch.targets))
+        keys = jax.random.split(key, len(batch.inputs))
         return batch._replace(inputs=jax.vmap(self._change)(keys, batch.inputs))
 
     def _change(self, key: PRNGKey, image: jax.Array) -> jax.Array:

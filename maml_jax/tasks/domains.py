@@ -170,6 +170,9 @@ def _data_of(domains: Sequence[Batch]) -> _Data:
     Raises:
       ValueError: if the domains do not fit together.
     """
+    for index, domain in enumerate(domains):
+        if not isinstance(domain, tuple | list) or len(domain) != 2:
+            raise ValueError(f"domain {index} must be a pair of inputs and targets, got {type(domain).__name__}")
     domains = [Batch(*domain) for domain in domains]
     counts = _count_examples(domains)
     examples = jax.tree.map(lambda *leaves: jnp.asarray(np.concatenate(leaves)), *domains)

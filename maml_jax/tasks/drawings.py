@@ -108,8 +108,8 @@ def as_drawing(pixels: np.ndarray, *, size: int = 28, ink: Ink = "auto") -> np.n
 
     Raises:
       ModuleNotFoundError: if Pillow is not installed.
-      ValueError: if the shape is wrong, `ink` is unknown, or nothing is drawn: the ink differs from the background by
-        less than a tenth of the range from black to white.
+      ValueError: if the shape is wrong, a pixel is not finite, `ink` is unknown, or nothing is drawn: the ink differs
+        from the background by less than a tenth of the range from black to white.
     """
     size = check_integer("size", size, at_least=1)
     if ink not in ("auto", "dark", "light"):
@@ -117,6 +117,8 @@ def as_drawing(pixels: np.ndarray, *, size: int = 28, ink: Ink = "auto") -> np.n
     pixels = np.asarray(pixels, np.float32)
     if pixels.ndim != 2 or not pixels.size:
         raise ValueError(f"an image must have the shape [height, width], got {list(pixels.shape)}")
+    if not np.isfinite(pixels).all():
+        raise ValueError("an image has pixels that are NaN or infinite")
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     background = np.median(border)
     if ink == "auto":

@@ -31,7 +31,9 @@ def make_sampler(
     rotations: bool = False,
     rotated_classes: bool = False,
 ) -> SampleEpisodeFn:
-    """`few_shot.make_sampler` of images that stay on the host; arguments, episodes and errors are the same.
+    """`few_shot.make_sampler` of images that stay on the host; arguments and episodes are the same.
+
+    So are the errors, but features are not searched for what is not finite, which would read all of them.
 
     Args:
       images: arrays of numpy, [C, n, ...] or C arrays [n_c, ...], such as the memory maps of `image_folder.load`. They
@@ -148,7 +150,8 @@ class _Store:
     def __init__(self, images: np.ndarray | Sequence[np.ndarray], table: few_shot.ClassTable):
         self.classes = [np.asarray(examples) for examples in images]  # memory maps become plain arrays, still on disk
         self.starts = table.starts
-        self.example_shape, self.dtype = self.classes[0].shape[1:], self.classes[0].dtype
+        self.example_shape = self.classes[0].shape[1:]
+        self.dtype = jax.dtypes.canonicalize_dtype(self.classes[0].dtype)  # float64 becomes float32, as on a device
 
     def gather(self, indices: np.ndarray) -> np.ndarray:
         """The examples [..., *example] for indices [...] into the row of all examples."""

@@ -485,6 +485,17 @@ def test_an_episode_without_classes_is_refused(name):
         build(name, affine_model(Affine), way=0)
 
 
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if not classifies(name)])
+def test_an_empty_support_set_is_refused(name):
+    if name == "pretrained":
+        pytest.skip("it trains on the query set")
+    learner, full = build(name, affine_model(Affine)), episode(name)
+    meta_params = learner.init(jax.random.key(0), full.support.inputs)
+    empty = jax.tree.map(lambda x: x[:, :0] if of_domains(name) else x[:0], full.support)
+    with pytest.raises(ValueError, match=r"the support set is empty|of 0 examples; give one or more"):
+        learner.objective(meta_params, full._replace(support=empty))
+
+
 @EVERY_ALGORITHM
 def test_a_record_checks_its_numbers(name):
     record = CATALOGUE[name].hyperparameters

@@ -172,6 +172,20 @@ def test_a_run_without_a_key_is_refused():
         learner.adapt(None, support, key=jax.random.key(0), observe_fn=lambda params: 0.0)
 
 
+def test_mini_batches_are_drawn_from_all_examples_whatever_the_targets():
+    def loss(outputs, targets):
+        return jnp.mean((outputs - targets["a"]) ** 2) + jnp.mean(targets["b"])
+
+    def initial(layers):
+        strengths = dict.fromkeys(layers, jnp.float32(-9.0))
+        return Hyperparameters(dict.fromkeys(layers, jnp.zeros(2)), jnp.zeros(2), strengths)
+
+    learner = hypergradient(models.mlp(features=(1,)), loss, initial=initial, num_inner_steps=2, batch_size=5)
+    inputs, column = jnp.zeros((9, 3)), jnp.zeros((9, 1))
+    support = Batch(inputs, {"a": column, "b": column})
+    jax.eval_shape(lambda key: learner.adapt(learner.init(key, inputs), support, key=key), jax.random.key(0))
+
+
 def test_the_key_gives_the_weights_and_the_order_of_the_examples():
     # One step of a run whose weights do not depend on the key tells which examples were in its mini-batch.
     model = Model(lambda key, inputs: {"dense": jnp.zeros(6)}, lambda params, inputs: inputs @ params["dense"])

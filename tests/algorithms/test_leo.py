@@ -360,6 +360,7 @@ def test_an_objective_without_a_key_is_refused():
         ({"l2_weight": -1.0}, "l2_weight=-1.0 must be"),
         ({"orthogonality_weight": -1.0}, "orthogonality_weight=-1.0 must be"),
         ({"dropout_rate": 1.0}, r"dropout_rate=1\.0 must be at least 0 and below 1"),
+        ({"dropout_rate": None}, "dropout_rate=None must be at least 0 and below 1"),
     ],
 )
 def test_a_wrong_number_is_refused(keywords, message):

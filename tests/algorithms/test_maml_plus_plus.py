@@ -211,6 +211,23 @@ def test_weights_are_annealed_over_a_positive_number_of_steps(counts):
         multi_step_weights(jnp.int32(0), *counts)
 
 
+def test_weights_may_be_a_list_of_numbers():
+    objectives = [
+        maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=2, step_weights=weights).objective
+        for weights in ([0.25, 0.75], jnp.array([0.25, 0.75]))
+    ]
+    learner = maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=2)
+    episode = make_episode(jax.random.key(0))
+    params = learner.init(jax.random.key(1), episode.support.inputs)
+    chex.assert_trees_all_equal(*(objective(params, episode) for objective in objectives))
+
+
+@pytest.mark.parametrize("name", ["where", "per_step"])
+def test_a_name_in_place_of_a_function_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be a function such as .*, got 'norm'"):
+        maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=1, **{name: "norm"})
+
+
 def test_names_that_no_parameter_has_are_refused():
     learner = maml_plus_plus(
         models.mlp(features=(2,)), half_mse, inner_lr=ALPHA, num_inner_steps=1, per_step=lambda name: "nrom" in name

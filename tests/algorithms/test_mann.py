@@ -404,6 +404,8 @@ def test_what_is_no_model_or_no_embedding_is_refused(name):
         ({"num_slots": 3, "num_reads": 4}, r"num_slots=3 is less than num_reads=4"),
         ({"usage_decay": 1.5}, r"usage_decay=1\.5 must be a number from 0 to 1"),
         ({"usage_decay": float("nan")}, r"usage_decay=nan must be a number from 0 to 1"),
+        ({"usage_decay": jnp.array(5.0)}, r"usage_decay=5\.0 must be a number from 0 to 1"),
+        ({"usage_decay": None}, "usage_decay=None must be a number from 0 to 1"),
     ],
 )
 def test_wrong_hyperparameters_are_refused(wrong, message):

@@ -559,6 +559,20 @@ def test_first_order_gradients_are_constants_and_values_are_not():
     chex.assert_trees_all_close(jax.grad(outer)(a), 2 * jnp.cos(a), rtol=1e-6)
 
 
+def test_parameters_in_half_precision_and_a_value_in_float32():
+    def outer(transform):
+        def objective(a):
+            value, grads = transform(lambda a: jnp.sum(a.astype(jnp.float32) ** 3))(a)
+            return value + jnp.sum(grads.astype(jnp.float32))
+
+        return objective
+
+    a = jnp.arange(3.0, dtype=jnp.bfloat16)
+    ours, exact = (jax.grad(outer(transform))(a) for transform in (mixed_mode, jax.value_and_grad))
+    assert ours.dtype == jnp.bfloat16
+    chex.assert_trees_all_close(ours, exact)
+
+
 def test_first_order_gradients_of_a_function_with_auxiliary_data():
     def outer(a):
         (value, aux), grads = first_order(lambda a, b: (jnp.sum(a * b**2), 3.0 * b), argnums=1, has_aux=True)(a, a)

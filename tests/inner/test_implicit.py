@@ -87,6 +87,23 @@ def test_damping_adds_to_the_strength_of_the_derivative_alone(x64):
     chex.assert_trees_all_close(jacobian, expected, rtol=1e-8)
 
 
+@pytest.mark.parametrize("as_number", [float, jnp.float32])
+def test_parameters_of_several_dtypes_keep_them(as_number):
+    theta = {"body": jnp.array([0.5, -1.0], jnp.bfloat16), "head": jnp.array([2.0, 0.1])}
+
+    def total(theta):
+        phi, _ = proximal_solution(
+            lambda phi, support: jnp.sum((phi["body"] * phi["head"] - support) ** 2),
+            optax.sgd(0.1), theta, jnp.ones(2), strength=as_number(2.0), num_steps=5, num_cg_steps=2,
+            damping=as_number(0.5),
+        )  # fmt: skip
+        return jnp.sum(phi["head"]) + jnp.sum(phi["body"].astype(jnp.float32)), phi
+
+    grads, phi = jax.grad(total, has_aux=True)(theta)
+    chex.assert_trees_all_equal_dtypes(theta, grads, phi)
+    chex.assert_tree_all_finite(grads)
+
+
 def test_memory_does_not_grow_with_the_inner_steps():
     support = make_episode(jax.random.key(4), dim=200, num_support=50).support
 

@@ -1,6 +1,7 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode
@@ -268,6 +269,24 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(x64, inner_grad):
 
     whole, parts = (jax.value_and_grad(objective, (0, 1), has_aux=True)(theta, episode.support, n) for n in (1, 3))
     chex.assert_trees_all_close(parts, whole, rtol=1e-11)
+
+
+def test_sums_over_microbatches_are_not_in_half_precision():
+    phi, _ = inner_loop(
+        lambda params, support: params.sum() * support.mean(),
+        optax.sgd(1.0),
+        jnp.zeros(1, jnp.bfloat16),
+        jnp.ones((512, 1), jnp.bfloat16),
+        num_steps=1,
+        num_microbatches=512,
+    )
+    assert phi.dtype == jnp.bfloat16
+    assert phi[0] == -1.0
+
+
+def test_an_observation_may_be_a_number_of_python(episode):
+    _, info = adapt(episode, 2, observe_fn=lambda params: 1.5)
+    np.testing.assert_array_equal(info.observed, [1.5, 1.5, 1.5])
 
 
 def test_microbatches_need_the_memory_of_one():

@@ -176,3 +176,12 @@ def test_the_module_is_a_part_of_other_modules():
     params = jax.eval_shape(model.init, jax.random.key(0), inputs)
     assert set(params) == {"Conv4_0"}
     chex.assert_shape(jax.eval_shape(model.apply, params, inputs), (2,))
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_images_that_cannot_be_halved_four_times_are_refused(flatten):
+    model = models.conv4(way=3, features=2, pooling=True, flatten=flatten)
+    with pytest.raises(ValueError, match=r"needs at least 16 pixels a side, got inputs \(2, 16, 15, 1\)"):
+        model.init(jax.random.key(0), jnp.zeros((2, 16, 15, 1)))
+    jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((2, 16, 16, 1)))
+    jax.eval_shape(models.conv4(way=3, features=2).init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))

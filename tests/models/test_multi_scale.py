@@ -58,3 +58,8 @@ def test_wrong_filters_are_refused():
         models.multi_scale(features=(64,))
     with pytest.raises(ValueError, match="features must be an integer of at least 1, got 0"):
         models.multi_scale(features=(1, 1, 1, 0))
+
+
+def test_images_that_leave_nothing_are_refused():
+    with pytest.raises(ValueError, match=r"at least 16 pixels a side, got inputs \(2, 12, 16, 1\)"):
+        models.multi_scale(features=(2, 2, 2, 2)).init(jax.random.key(0), jnp.zeros((2, 12, 16, 1)))

@@ -23,6 +23,10 @@ def test_returns_are_discounted_sums(x64):
         np.testing.assert_allclose(found[t], sum(0.9 ** (s - t) * REWARD[s] for s in range(t, H)), rtol=1e-12)
 
 
+def test_rewards_may_be_integers():
+    np.testing.assert_allclose(rl.discounted_returns(jnp.array([1, 0, 2]), 0.5), [1.5, 1.0, 2.0])
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.7, 1.0])
 def test_advantages_are_sums_of_errors(decay, x64):
     found = rl.generalised_advantages(

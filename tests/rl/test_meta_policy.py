@@ -185,6 +185,25 @@ def test_as_many_lengths_are_tried_as_were_asked_for():
     assert refused_and_length(0.5, most=4) == (2, pytest.approx(length, rel=1e-5))
 
 
+def test_the_norm_of_gradients_in_half_precision_does_not_overflow():
+    params = {"w": jnp.zeros(4, jnp.float16)}
+    rule = rl.clipped_epochs(optax.sgd(1e-3), num_epochs=1)
+    info = rule.update(lambda *_: ((jnp.float32(0.0), {}), {"w": jnp.full(4, 300.0, jnp.float16)}), params, EPISODES,
+                       rule.init(params))[2]  # fmt: skip
+    assert info.finite
+    assert info.grad_norm == 600.0
+
+
+def test_the_trust_region_leaves_the_dtypes_of_the_parameters(x64):
+    # Powers of a number of Python are float64 there.
+    mixed = PARAMS | {"network": jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS["network"])}
+    for params in (PARAMS, mixed):
+        new, _, info = update(rl.trust_region(LEARNER), params)
+        chex.assert_trees_all_equal_dtypes(new, params)
+        assert info.finite
+        assert info.objective.kl > 0.0
+
+
 def test_where_nothing_can_be_gained_the_parameters_stay():
     targets = EPISODES.query.targets
     equal = targets._replace(advantage=jnp.zeros_like(targets.advantage))

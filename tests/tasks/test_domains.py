@@ -192,3 +192,10 @@ def test_an_episode_without_inner_steps_has_an_empty_support_set():
 def test_counts_of_a_single_domain_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=f"{message} must be an integer of at least"):
         make_single_domain_sampler(telling_domains(), **{"num_inner_steps": 1, "shot": 1, "query_shot": 1} | settings)
+
+
+def test_a_domain_is_a_pair():
+    images = np.zeros((2, 2, 4, 4, 1))
+    for domains, index in ([images], 0), ([Batch(images, np.zeros(2)), images[0]], 1):
+        with pytest.raises(ValueError, match=f"domain {index} must be a pair of inputs and targets, got ndarray"):
+            make_sampler(domains, batch_size=1)

@@ -220,6 +220,7 @@ def test_one_class_is_no_task(classes, tmp_path, count):
         (block(), {"ink": "red"}, r"unknown ink 'red'; choose auto, dark or light"),
         (block(), {"size": 0}, r"size must be an integer of at least 1, got 0"),
         (block(ink=240), {}, r"there is no dark ink"),
+        (np.where(np.eye(5) > 0, np.nan, 255.0), {}, r"an image has pixels that are NaN or infinite"),
     ],
 )
 def test_pixels_that_are_no_drawing_are_refused(pixels, options, message):

@@ -105,6 +105,12 @@ def test_any_classes_and_any_shape(counts, data, floating, key):
     chex.assert_shape(episode.query.inputs, (way * options["query_shot"], 2, 2, 3))
 
 
+def test_features_of_float64_become_what_they_are_on_a_device():
+    features = np.random.default_rng(0).normal(size=(4, 5, 3))
+    ours, theirs = (module.make_sampler(features, way=2, shot=2, query_shot=1) for module in (streaming, few_shot))
+    chex.assert_trees_all_equal(ours(jax.random.key(0)), theirs(jax.random.key(0)))
+
+
 def test_memory_maps_and_one_array_are_read(tmp_path):
     stacked = np.stack([images[:7] for images in IMAGES])
     np.save(tmp_path / "images.npy", stacked)
