@@ -93,8 +93,10 @@ class ClassificationConfig(RunConfig):
             raise ValueError("--train-episodes 1 gives no interval; choose 0 or at least 2")
         if self.population and (self.inductive or self.ensemble > 1):
             raise ValueError("--population excludes --inductive and --ensemble; leave them out")
-        if self.ensemble > 1 and self.algorithm in ("mann", "lstm"):
-            raise ValueError(f"--ensemble {self.ensemble} does not fit {self.algorithm}; leave it out")
+        if self.algorithm in ("mann", "lstm"):  # whose accuracy by instance is that of the sequence in training
+            for name, unfit in {"ensemble": self.ensemble > 1, "population": self.population}.items():
+                if unfit:
+                    raise ValueError(f"{typed(name, getattr(self, name))} does not fit {self.algorithm}; leave it out")
         classifies = CATALOGUE[self.algorithm].classifies
         unfit = ("mlp",) if classifies else ("multi-scale", "pixels", "features")
         # The network of CAVIA takes a context.
@@ -103,7 +105,10 @@ class ClassificationConfig(RunConfig):
         if self.network == "pixels" and self.algorithm == "protonets":
             raise ValueError(f"--network pixels leaves {self.algorithm} without parameters to train; choose conv4")
         if (self.network == "features") != (self.pretrained_run is not None):
-            raise ValueError("--network features and --pretrained-run belong together; give both or neither")
+            raise ValueError(
+                "--network features and --pretrained-run belong together; give both, or another network and "
+                "--pretrained-run None"
+            )
         if self.train_way not in (None, self.way) and not CATALOGUE[self.algorithm].any_way:
             raise ValueError(
                 f"--train-way {self.train_way} differs from --way {self.way}, and the parameters of {self.algorithm} "
@@ -279,9 +284,10 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
     """
     wanted = " ".join(typed(name, getattr(config, name)) for name in data.split_by)
     if not (Path(config.pretrained_run) / "config.json").exists():
+        where = "" if config.data_dir is None else f" --data-dir {config.data_dir}"
         raise RunError(
             f"there is no run in {config.pretrained_run}; make it with `python -m experiments.{data.name} "
-            f"pretrained-classifier {wanted} --run-dir {config.pretrained_run}`, or name another one with "
+            f"pretrained-classifier {wanted}{where} --run-dir {config.pretrained_run}`, or name another one with "
             "--pretrained-run"
         )
     source = data.with_paper_defaults(stored_config(data.methods, Path(config.pretrained_run)))
@@ -296,7 +302,8 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
             f"{config.pretrained_run} has --no-population, so an embedding would depend on the other images; give a "
             "run with --population"
         )
-    runs.check_data(source.run_dir, digest_of(data, config))
+    # The digest of a run is that of the classes that its own settings leave.
+    runs.check_data(source.run_dir, digest_of(data, dataclasses.replace(source, data_dir=config.data_dir)))
     _, params = load(data, source.run_dir)
     network = make_network(source, None, population=source.population)
     images = data.examples(config, split)

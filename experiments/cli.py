@@ -171,7 +171,8 @@ class RunConfig:
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
         if self.outer_clip is not None:
             check_positive("--outer-clip", self.outer_clip)
-        check_outer_lr_end(self.outer_lr_end, self.outer_lr)
+        if self.outer_schedule in ("linear", "cosine"):
+            check_outer_lr_end(self.outer_lr_end, self.outer_lr)
         if self.val_every % self.log_every:
             raise ValueError(
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "

@@ -20,6 +20,7 @@ from experiments.nonfinite import check_finite, check_selected
 from experiments.progress import progress_bar
 from experiments.runs import (
     PROCESS_TIMEOUT_SECONDS,
+    TEST_TIMEOUT_SECONDS,
     RunError,
     Trained,
     console,
@@ -257,7 +258,7 @@ class Progress:
         """Scores every seed, keeps its best states, and adds the score, and what else is logged, to its record."""
         for index, member in enumerate(self.members):
             training, params = member.training, self.params(index)
-            with processes.watchdog(f"the validation after step {self.step}", PROCESS_TIMEOUT_SECONDS):
+            with processes.watchdog(f"the validation after step {self.step}", TEST_TIMEOUT_SECONDS):
                 if training.validate is not None:
                     score = records[index]["val"] = training.validate(params)
                     self.best[index] = keep_best(self.best[index], params, score, self.step)
@@ -271,8 +272,7 @@ class Progress:
             if member.training.validate is None:
                 self.best[index] = keep_best(self.best[index], self.params(index), 0.0, self.step, always=True)
             checkpoints = member.run_dir / "checkpoints"
-            last = checkpoint.latest(checkpoints)
-            if len(self.members) > 1 and last is not None and last >= self.step:
+            if len(self.members) > 1 and checkpoint.exists(checkpoints, self.step):
                 continue  # of several seeds, some had saved this step when the process was killed
             state = self.of_member(self.state, index)
             content = {"state": state, "best": self.best[index], "train_seconds": train_seconds}
@@ -463,10 +463,16 @@ def load_states(directories: Sequence[Path], states: Sequence[MetaState], num_be
     if None in found:
         return starts
     step = min(one.step for one in found)
-    return [
-        one.tree if one.step == step else checkpoint.restore(directory, step, start)
-        for one, directory, start in zip(found, directories, starts, strict=True)
-    ]
+    try:
+        return [
+            one.tree if one.step == step else checkpoint.restore(directory, step, start)
+            for one, directory, start in zip(found, directories, starts, strict=True)
+        ]
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{error}, where the last of the seeds is; train the seeds that are behind by the same command with the "
+            "--seed and the --run-dir of one, and without --seeds"
+        ) from None
 
 
 def load_params(

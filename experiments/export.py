@@ -96,8 +96,9 @@ def made_by(run_dir: Path, config: ClassificationConfig) -> str:
     line = " ".join([f"python -m experiments.{config.experiment}", config.algorithm, *changed_flags(made)])
     if (content := read_results(run_dir)) is None:
         return line
-    accuracy = content["metrics"]["accuracy"]["mean"][-1]
-    return f"{line} (test accuracy {100 * accuracy:.1f} %; normalisation: {content['protocol']['normalisation']})"
+    mean = content["metrics"]["accuracy"]["mean"][-1]
+    accuracy = "not finite" if mean is None else f"{100 * mean:.1f} %"
+    return f"{line} (test accuracy {accuracy}; normalisation: {content['protocol']['normalisation']})"
 
 
 if __name__ == "__main__":

@@ -206,7 +206,7 @@ def budget_table(results: list[dict]) -> str:
         accuracy = [result["metrics"]["accuracy"] for result in group]
         shown = runs.format_metric(accuracy[0], scale=100)
         if len(group) > 1:
-            shown = runs.format_over_seeds([100 * a["mean"][-1] for a in accuracy])
+            shown = runs.format_over_seeds([runs.percent(a["mean"][-1]) for a in accuracy])
         rows.append(
             [
                 figures.title(algorithm),
@@ -409,7 +409,13 @@ def instance_table(results: list[dict]) -> str:
     rows = []
     for result in results:
         found = result["instances"]
-        cells = [runs.format_mean(found["mean"][n - 1], found["ci95"][n - 1], scale=100, digits=1) for n in shown]
+        # A sequence of few images of a class has no tenth.
+        cells = [
+            runs.format_mean(found["mean"][n - 1], found["ci95"][n - 1], scale=100, digits=1)
+            if n <= len(found["mean"])
+            else ""
+            for n in shown
+        ]
         paper = " / ".join(map(str, published.INSTANCES[result["algorithm"]]))
         rows.append([figures.title(result["algorithm"]), *cells, paper, f"{result['meta_steps']:,}"])
     return runs.markdown_table(["", *map(str, shown), "published", "meta-steps"], rows)

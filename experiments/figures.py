@@ -204,12 +204,14 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
     lowest = 100.0
     for index, (algorithm, seeds) in enumerate(results.items()):
         found = [result["metrics"]["accuracy"] for result in seeds]
-        mean = 100 * np.mean([of_seed["mean"] for of_seed in found], axis=0)
+        mean = 100 * np.mean(np.asarray([of_seed["mean"] for of_seed in found], float), axis=0)  # NaN for null
         shown, style = np.arange(min(len(mean), 17)), line_style(index)
         left.plot(shown, mean[shown], markersize=5, label=title(algorithm), **style)
-        lowest = min(lowest, *mean[1:])
+        lowest = np.nanmin([lowest, *mean[1:]])
         if algorithm in work:
-            last, bar = mean_and_bar([(100 * of_seed["mean"][-1], 100 * of_seed["ci95"][-1]) for of_seed in found])
+            last, bar = mean_and_bar(
+                [100 * np.asarray((of_seed["mean"][-1], of_seed["ci95"][-1]), float) for of_seed in found]
+            )
             right.errorbar(work[algorithm] / 1000, last, bar, capsize=3, **style | {"linestyle": "none"})
     left.set(xlabel="inner steps at test", ylabel="test accuracy, %", ylim=(lowest - 4, None))
     left.set_title("before the first step all guess", fontsize=10)

@@ -32,7 +32,16 @@ import tyro
 from rich.table import Table
 
 from experiments import common, devices, figures, packs, runs
-from experiments.cli import Precision, check_counts, check_outer_lr_end, check_run_dir, check_seed, flag, main
+from experiments.cli import (
+    Precision,
+    check_counts,
+    check_outer_lr_end,
+    check_run_dir,
+    check_seed,
+    expand_home,
+    flag,
+    main,
+)
 from experiments.runs import RunError, console
 from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
 from maml_jax.algorithms.hypergradient import Hyperparameters, check_segments, default_segments
@@ -112,6 +121,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
+        expand_home(self)
         check_run_dir(self.run_dir)
         positive = (
             "num_inner_steps", "batch_size", "hidden", "num_training", "num_heldout", "num_test", "meta_batch_size",
@@ -125,7 +135,8 @@ class Config:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{flag(name)} {value} must be a positive number; it is learned as its logarithm")
-        check_outer_lr_end(self.outer_lr_end, self.outer_lr)
+        if self.outer_schedule != "constant":
+            check_outer_lr_end(self.outer_lr_end, self.outer_lr)
         if not 0 < self.initial_momentum < 1:
             raise ValueError(f"--initial-momentum {self.initial_momentum} must be between 0 and 1; it starts a logit")
         if self.batch_size > self.num_training:

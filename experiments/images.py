@@ -176,10 +176,17 @@ def with_paper_defaults(config: Config) -> Config:
             "train_way": config.way,
             "train_shot": config.shot,
             "meta_batch_size": 4 if config.shot == 1 else 2,
-            "eval_inner_steps": learned_steps if config.algorithm == "meta-lstm" else 10,
+            "eval_inner_steps": _steps_of_test(config, learned_steps),
             "run_dir": Path(f"runs/images-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),
         },
     )
+
+
+def _steps_of_test(config: Config, learned_steps: int) -> int:
+    """10, but for a learned optimiser as many inner steps as in training."""
+    if config.algorithm != "meta-lstm":
+        return 10
+    return config.hyperparameters.num_inner_steps or learned_steps
 
 
 @functools.lru_cache(maxsize=3)

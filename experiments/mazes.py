@@ -48,7 +48,7 @@ class Config(trials.TrialConfig):
     outer_lr_end: float = 1e-4
     """The outer rate at the end of a linear or cosine schedule."""
     eval_episodes: int = 1000
-    """Mazes of the test and of each validation."""
+    """Mazes of the test, and at most 2,000 of them in each validation."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""

@@ -30,7 +30,7 @@ class Config(trials.TrialConfig):
     meta_batch_size: int = 500
     """Trials per meta-step, each of a new process."""
     eval_episodes: int = 1000
-    """Processes of the test and of each validation."""
+    """Processes of the test, and at most 2,000 of them in each validation."""
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything expensive, for a setting that cannot be."""

@@ -114,6 +114,11 @@ class Config(RunConfig):
         check_counts(self, horizon=1, metric_stride=1, epochs=1, eval_shot=1, eval_inner_steps=1)
         if getattr(self.hyperparameters, "num_inner_steps", 1) is None:
             raise ValueError("--num-inner-steps None has no meaning here; give the number of updates in training")
+        if self.algorithm == "random" and self.num_meta_steps:
+            raise ValueError(
+                f"--num-meta-steps {self.num_meta_steps} does not fit random, whose parameters are not trained; leave "
+                "it at 0"
+            )
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             if getattr(self, name) is not None:
                 check_positive(flag(name), getattr(self, name))

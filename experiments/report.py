@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import tyro
 
 from experiments import (
@@ -146,7 +147,7 @@ def domain_table(results: list[dict]) -> str:
 
     def cell(group: list[dict]) -> str:
         held_out, source = (
-            runs.format_over_seeds([100 * result[part]["accuracy"]["mean"][-1] for result in group])
+            runs.format_over_seeds([runs.percent(result[part]["accuracy"]["mean"][-1]) for result in group])
             for part in ("metrics", "source_validation")
         )
         return f"{held_out} [{source}]"
@@ -170,10 +171,14 @@ def domain_table(results: list[dict]) -> str:
 def _paired(by_algorithm: dict[str, list[dict]]) -> str:
     """The difference of MLDG and ERM on the held-out domain with its 95 % interval, paired by seed."""
     mldg, erm = (
-        {result["seed"]: 100 * result["metrics"]["accuracy"]["mean"][-1] for result in by_algorithm.get(name, [])}
+        {
+            result["seed"]: runs.percent(result["metrics"]["accuracy"]["mean"][-1])
+            for result in by_algorithm.get(name, [])
+        }
         for name in ("mldg", "erm")
     )
-    differences = [[mldg[seed] - erm[seed]] for seed in mldg if seed in erm]
+    both = [(mldg[seed], erm[seed]) for seed in mldg if seed in erm]
+    differences = [[one - other] for one, other in both if None not in (one, other)]
     if len(differences) < 2:
         return ""
     found = runs.mean_and_interval(differences)
@@ -265,7 +270,7 @@ def orders_panels(of: Mapping[str, Sequence[dict]]) -> dict[tuple[str, str], dic
         for result in (result for group in recipes for result in group if result["algorithm"] == name):
             if (result["config"]["way"], result["config"]["shot"], result["config"]["network"]) == (5, 1, "conv4"):
                 after = f"Omniglot, after {result['meta_steps']:,} meta-steps"
-                accuracy = [100 * value for value in result["metrics"]["accuracy"]["mean"]]
+                accuracy = (100 * np.asarray(result["metrics"]["accuracy"]["mean"], float)).tolist()
                 panels[after, "test accuracy, %"][figures.title(name)].append(accuracy)
     return {text: dict(panel) for text, panel in panels.items() if len(panel) == 2}
 
@@ -363,7 +368,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "domains": domain_table(of["domains"]),
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
-    report.write_text(
+    content = (
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
         + sinusoid_section(tables, has_seeds=bool(curves_of_seeds))
         + orders_section(of)
@@ -376,12 +381,13 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
     )
     draw(report.parent / "figures", of, curves_of_seeds)
+    runs.write_text(report, content)
     for page in pages:
         text = page.read_text()
         for name, table in tables.items():
             marker = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
             text = marker.sub(lambda found, table=table: f"{found[1]}{table}\n{found[2]}", text)
-        page.write_text(text)
+        runs.write_text(page, text)
 
 
 def main() -> None:

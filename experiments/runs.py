@@ -30,6 +30,8 @@ console = Console(soft_wrap=True)
 """Where experiments print; silent in every process but the first."""
 PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS", 600))
 """How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
+TEST_TIMEOUT_SECONDS = 20 * PROCESS_TIMEOUT_SECONDS
+"""The same for a validation and for the test, which are many compiled calls."""
 LOCATION = ("run_dir", "distributed", "tracking", "seeds")
 """Settings that say where a run is kept, made and watched, and beside which seeds. They are not stored."""
 IRRELEVANT = ("data_dir", "chunk_size", "stream", "train_episodes")
@@ -289,6 +291,11 @@ def format_mean(mean: float | None, ci95: float | None = None, *, digits: int = 
     return " ± ".join(format(scale * number, style) for number in (mean, ci95) if number is not None)
 
 
+def percent(share: float | None) -> float | None:
+    """A share in percent; None for what is not finite."""
+    return None if share is None else 100 * share
+
+
 def format_metric(metric: Mapping[str, Sequence[float | None]], step: int = -1, *, scale: float = 1.0) -> str:
     """The mean and interval of a metric of results.json after some inner steps, as tables print it.
 
@@ -443,10 +450,25 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
                     "another --run-dir, or give the same flags to resume"
                 )
         check_data(run_dir, data_digest)
+        _set_aside_results(run_dir, wanted)
         write_json(config_file, wanted)
         if data_digest is not None:
             write_json(run_dir / DATA_FILE, {"sha256": data_digest})
         yield
+
+
+def _set_aside_results(run_dir: Path, wanted: dict[str, Any]) -> None:
+    """Keeps the results of a run that is to grow as results_STEPS_EPISODES.json, so that nothing takes them as its own.
+
+    Args:
+      run_dir: the directory of the run.
+      wanted: its settings from now on.
+    """
+    if (found := read_results(run_dir)) is None:
+        return
+    size = [found["config"].get(name) for name in EXTENDABLE]
+    if size != [wanted.get(name) for name in EXTENDABLE]:
+        (run_dir / "results.json").rename(run_dir / f"results_{'_'.join(map(str, size))}.json")
 
 
 def check_data(run_dir: Path, data_digest: str | None) -> None:
@@ -542,8 +564,6 @@ def finish(
 ) -> dict[str, Any]:
     """Tests what was trained and writes results.json. A finished run is not tested again.
 
-    Results of fewer meta-steps or episodes are kept as results_STEPS_EPISODES.json.
-
     Args:
       run_dir: claimed by `open_run`.
       experiment: its name.
@@ -556,25 +576,14 @@ def finish(
       The content of results.json.
     """
     file = run_dir / "results.json"
-    size = [as_json(config)[name] for name in EXTENDABLE]
-
-    def finished_results() -> dict | None:
-        if (found := read_results(run_dir)) is None:
-            return None
-        found_size = [found["config"].get(name) for name in EXTENDABLE]
-        if found_size == size:
-            return found
-        file.rename(run_dir / f"results_{'_'.join(map(str, found_size))}.json")
-        return None
-
     with processes.watchdog("looking for results", PROCESS_TIMEOUT_SECONDS):
-        results = processes.on_process_zero(finished_results)
+        results = processes.on_process_zero(lambda: read_results(run_dir))
     if results is not None:
         console.print(f"{run_dir} is finished; these are its results", markup=False)
         return results
     is_alone = jax.process_count() == 1
     with (
-        processes.watchdog("the test", PROCESS_TIMEOUT_SECONDS),
+        processes.watchdog("the test", TEST_TIMEOUT_SECONDS),
         on_signal(stop_at_once) if is_alone else contextlib.nullcontext(),
     ):
         start = time.perf_counter()

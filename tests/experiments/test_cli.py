@@ -21,6 +21,7 @@ from experiments import (
     cli,
     domains,
     faces,
+    hyperparameters,
     images,
     navigation,
     omniglot,
@@ -114,6 +115,29 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
 def test_a_setting_that_nothing_reads_is_refused(module, arguments, message):
     with pytest.raises(ValueError, match=message):
         cli.parse(module.METHODS, "", arguments)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "halved"])
+def test_an_outer_rate_may_be_below_an_end_that_nothing_reads(schedule):
+    for name, method in bandits.METHODS.items():
+        rate = method.outer_lr_end / 10 or 1e-4
+        arguments = [name, "--outer-schedule", schedule, "--outer-lr", str(rate)]
+        assert cli.parse(bandits.METHODS, "", arguments).outer_lr == rate
+
+
+def test_a_tilde_is_the_home_directory_in_every_experiment():
+    assert hyperparameters.Config(run_dir=Path("~/run")).run_dir == Path("~/run").expanduser()
+
+
+def test_random_parameters_are_not_trained():
+    with pytest.raises(ValueError, match="--num-meta-steps 5 does not fit random, whose parameters are not trained"):
+        cli.parse(navigation.METHODS, "", ["random", "--num-meta-steps", "5"])
+
+
+def test_a_learned_optimiser_is_tested_with_the_steps_of_its_training():
+    for arguments, expected in (([], 12), (["--num-inner-steps", "8"], 8), (["--eval-inner-steps", "3"], 3)):
+        config = images.with_paper_defaults(cli.parse(images.METHODS, "", ["meta-lstm", *arguments]))
+        assert config.eval_inner_steps == expected
 
 
 def test_what_cannot_be_trained_is_refused_before_a_run_begins():

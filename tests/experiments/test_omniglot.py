@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import classification, omniglot, runs
+from experiments import classification, export, omniglot, runs
 from maml_jax import CATALOGUE, Batch, Model, evaluate, load_learner, losses
 from maml_jax.tasks import few_shot
 from maml_jax.types import Evaluation, learner_at
@@ -353,6 +353,26 @@ def test_a_longer_run_keeps_the_results_of_the_shorter_one(finished, tmp_path):
     assert longer["meta_steps"] == 6
     assert json.loads((tmp_path / "run" / "results_4_4.json").read_text()) == short
     assert json.loads((tmp_path / "run" / "results.json").read_text()) == longer
+
+
+def test_a_run_that_grows_has_no_results_of_its_present_settings(finished, tmp_path):
+    config, short = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    longer = dataclasses.replace(omniglot.with_paper_defaults(config), run_dir=tmp_path / "run", num_meta_steps=6)
+    with runs.open_run(tmp_path / "run", longer):
+        pass  # stopped before its end
+    assert runs.read_results(tmp_path / "run") is None
+    assert json.loads((tmp_path / "run" / "results_4_4.json").read_text()) == short
+    assert "test accuracy" not in export.made_by(tmp_path / "run", longer)
+    assert "test accuracy" in export.made_by(config.run_dir, config)
+
+
+def test_an_accuracy_that_is_not_finite_is_told_as_that(finished, tmp_path):
+    config, results = finished
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    accuracy = {name: [None] * len(values) for name, values in results["metrics"]["accuracy"].items()}
+    runs.write_json(tmp_path / "run" / "results.json", results | {"metrics": {"accuracy": accuracy}})
+    assert "(test accuracy not finite; normalisation" in export.made_by(tmp_path / "run", config)
 
 
 def test_an_inductive_test_is_another_and_says_so(finished, tmp_path):

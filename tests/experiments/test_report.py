@@ -440,3 +440,21 @@ def test_the_mean_over_seeds_of_what_was_logged():
     assert (first, last) == (2, 4)
     assert mean == pytest.approx(0.6)
     assert math.isnan(missing)
+
+
+def test_a_table_of_instances_ends_with_the_sequence():
+    found = {"algorithm": "mann", "meta_steps": 5, "instances": {"mean": [0.2, 0.5, None], "ci95": [0.1, 0.1, None]}}
+    row = few_shot_report.instance_table([found]).splitlines()[-1]
+    assert row.startswith("| MANN | 20.0 ± 10.0 | 50.0 ± 10.0 | not finite |  |  |  |")
+
+
+def test_accuracies_that_are_not_finite_are_named_in_the_tables_of_domains():
+    def result(algorithm, accuracy):
+        score = {"accuracy": {"mean": [accuracy]}}
+        config = {"data": "pacs", "held_out": "photo"}
+        return {"experiment": "domains", "algorithm": algorithm, "seed": 0, "meta_steps": 5, "config": config,
+                "metrics": score, "source_validation": score}  # fmt: skip
+
+    table = report.domain_table([result("mldg", None), result("erm", 0.5)])
+    assert "not finite" in table
+    assert "50.0" in table

@@ -11,7 +11,7 @@ import pytest
 from scipy import stats
 
 from experiments import commands, common, report, runs, seeds, sinusoid
-from maml_jax import checkpoint
+from maml_jax import MetaState, checkpoint
 
 TINY = {
     "num_meta_steps": 6,
@@ -192,6 +192,22 @@ def test_seeds_are_trained_in_one_process_and_followed_by_nobody(tmp_path, monke
     with pytest.raises(runs.RunError, match="--seeds 2 trains in one process"):
         sinusoid.run(config_of(tmp_path / "run", seeds=2))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_that_was_ahead_is_saved_with_the_others(tmp_path):
+    """Otherwise there would be no step that all seeds have, and no way to go on."""
+    training = common.Training(None, None, validate=lambda params: 0.0)
+    members = [common.Member(tmp_path / name, None, training) for name in ("ahead", "behind")]
+    start = MetaState({"w": np.zeros(3)}, (), np.int32(0))
+    # It was killed between the two checkpoints of step 400.
+    for step, saved in ((100, members), (400, members[:1] * 2), (250, members)):
+        state = jax.tree.map(lambda x, step=step: np.stack([np.full_like(x, step)] * 2), start)
+        common.Progress(saved, state, [{"score": np.zeros(1)}] * 2, step, {"train": 0.0}).save()
+    directories = [member.run_dir / "checkpoints" for member in members]
+    assert all(checkpoint.exists(directory, 250) for directory in directories)
+    shutil.rmtree(directories[0] / "250")
+    like = {"state": start, "best": {"score": np.zeros(1)}, "train_seconds": np.float32(0.0)}
+    assert checkpoint.restore_latest(directories[0], like).step == 400
 
 
 def test_no_seed_is_no_number_of_seeds():
