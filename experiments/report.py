@@ -75,7 +75,7 @@ def add(run_dir: Path, results_dir: Path) -> Path:
         )
     if results["experiment"] == "cross_domain":
         flags = []
-        name = f"{few_shot_report.cross_domain_name(results)}_seed-{results['seed']}"
+        name = few_shot_report.cross_domain_name(results) + ("" if results["seed"] else "_seed-0")
     else:
         flags = [flag.lstrip("-").replace(" ", "-").replace("/", "-") for flag in flags_but_seed(results)]
         name = "_".join([results["experiment"], results["algorithm"], *flags, f"seed-{results['seed']}"])
