@@ -26,7 +26,7 @@ from experiments.devices import set_up_jax
 from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, flag, typed
 from experiments.tracking import Tracking
 from maml_jax import CATALOGUE, processes
-from maml_jax.types import check_integer, check_positive
+from maml_jax.types import check_integer, check_not_negative, check_positive
 
 ConfigT = TypeVar("ConfigT")
 GROUPS = {
@@ -171,8 +171,7 @@ class RunConfig:
             raise ValueError(f"--outer-lr {self.outer_lr} must be a positive number")
         if self.outer_clip is not None:
             check_positive("--outer-clip", self.outer_clip)
-        if self.outer_schedule in ("linear", "cosine"):
-            check_outer_lr_end(self.outer_lr_end, self.outer_lr)
+        check_outer_lr_end(self.outer_lr_end, self.outer_lr, self.outer_schedule)
         if self.val_every % self.log_every:
             raise ValueError(
                 f"--log-every {self.log_every} does not divide --val-every {self.val_every}; validations happen "
@@ -207,9 +206,10 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"--seed {seed} does not fit into 32 bits; choose a smaller one")
 
 
-def check_outer_lr_end(end: float, start: float) -> None:
-    """Raises ValueError for a schedule that would not lower the outer rate from `start`."""
-    if not 0 <= end <= start:
+def check_outer_lr_end(end: float, start: float, schedule: str) -> None:
+    """Raises ValueError for no rate, or for one that a linear or cosine schedule would have to rise to."""
+    check_not_negative("--outer-lr-end", end)
+    if schedule in ("linear", "cosine") and end > start:
         raise ValueError(
             f"--outer-lr-end {end} must be between 0 and --outer-lr {start}; the schedules only lower the rate"
         )

@@ -135,8 +135,7 @@ class Config:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{flag(name)} {value} must be a positive number; it is learned as its logarithm")
-        if self.outer_schedule != "constant":
-            check_outer_lr_end(self.outer_lr_end, self.outer_lr)
+        check_outer_lr_end(self.outer_lr_end, self.outer_lr, self.outer_schedule)
         if not 0 < self.initial_momentum < 1:
             raise ValueError(f"--initial-momentum {self.initial_momentum} must be between 0 and 1; it starts a logit")
         if self.batch_size > self.num_training:

@@ -64,7 +64,9 @@ def test_numbers_out_of_range_are_named():
             for name in NOT_IN_RANGE.keys() & flags.keys():
                 if (module, name) == (mazes, "size"):  # of a maze, not of an image
                     continue
-                for text in NOT_IN_RANGE[name]:
+                # Nothing reads the end of a schedule that has none, so it may be above the start.
+                is_read = name != "outer_lr_end" or config.outer_schedule in ("linear", "cosine")
+                for text in NOT_IN_RANGE[name] if is_read else ("-1", "nan"):
                     value = float(text) if name in ("outer_lr", "outer_lr_end", "outer_clip", "inner_lr") else int(text)
                     with pytest.raises(ValueError, match=rf"{name.split('_')[-1]}.*{re.escape(str(value))}"):
                         dataclasses.replace(config.hyperparameters if name in of_method else config, **{name: value})
