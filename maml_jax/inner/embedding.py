@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from maml_jax.types import ArrayTree, Model, PRNGKey
+from maml_jax.types import ArrayTree, Model, PRNGKey, at_least_float32
 
 
 def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey | None = None) -> jax.Array:
@@ -20,7 +20,7 @@ def embed(embedding: Model, params: ArrayTree, inputs: ArrayTree, key: PRNGKey |
             f"the embedding must return [S, D] with D of at least 1, got shape {jnp.shape(outputs)}; flatten the other "
             "axes, and leave the classification layer out, as models.conv4(way=None) does"
         )
-    return outputs.astype(jnp.promote_types(outputs.dtype, jnp.float32))
+    return at_least_float32(outputs)
 
 
 def embedded_like(embedding: Model, params: ArrayTree, inputs: ArrayTree) -> jax.ShapeDtypeStruct:
@@ -49,5 +49,5 @@ def unit_length(vectors: jax.Array, epsilon: float = 1e-12) -> jax.Array:
 
     ε is added to the square, so that a zero vector has a derivative.
     """
-    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    vectors = at_least_float32(vectors)
     return vectors * jax.lax.rsqrt(jnp.sum(jnp.square(vectors), -1, keepdims=True) + epsilon)

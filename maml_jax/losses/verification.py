@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.losses.supervised import check_class_scores, cross_entropy
-from maml_jax.types import check_not_negative, check_positive, holds_for
+from maml_jax.types import at_least_float32, check_not_negative, check_positive, holds_for
 
 VerificationLoss = Callable[[jax.Array, jax.Array], jax.Array]
 """`(outputs [B, C], targets [B]) -> scalar`, embeddings and the integer identities of B examples."""
@@ -241,7 +241,7 @@ def _unit(outputs: jax.Array, targets: jax.Array) -> jax.Array:
 
 def _to_unit_length(vectors: jax.Array) -> jax.Array:
     """Vectors [..., C] of unit length, in at least float32; a zero stays zero, with a derivative of zero."""
-    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    vectors = at_least_float32(vectors)
     square = jnp.sum(jnp.square(vectors), -1, keepdims=True)
     return jnp.where(square > 0, vectors * jax.lax.rsqrt(jnp.where(square > 0, square, 1.0)), 0.0)
 
