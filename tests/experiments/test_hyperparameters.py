@@ -143,7 +143,8 @@ def test_the_parts_of_the_digits_share_none(tiny):
         ({"log_every": 2}, "--log-every 2 does not divide --val-every 1"),
         ({"memory_steps": (4, 0)}, "--memory-steps must be an integer of at least 1, got 0"),
         ({"seed": 2**32}, "--seed 4294967296 does not fit into 32 bits"),
-        ({"outer_lr_end": float("nan")}, "--outer-lr-end nan must be between 0 and --outer-lr"),
+        ({"outer_lr_end": float("nan")}, "--outer-lr-end=nan must be a number of at least 0"),
+        ({"outer_lr_end": 9.0}, "--outer-lr-end 9.0 must be between 0 and --outer-lr"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tiny, settings, message):
