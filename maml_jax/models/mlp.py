@@ -75,10 +75,10 @@ def mlp(
       A `Model` from inputs [S, ...] to outputs [S, features[-1]].
 
     Raises:
-      ValueError: if there are no `features`, or one is not a positive integer.
+      ValueError: if `features` is no sequence of at least one width, or one is not a positive integer.
     """
-    if not features:
-        raise ValueError("features must have at least one width, that of the outputs; got none")
+    if not isinstance(features, Sequence) or not features:
+        raise ValueError(f"features must be a sequence of widths such as (40, 40, 1), got {features!r}")
     module = MLP(
         features=tuple(check_integer("a width of features", width, 1) for width in features),
         activation=activation,

@@ -6,7 +6,16 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.rl.distributions import Categorical, Normal
-from maml_jax.types import ArrayTree, Model, check_integer, check_model, check_positive, combine, select
+from maml_jax.types import (
+    ArrayTree,
+    Model,
+    check_integer,
+    check_model,
+    check_not_negative,
+    check_positive,
+    combine,
+    select,
+)
 
 
 def categorical_policy(model: Model, *, observation_ndim: int = 1) -> Model:
@@ -90,15 +99,17 @@ def scaled_start(model: Model, where: Callable[[str], bool], factor: float) -> M
     Args:
       model: the network.
       where: `(name) -> bool`, the parameters to multiply, by their path such as "dense_2/kernel".
-      factor: by what.
+      factor: by what, a number of at least 0.
 
     Returns:
       A `Model` whose `apply` is that of `model`.
 
     Raises:
-      ValueError: if `model` is no `Model`; from `init`, if `where` is false for all parameters.
+      ValueError: if `model` is no `Model`, or `factor` negative or not finite; from `init`, if `where` is false for all
+        parameters.
     """
     check_model(model)
+    check_not_negative("factor", factor)
 
     def init(key, inputs) -> ArrayTree:
         chosen, others = select(model.init(key, inputs), where)

@@ -80,7 +80,8 @@ def test_the_fully_connected_omniglot_network_is_the_composition_of_its_layers(x
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: models.mlp(features=()), "features must have at least one width"),
+        (lambda: models.mlp(features=()), r"features must be a sequence of widths such as \(40, 40, 1\), got \(\)"),
+        (lambda: models.mlp(features=40), "features must be a sequence of widths .*, got 40"),
         (lambda: models.mlp(features=(4, 0)), "a width of features must be an integer of at least 1, got 0"),
         (lambda: models.mlp(features=(4, 1.0)), "a width of features must be an integer of at least 1, got 1.0"),
         (lambda: models.omniglot_mlp(way=0), "way must be an integer of at least 1, got 0"),

@@ -286,3 +286,5 @@ def test_a_scaled_start_changes_what_is_named():
     np.testing.assert_allclose(params["head"], 0.1)
     with pytest.raises(ValueError, match="selects none of the parameters"):
         rl.scaled_start(model, lambda name: name == "haed", 0.1).init(jax.random.key(0), jnp.zeros(1))
+    with pytest.raises(ValueError, match="factor=nan must be a number of at least 0"):
+        rl.scaled_start(model, lambda name: name == "head", float("nan"))
