@@ -198,24 +198,24 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
     Args:
       file: the PNG to write.
       results: by algorithm, the content of results.json of every seed; see `mean_and_bar`.
-      work: the time of training by algorithm, in tasks of FOMAML; those of others are not drawn.
+      work: the time of training by algorithm, relative to that of FOMAML; those of others are not drawn.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    lowest = 100.0
+    lowest, most_steps = 100.0, 16
     for index, (algorithm, seeds) in enumerate(results.items()):
         found = [result["metrics"]["accuracy"] for result in seeds]
         mean = 100 * np.mean(np.asarray([of_seed["mean"] for of_seed in found], float), axis=0)  # NaN for null
-        shown, style = np.arange(min(len(mean), 17)), line_style(index)
+        shown, style = np.arange(min(len(mean), most_steps + 1)), line_style(index)
         left.plot(shown, mean[shown], markersize=5, label=title(algorithm), **style)
         lowest = np.nanmin([lowest, *mean[1:]])
         if algorithm in work:
             last, bar = mean_and_bar(
                 [100 * np.asarray((of_seed["mean"][-1], of_seed["ci95"][-1]), float) for of_seed in found]
             )
-            right.errorbar(work[algorithm] / 1000, last, bar, capsize=3, **style | {"linestyle": "none"})
+            right.errorbar(work[algorithm], last, bar, capsize=3, **style | {"linestyle": "none"})
     left.set(xlabel="inner steps at test", ylabel="test accuracy, %", ylim=(lowest - 4, None))
-    left.set_title("before the first step all guess", fontsize=10)
-    right.set(xlabel="time of training, in thousands of FOMAML's tasks", ylabel="test accuracy after the last step, %")
+    left.set_title(f"before the first step all guess; steps after {most_steps} are not shown", fontsize=10)
+    right.set(xlabel="time of training, relative to FOMAML", ylabel="test accuracy after the last step, %")
     right.set_xscale("log")
     _plain_logarithmic(right.xaxis)
     right.margins(x=0.25)

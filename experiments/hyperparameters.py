@@ -341,9 +341,13 @@ def make_search(learner: MetaLearner, episode: Episode) -> Callable[[Sequence[Ca
 
 def score(
     learner: MetaLearner, hyperparameters: Hyperparameters, digits: dict[str, Batch], config: Config
-) -> dict[str, Any]:
-    """Held-out loss, test loss and test accuracy over fresh training runs, each with its 95 % interval."""
-    found = {}
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Held-out loss, test loss and test accuracy over fresh training runs, each with its 95 % interval.
+
+    Returns:
+      The means and intervals, and the test loss of every run [E]. Run i is the same for all hyperparameters.
+    """
+    found, test_loss = {}, np.empty(0)
     for split in ("heldout", "test"):
         of_runs = evaluate_objective(
             learner,
@@ -356,7 +360,8 @@ def score(
         (loss, info), (loss_ci95, info_ci95) = of_runs.mean, of_runs.ci95
         found[f"{split}_loss"] = {"mean": float(loss), "ci95": float(loss_ci95)}
         found[f"{split}_accuracy"] = {"mean": float(info.metric), "ci95": float(info_ci95.metric)}
-    return found
+        test_loss = np.asarray(of_runs.per_episode[0])
+    return found, test_loss
 
 
 def compare(
@@ -391,9 +396,14 @@ def compare(
             "chosen": best.description,
         }
         console.print(f"{name}: {num_candidates} training runs in {methods[name]['seconds']:.0f} s")
-    for method in methods.values():
-        method |= score(learner, method["hyperparameters"], digits, config)
+    test_losses = {}
+    for name, method in methods.items():
+        scores, test_losses[name] = score(learner, method["hyperparameters"], digits, config)
+        method |= scores
         method["hyperparameters"] = jax.tree.map(lambda x: np.asarray(x).tolist(), method["hyperparameters"])._asdict()
+    for name in methods.keys() - {"hypergradients"}:
+        more = runs.mean_and_interval(test_losses[name] - test_losses["hypergradients"])
+        methods[name]["test_loss_more"] = {measure: value[0] for measure, value in more.items()}
     test_loss = methods["hypergradients"]["test_loss"]
     return {
         "metrics": {"test_loss": {"mean": [test_loss["mean"]], "ci95": [test_loss["ci95"]]}},
@@ -479,6 +489,15 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
+MORE = "more than hypergradients"
+"""The heading of `format_more`."""
+
+
+def format_more(method: dict[str, Any]) -> str:
+    """How much larger the test loss is than that of hypergradients, with the 95 % interval paired by training run."""
+    return runs.format_mean(**method["test_loss_more"], digits=4) if "test_loss_more" in method else ""
+
+
 def show(results: dict[str, Any]) -> None:
     """Prints the methods, the best on the test digits first, and the memory."""
     protocol, methods = results["protocol"], results["methods"]
@@ -491,13 +510,14 @@ def show(results: dict[str, Any]) -> None:
         title=f"Loss after {results['config']['num_inner_steps']} mini-batches, in nats per digit; mean and 95 % "
         f"interval of {protocol['episodes']} training runs"
     )
-    for heading in ("", "held-out loss", "test loss", "test accuracy, %", "runs", "seconds"):
+    for heading in ("", "held-out loss", "test loss", MORE, "test accuracy, %", "runs", "seconds"):
         table.add_column(heading, justify="right" if heading else "left")
     for name in sorted(methods, key=loss_of):
         method = methods[name]
         table.add_row(
             name,
             *(runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss")),
+            format_more(method),
             runs.format_mean(**method["test_accuracy"], scale=100),
             str(method["runs"]),
             f"{method['seconds']:.0f}",

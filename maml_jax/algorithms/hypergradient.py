@@ -2,7 +2,8 @@
 
 The run is a task: its support set is the training set, its query set the held-out one, and its hyperparameters are the
 meta-parameters. Memory stays small because the inner gradient is differentiated in mixed mode, and because only the
-starting points of segments of the run are stored.
+starting points of segments of the run are stored: with √K segments of √K steps it grows as √K. The paper stores
+nothing and runs the training backwards instead, with the bits that momentum loses kept aside.
 
 Maclaurin, Duvenaud and Adams, 2015, Gradient-based hyperparameter optimization through reversible learning.
 https://arxiv.org/abs/1502.03492

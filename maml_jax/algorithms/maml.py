@@ -33,6 +33,9 @@ def maml(
 
     With plain gradient descent of rate α the meta-gradient is Π_k (I − α ∇²L_S(φ_k)) ∇L_Q(φ_K).
 
+    The authors' code differs in classification. Its loss is a sum over the N classes, so its rate α is N α for a mean
+    loss, and the offsets of its normalisations do not adapt, as with `where=lambda name: "norm" not in name`.
+
     Args:
       model: the network; its parameters are the meta-parameters θ. A stochastic model draws from the key of
         the episode, see `inner.gradient_based`.

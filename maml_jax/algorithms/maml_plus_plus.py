@@ -61,7 +61,8 @@ def maml_plus_plus(
         for only the last one.
       per_step: `(name) -> bool`, parameters of which every φ_k has its own, such as scales and offsets of
         normalisations. They are meta-learned and do not adapt. The paper uses set k for the support pass of step k
-        and for the query pass after it; here φ_k has set k in both, so there are K + 1 sets.
+        and for the query pass after it; here φ_k has set k in both, so there are K + 1 sets. The paper also keeps
+        running statistics of every step; the models here, as the authors' code, normalise by those of the batch.
       where: `(name) -> bool`, the other parameters that adapt; by default all.
       inner_grad: how the inner gradient is differentiated.
 

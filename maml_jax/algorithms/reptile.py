@@ -62,8 +62,9 @@ def reptile(
         larger is used whole. None for the whole support set in each step.
       carry_state: whether the state of the inner optimiser is carried from task to task, as in the authors' code. It
         is then a part of the meta-parameters, and the outer optimiser must be wrapped in `replace_inner_state`: any
-        other moves the state by its own rule, and no error says so. With several tasks in a meta-batch the next state
-        is the mean of theirs.
+        other moves the state by its own rule, and no error says so. The authors' code computes the tasks of a
+        meta-batch one after another and hands the state on between them. Here they are computed together: all start
+        from one state, and the next state is the mean of theirs. With one task in the meta-batch both are the same.
       where: `(name) -> bool`, the parameters that adapt; by default all.
 
     Returns:

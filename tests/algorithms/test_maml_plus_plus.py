@@ -31,6 +31,7 @@ from maml_jax import (
     switch_at,
 )
 from maml_jax.tasks import sinusoid
+from maml_jax.types import learner_at
 
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
 RATES = jnp.array([0.1, 0.3, 0.2])
@@ -273,6 +274,36 @@ def test_the_entry_of_the_catalogue_has_every_part(x64, step):
     found = gradient(of_catalogue)
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-12)
     assert optax.tree.norm(optax.tree.sub(found, other)) > 1e-3 * optax.tree.norm(found)
+
+
+OFF = {"learn_rates": False, "num_multi_step": 0, "per_step_norm": False, "num_first_order": 0}
+PARTS = {
+    "learn_rates": (True, {"learn_rates": True}),
+    "num_multi_step": (100, {"step_weights": multi_step_weights(5, 3, 100)}),
+    "per_step_norm": (True, {"per_step": lambda name: "norm" in name}),
+    "num_first_order": (6, {"inner_grad": first_order}),
+}
+"""For each part of the catalogue's MAML++ its value when it is on, and the arguments of the builder at meta-step 5."""
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_each_part_of_the_entry_of_the_catalogue_works_alone(x64, part):
+    model = models.mlp(features=(4, 1), activation=jnp.tanh, norm=models.BatchStatNorm, param_dtype=jnp.float64)
+    problem = Problem(model, losses.mean_squared_error, norm=lambda name: "norm" in name)
+    rates, (value, arguments) = {"inner_lr": 0.1, "num_inner_steps": 3}, PARTS[part]
+    learners = {
+        "the entry": CATALOGUE["maml++"].build(problem, MAMLPlusPlus(**rates, **OFF | {part: value})),
+        "the builder": maml_plus_plus(model, losses.mean_squared_error, **rates, **{"learn_rates": False} | arguments),
+        "no part": CATALOGUE["maml++"].build(problem, MAMLPlusPlus(**rates, **OFF)),
+    }
+    episode = sinusoid.make_sampler(shot=5, query_shot=5)(jax.random.key(0))
+    grads = {}
+    for name, learner in learners.items():
+        learner = learner_at(learner, jnp.int32(5))
+        grads[name] = gradient(learner, learner.init(jax.random.key(1), episode.support.inputs), episode)
+    chex.assert_trees_all_close(grads["the entry"], grads["the builder"], rtol=1e-9, atol=1e-12)
+    norms = [optax.tree.norm(grads[name]) for name in ("the entry", "no part")]
+    assert abs(norms[0] - norms[1]) > 1e-6 * norms[1]
 
 
 def test_the_query_passes_draw_with_a_key_of_their_own():

@@ -285,6 +285,7 @@ def test_orders_run(quick, tmp_path):
         sinusoid_compared_tasks=3,
         parts=2,
         eval_episodes=3,
+        curve_episodes=2,
         features=(3, 1),
     )
     orders.run(config)
@@ -298,6 +299,9 @@ def test_orders_run(quick, tmp_path):
     for training in row["trainings"]:
         assert training["meta_steps"] == [0, 2, 4]
         assert len(set(training["cosine"])) == len(set(training["noise_cosine"])) == 3
+        exact, first = ([score["mean"] for score in training["curves"][order]] for order in orders.ORDERS)
+        assert exact[0] == first[0], "both orders start from the same parameters"
+        assert len({*exact, *first}) == 5
         assert max(map(abs, training["cosine"] + training["noise_cosine"])) <= 1
 
 
@@ -349,11 +353,20 @@ def test_alignment_of_the_two_orders_in_closed_form(x64):
     np.testing.assert_allclose(found.noise_cosine, 1.0, rtol=1e-12)
 
 
+def test_tasks_that_are_not_finite_are_counted_in_the_table_of_the_orders():
+    cell = orders._score_cell({"mean": None, "ci95": None, "num_nonfinite": 3, "finite_median": 0.25}, num_episodes=600)
+    assert cell == "3 of 600 not finite (median of the others 0.250)"
+    cell = orders._score_cell({"mean": 0.5, "ci95": 0.125, "num_nonfinite": 0, "finite_median": 0.25}, 600)
+    assert cell == "0.500 ± 0.125"
+
+
 def test_orders_name_what_does_not_fit():
     with pytest.raises(ValueError, match="--sinusoid-inner-lr has 3 rates and --inner-steps 2 numbers; give one rate"):
         orders.Config(inner_steps=(1, 5))
     with pytest.raises(ValueError, match="--omniglot-steps 30 is no multiple of --parts 20"):
         orders.Config(omniglot_steps=30)
+    with pytest.raises(ValueError, match="--curve-episodes must be an integer of at least 2, got 1"):
+        orders.Config(curve_episodes=1)
 
 
 def test_orders_without_omniglot_say_how_to_go_on(monkeypatch):

@@ -105,6 +105,11 @@ def test_the_experiment_learns_compares_and_draws(tiny, finished, capsys):
     assert set(results["methods"]) == {"before learning", "hypergradients", *hyper.BASELINES}
     for name, method in results["methods"].items():
         assert method["runs"] == (0 if name == "before learning" else 8)
+        assert ("test_loss_more" in method) == (name != "hypergradients")
+        if name != "hypergradients":
+            more = method["test_loss"]["mean"] - results["methods"]["hypergradients"]["test_loss"]["mean"]
+            assert method["test_loss_more"]["mean"] == pytest.approx(more, abs=1e-5)
+            assert method["test_loss_more"]["ci95"] > 0
         for metric in ("heldout_loss", "test_loss", "test_accuracy"):
             assert np.isfinite(method[metric]["mean"])
     before, learned = (results["methods"][name]["hyperparameters"] for name in ("before learning", "hypergradients"))
@@ -171,7 +176,7 @@ def test_each_part_of_the_digits_scores_itself(tiny):
     digits, learner = hyper.load_digits(tiny), hyper.make_learner(tiny)
     start = hyper.constant(LAYERS, 4, rate=0.1, momentum=0.5, l2=1e-5)
     exchanged = digits | {"heldout": digits["test"], "test": digits["heldout"]}
-    found, other = (hyper.score(learner, start, parts, tiny) for parts in (digits, exchanged))
+    found, other = (hyper.score(learner, start, parts, tiny)[0] for parts in (digits, exchanged))
     for metric in ("loss", "accuracy"):
         assert found[f"test_{metric}"] == other[f"heldout_{metric}"]
         assert found[f"heldout_{metric}"] == other[f"test_{metric}"]

@@ -191,20 +191,23 @@ def test_a_time_names_the_device_unless_it_is_a_cpu():
     assert few_shot_report.training_time({"device": "1 x NVIDIA H200"}, 4.6) == "5 min, 1 x NVIDIA H200"
 
 
-def test_costs_are_those_of_a_task_and_stand_beside_their_ratio_to_fomaml():
-    def result(algorithm, tasks, **execution):
-        config = omniglot.with_paper_defaults(omniglot.METHODS[algorithm])
-        return {
-            "algorithm": algorithm,
-            "config": runs.as_json(config) | {"meta_batch_size": tasks},
-            "execution": execution,
-        }
+def test_costs_are_those_of_a_task():
+    def result(**execution):
+        return {"config": {"meta_batch_size": 8}, "execution": execution}
 
-    first_order = result("fomaml", 32, flops=64_000_000_000, temporary_bytes=2_000_000)
-    other = result("maml++", 8, flops=40_000_000_000, temporary_bytes=3_000_000)
-    assert few_shot_report.cost_cells(other, [first_order, other]) == ["5 (2.5 x)", "3 (1.5 x)"]
-    assert few_shot_report.cost_cells(other, [other]) == ["5", "3"]
-    assert few_shot_report.cost_cells(result("reptile", 5), [first_order]) == ["", ""]
+    counted = result(flops=40_000_000_000, temporary_bytes=3_000_000)
+    assert few_shot_report.cost_cells(counted) == ["5", "3"]
+    assert few_shot_report.cost_cells(result()) == ["", ""]
+
+
+def test_the_table_of_full_trainings_has_relative_costs_where_they_were_measured_and_names_an_ensemble():
+    results = json.loads((RESULTS / "omniglot_maml++_val-every-500_seed-0.json").read_text())
+    row = few_shot_report.omniglot_table([results], with_costs=True).splitlines()[2].split(" | ")
+    assert row[0] == "| MAML++, ensemble of 5"
+    assert all(float(cell.removesuffix(" |")) > 1.0 for cell in row[-3:])
+    results["config"]["shot"] = 5
+    row = few_shot_report.omniglot_table([results], with_costs=True).splitlines()[2].split(" | ")
+    assert [cell.removesuffix(" |").strip() for cell in row[-3:]] == [""] * 3
 
 
 def test_equal_meta_steps_are_compared_with_measured_costs():
@@ -226,8 +229,8 @@ def test_equal_meta_steps_are_compared_with_measured_costs():
     assert few_shot_report.equal_budget([]) == []
     maml, fomaml = (line.split(" | ") for line in few_shot_report.budget_table(equal).splitlines()[2:])
     assert (maml[:4], maml[5:7]) == (["| MAML", "70.00 ± 2.00", "1", "2"], ["1,000", "32"])
-    assert fomaml[7:] == ["1.0", "1.0", "1.0 |"]
-    assert all(float(cell.removesuffix(" |")) > 1.0 for cell in maml[7:])
+    assert fomaml[7:] == ["1.0", "1.0", "1.0", published.OMNIGLOT["fomaml", "conv4", 5, 1] + " |"]
+    assert all(float(cell) > 1.0 for cell in maml[7:10])
     told = few_shot_report.shorter_trainings([*equal, *others])
     assert "MAML in 5-way 1-shot (5,000 of 60,000); MAML in 5-way 5-shot (1,000 of 60,000); FOMAML in" in told
     assert "BOIL in 20-way 1-shot (5,000 of 60,000)" in told
