@@ -286,13 +286,21 @@ def orders_panels(of: Mapping[str, Sequence[dict]]) -> dict[tuple[str, str], dic
 
 def sinusoid_section(tables: Mapping[str, str], has_seeds: bool) -> str:
     """The text on sinusoids, around its two tables."""
-    curves = "![learning curves with intervals over seeds](figures/learning_curves.png)\n\n" if has_seeds else ""
+    curves = ""
+    if has_seeds:
+        curves = (
+            "Learning curves of the methods of which two seeds or more have kept one; the legend has their number.\n\n"
+            "![learning curves with intervals over seeds](figures/learning_curves.png)\n\n"
+        )
     return (
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
         "of the median over tasks. Costs are those of a task of the training, measured in turns by `python -m "
-        "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper.\n\n"
+        "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper. MAML++ "
+        "has one inner step, as the other methods, so of its parts only the rate of each layer is left. iMAML is not "
+        "here. Its meta-gradient does not see the inner steps, so nothing keeps them stable: with ten steps of 0.001 "
+        "and λ = 100 they diverged during a training, after 3,215 meta-steps.\n\n"
         f"### 5 support points\n\n{tables['sinusoid-5']}\n\n### 10 support points\n\n{tables['sinusoid-10']}\n\n"
         f"![error against inner steps](figures/sinusoid.png)\n\n{curves}"
     )

@@ -269,11 +269,8 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Rajeswaran et al., 2019",
             _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping")),
             ImplicitDescent,
-            # The numbers for sinusoids are ours: ten steps of 0.001 go about as far as the solution for λ = 100.
-            {
-                "sinusoid": ImplicitDescent(inner_lr=1e-3, num_inner_steps=10, strength=100.0),
-                "omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=None),
-            },
+            # Not for sinusoids: the meta-gradient does not see the inner steps, and nothing keeps them stable there.
+            {"omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=None)},
         ),
         "cavia": Entry(
             "CAVIA",
