@@ -489,10 +489,6 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-MORE = "more than hypergradients"
-"""The heading of `format_more`."""
-
-
 def format_more(method: dict[str, Any]) -> str:
     """How much larger the test loss is than that of hypergradients, with the 95 % interval paired by training run."""
     return runs.format_mean(**method["test_loss_more"], digits=4) if "test_loss_more" in method else ""
@@ -508,10 +504,10 @@ def show(results: dict[str, Any]) -> None:
 
     table = Table(
         title=f"Loss after {results['config']['num_inner_steps']} mini-batches, in nats per digit; mean and 95 % "
-        f"interval of {protocol['episodes']} training runs"
+        f"interval of {protocol['episodes']} training runs; test loss more by: than hypergradients"
     )
-    for heading in ("", "held-out loss", "test loss", MORE, "test accuracy, %", "runs", "seconds"):
-        table.add_column(heading, justify="right" if heading else "left")
+    for heading in ("", "held-out loss", "test loss", "more by", "right, %", "runs", "seconds"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=not heading)
     for name in sorted(methods, key=loss_of):
         method = methods[name]
         table.add_row(

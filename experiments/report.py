@@ -219,7 +219,7 @@ def hyperparameter_table(results: list[dict]) -> str:
             accuracy = runs.format_mean(**method["test_accuracy"], scale=100)
             more = hyperparameters.format_more(method)
             rows.append([name, *losses, more, accuracy, str(method["runs"]), f"{method['seconds']:.0f}"])
-    header = ["", "held-out loss", "test loss", hyperparameters.MORE, "test accuracy, %", "training runs"]
+    header = ["", "held-out loss", "test loss", "more than hypergradients", "test accuracy, %", "training runs"]
     return runs.markdown_table([*header, "seconds to choose"], rows)
 
 
