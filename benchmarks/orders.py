@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks import common
 from experiments.devices import mesh_for
@@ -546,8 +547,9 @@ def _draw_along_training(curves: Any, cosine: Any, found: dict[str, Any]) -> Non
     curves.set(xlabel="meta-steps", ylabel=f"test {found['metric']}\n({'mean' if is_bounded else 'median'} over tasks)")
     if not is_bounded:
         curves.set_yscale("log")
-        for axis_formatter in (curves.yaxis.set_major_formatter, curves.yaxis.set_minor_formatter):
-            axis_formatter("{x:g}")
+        curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        curves.yaxis.set_major_formatter("{x:g}")
+        curves.yaxis.set_minor_locator(NullLocator())
     cosine.set(xlabel="meta-steps", ylabel="cosine of first order\nand exact meta-gradient", ylim=(None, 1.03))
 
 
