@@ -43,7 +43,7 @@ ORDERS = {"second order": mixed_mode, "first order": first_order}
 
 @dataclasses.dataclass(frozen=True)
 class Config(common.Settings):
-    """The trainings. The defaults take an hour on two cores of a CPU."""
+    """The trainings. The defaults take more than an hour on two cores of a CPU."""
 
     workload: tuple[Literal["sinusoid", "omniglot"], ...] = ("sinusoid", "omniglot")
     """sinusoid: an MLP of 40 and 40 units, 10 support and 10 query points. omniglot: conv4, 5-way 1-shot."""
