@@ -565,7 +565,8 @@ def _plot_along(
     mean, color = [_mean(values) for values in by_step], f"C{index + 2}"
     axes.plot(steps, mean, color=color, linestyle=dashes, label=label)
     if dashes == "-" and len(of_trainings) > 1:
-        ends = ([function(map(_number, values)) for values in by_step] for function in (min, max))
+        finite = [[value for value in map(_number, values) if math.isfinite(value)] for values in by_step]
+        ends = ([function(values, default=math.nan) for values in finite] for function in (min, max))
         axes.fill_between(steps, *ends, color=color, alpha=0.15, linewidth=0)
 
 
