@@ -267,7 +267,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
         "imaml": Entry(
             "iMAML",
             "Rajeswaran et al., 2019",
-            _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping")),
+            _build(imaml, of_settings=("num_inner_steps", "strength", "num_cg_steps", "damping", "penalty_last")),
             ImplicitDescent,
             # Not for sinusoids: the meta-gradient does not see the inner steps, and nothing keeps them stable there.
             {"omniglot": ImplicitDescent(inner_lr=0.1, num_inner_steps=None)},

@@ -37,6 +37,7 @@ def imaml(
     strength: float,
     num_cg_steps: int,
     damping: float | jax.Array = 0.0,
+    penalty_last: bool = False,
     where: Callable[[str], bool] | None = None,
 ) -> MetaLearner:
     """Builds iMAML: min_θ E[L_Q(φ*)] with φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖².
@@ -45,7 +46,8 @@ def imaml(
     takes memory that does not depend on K. It is exact if φ_K is a solution and the conjugate gradients converge.
 
     This is the paper's method. The authors' code differs: its K steps are on L_S without the proximal term, one step on
-    only that term follows, and the system is damped. For λ = 2 its meta-gradient is half that of `damping=22`.
+    only that term follows (`penalty_last=True`), and the system is damped. For λ = 2 its meta-gradient is half that of
+    `damping=22`.
 
     Args:
       model: the network.
@@ -57,6 +59,7 @@ def imaml(
       num_cg_steps: conjugate-gradient steps, at least 1.
       damping: δ ≥ 0. The meta-gradient is (I + ∇²L_S(φ*)/(λ + δ))⁻¹ ∇L_Q(φ*), exact for δ = 0; see
         `proximal_solution`.
+      penalty_last: whether the K steps are on L_S, and one on only the proximal term follows; see `proximal_solution`.
       where: `(name) -> bool`, the parameters that adapt; by default all. The others are learned through the implicit
         derivative too.
 
@@ -97,6 +100,7 @@ def imaml(
             num_steps=num_inner_steps,
             num_cg_steps=num_cg_steps,
             damping=damping,
+            penalty_last=penalty_last,
             observe_fn=None if observe_fn is None else lambda adapting: observe_fn(combine(adapting, fixed)),
         )
         return combine(adapting, fixed), info
@@ -121,6 +125,9 @@ class ImplicitDescent(InnerDescent):
     """Conjugate-gradient steps of the meta-gradient."""
     damping: float = 0.0
     """Added to λ in the conjugate gradients, for stability: 0 in the paper, in effect 22 in the authors' code."""
+    penalty_last: bool = False
+    """Whether the inner steps leave out the proximal term, and one step on only that term follows, as in the authors'
+    code."""
 
     def __post_init__(self):
         """Raises ValueError for a strength that is not positive, a negative damping, or a count that is too small."""

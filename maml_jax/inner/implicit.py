@@ -20,6 +20,7 @@ def proximal_solution(
     num_steps: int,
     num_cg_steps: int,
     damping: float | jax.Array = 0.0,
+    penalty_last: bool = False,
     observe_fn: ObserveFn | None = None,
 ) -> tuple[ArrayTree, InnerInfo]:
     """Solves φ* = argmin_φ L_S(φ) + λ/2 ‖φ − θ‖² approximately. The derivative is exact if it is solved exactly.
@@ -42,7 +43,10 @@ def proximal_solution(
       num_steps: K, steps of `rule`.
       num_cg_steps: steps of the conjugate gradients. They are exact if H has as many different eigenvalues.
       damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact only for δ = 0.
-      observe_fn: as in `inner_loop`. Its values are constants to the outer gradient.
+      penalty_last: whether the K steps minimise L_S alone, and one more, with a fresh state of `rule`, then minimises
+        the proximal term alone. The result is no solution, and the derivative is one by analogy.
+      observe_fn: as in `inner_loop`. Its values are constants to the outer gradient. With `penalty_last`, the last
+        of them is after the additional step.
 
     Returns:
       φ_K and an `InnerInfo`; `support_loss` [K] is L_S without the proximal term.
@@ -65,12 +69,12 @@ def proximal_solution(
     def objective(phi):
         return loss_fn(phi, support) + penalty(phi)
 
-    def solve(_, start):
-        def observe(phi):
-            return penalty(phi), None if observe_fn is None else observe_fn(phi)
+    def observe(phi):
+        return penalty(phi), None if observe_fn is None else observe_fn(phi)
 
-        phi, info = inner_loop(
-            lambda phi, _: objective(phi),
+    def minimise(function, start, num_steps):
+        return inner_loop(
+            lambda phi, _: function(phi),
             rule,
             start,
             None,
@@ -78,6 +82,14 @@ def proximal_solution(
             inner_grad=jax.value_and_grad,
             observe_fn=observe,
         )
+
+    def solve(_, start):
+        if penalty_last:
+            phi, info = minimise(lambda phi: loss_fn(phi, support), start, num_steps)
+            phi, last = minimise(penalty, phi, 1)
+            observed = jax.tree.map(lambda old, new: old.at[-1].set(new[-1]), info.observed[1], last.observed[1])
+            return phi, InnerInfo(info.support_loss, observed)
+        phi, info = minimise(objective, start, num_steps)
         penalties, observed = info.observed
         return phi, InnerInfo(info.support_loss - penalties[:-1], observed)
 

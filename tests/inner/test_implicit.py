@@ -87,6 +87,35 @@ def test_damping_adds_to_the_strength_of_the_derivative_alone(x64):
     chex.assert_trees_all_close(jacobian, expected, rtol=1e-8)
 
 
+def test_with_the_penalty_last_the_steps_are_without_it_and_the_derivative_is_that_of_a_solution(x64):
+    support, theta = make_episode(jax.random.key(0)).support, THETA.astype(jnp.float64)
+    rate, damping = 0.3, 5.0
+    quadratic = Quadratic.of(support)
+
+    def ours(theta):
+        return solve(theta, support, num_steps=3, penalty_last=True, damping=damping, observe_fn=lambda phi: phi)
+
+    path = [theta]
+    for _ in range(3):
+        path.append(path[-1] - rate * (quadratic.hessian @ path[-1] - quadratic.offset))
+    after = path[-1] - rate * STRENGTH * (path[-1] - theta)
+    phi, info = ours(theta)
+    chex.assert_trees_all_close(phi, after, rtol=1e-12)
+    chex.assert_trees_all_close(info.observed, jnp.stack([*path[:-1], after]), rtol=1e-12)
+    chex.assert_trees_all_close(info.support_loss, jnp.stack([loss(phi, support) for phi in path[:-1]]), rtol=1e-12)
+    expected = jnp.linalg.inv(jnp.eye(4) + quadratic.hessian / (STRENGTH + damping))
+    chex.assert_trees_all_close(jax.jacrev(lambda theta: ours(theta)[0])(theta), expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_with_the_penalty_last_it_changes_nothing_where_no_step_was_taken(num_steps):
+    support = make_episode(jax.random.key(0)).support
+    phi, info = solve(THETA, support, num_steps=num_steps, penalty_last=True, observe_fn=lambda phi: phi)
+    assert bool(jnp.all(phi == THETA)) == (num_steps == 0)
+    chex.assert_shape(info.observed, (num_steps + 1, 4))
+    chex.assert_trees_all_equal(info.observed[-1], phi)
+
+
 @pytest.mark.parametrize("as_number", [float, jnp.float32])
 def test_parameters_of_several_dtypes_keep_them(as_number):
     theta = {"body": jnp.array([0.5, -1.0], jnp.bfloat16), "head": jnp.array([2.0, 0.1])}
