@@ -138,13 +138,11 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
     """Accuracy after the steps of the test protocol, one row a command; flags that are not the paper's are named."""
     rows, of_method = [], relative_costs()
     for group in by_command(results).values():
-        config, algorithm = group[0]["config"], group[0]["algorithm"]
+        config = group[0]["config"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
         steps = len(accuracy[0]["mean"]) - 1
         cells = [runs.format_metric(a, scale=100) for a in accuracy]
-        paper = published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]))
-        if paper is None or not as_published(group[0]):
-            paper = ""
+        paper = published_accuracy(group[0], config["way"], config["shot"]) if as_published(group[0]) else ""
         minutes = statistics.fmean(result["seconds"]["train"] for result in group) / 60
         rows.append(
             [
@@ -161,7 +159,7 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
         if with_costs:
             milliseconds = 1000 * group[0]["seconds"]["train"] / group[0]["meta_steps"]
             is_measured = (config["way"], config["shot"], config["network"]) == (5, 1, "conv4")
-            relative = relative_cells(of_method.get(algorithm) if is_measured else None)
+            relative = relative_cells(of_method.get(group[0]["algorithm"]) if is_measured else None)
             rows[-1] += [f"{milliseconds:.0f}", *cost_cells(group[0]), *relative]
     header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
     header += ["ms each", "GFLOP a task", "MB", *RELATIVE_COSTS] if with_costs else []
@@ -171,7 +169,8 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
 def equal_budget(results: list[dict]) -> list[dict]:
     """The results of the papers' recipes in 5-way 1-shot with the most frequent smaller number of meta-steps."""
     task = {"way": 5, "shot": 1, "network": "conv4"}
-    shown = [result for result in results if has_smaller_budget(result) and task.items() <= result["config"].items()]
+    shorter = [result for result in results if has_smaller_budget(result) and not result["config"].get("inductive")]
+    shown = [result for result in shorter if task.items() <= result["config"].items()]
     steps = statistics.mode(result["meta_steps"] for result in shown) if shown else 0
     return [result for result in shown if result["meta_steps"] == steps]
 
@@ -217,7 +216,7 @@ def budget_table(results: list[dict]) -> str:
                 f"{group[0]['meta_steps']:,}",
                 str(config["meta_batch_size"]),
                 *relative_cells(of_method.get(algorithm)),
-                published.OMNIGLOT.get((algorithm, config["network"], config["way"], config["shot"]), ""),
+                published_accuracy(group[0], config["way"], config["shot"]),
             ]
         )
     header = ["", "accuracy, %", "seeds", "inner rate", "test steps", "meta-steps", "tasks each"]
@@ -247,7 +246,7 @@ def all_methods(results: list[dict]) -> list[dict]:
             key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"]
             groups[key].append((result, evaluation))
     records = []
-    for (algorithm, head, trained, flags, _), group in groups.items():
+    for (_, head, trained, flags, _), group in groups.items():
         first, accuracy, paper = group[0][0], defaultdict(list), {}
         trainings, minutes = defaultdict(list), defaultdict(list)
         for result, evaluation in group:
@@ -256,9 +255,7 @@ def all_methods(results: list[dict]) -> list[dict]:
             minutes[setting].append(result["seconds"]["train"] / 60)
             mean, ci95 = (evaluation["metrics"]["accuracy"][name][-1] for name in ("mean", "ci95"))
             accuracy[setting].append((mean, ci95))
-            of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
-            number = published.OMNIGLOT.get((of_head, result["config"]["network"], *setting))
-            if number and not departures(result):
+            if (number := published_accuracy(result, *setting, head=head)) and not departures(result):
                 paper[setting] = number
         parts = [head, f"trained {trained}" if trained else "", *(f"`{flag}`" for flag in flags)]
         name = ", ".join([*with_ensemble(first), *filter(None, parts)])
@@ -432,11 +429,19 @@ def variation(results: dict) -> list[str]:
 
 
 def departures(results: dict) -> list[str]:
-    """`variation` without the network of a published row, such as that of the "no conv" rows of MAML."""
+    """`variation` without the network and the test of a published row: "no conv" of MAML, inductive of Reptile."""
     config = results["config"]
-    row = results["algorithm"], config["network"], config["way"], config["shot"]
-    of_paper = [f"--network {config['network']}"] if row in published.OMNIGLOT else []
+    is_published = bool(published_accuracy(results, config["way"], config["shot"]))
+    of_paper = [f"--network {config['network']}", "--inductive"] if is_published else []
     return [flag for flag in variation(results) if flag not in of_paper]
+
+
+def published_accuracy(results: dict, way: int, shot: int, *, head: str = "") -> str:
+    """The published number for the algorithm, network and kind of test of a result; empty if there is none."""
+    algorithm, config = results["algorithm"], results["config"]
+    numbers = published.OMNIGLOT_INDUCTIVE if config.get("inductive") else published.OMNIGLOT
+    of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
+    return numbers.get((of_head, config["network"], way, shot), "")
 
 
 def as_published(results: dict) -> bool:

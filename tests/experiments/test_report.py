@@ -239,6 +239,11 @@ def test_equal_meta_steps_are_compared_with_measured_costs():
     whole = result("maml", 60000, shot=5)
     of_network = whole | {"config": whole["config"] | {"network": "mlp"}}
     assert "MAML in 5-way 5-shot (1,000 of 60,000)" in few_shot_report.shorter_trainings([*others, of_network])
+    inductive = result("reptile", 1000, inductive=True)
+    assert few_shot_report.equal_budget([*others, *equal, inductive]) == equal
+    assert few_shot_report.departures(inductive) == []
+    assert few_shot_report.departures(result("maml", 1000, inductive=True)) == ["--inductive"]
+    assert few_shot_report.published_accuracy(inductive, 5, 1) == published.OMNIGLOT_INDUCTIVE["reptile", "conv4", 5, 1]
     better = result("maml", 1000, seed=1) | {"metrics": {"accuracy": {"mean": [0.2, 0.8], "ci95": [0.01, 0.02]}}}
     of_seeds = few_shot_report.budget_table([*equal, better]).splitlines()[2].split(" | ")
     assert of_seeds[1:3] == ["75.00 (70.00–80.00)", "2"]
