@@ -261,7 +261,7 @@ def test_a_person_draws_symbols_and_sees_both_answers(server, files, browser):
     page.on("request", lambda request: visited.append(request.url))
     page.goto(server.address)
     message, rows = page.locator("#message"), page.locator(".symbol")
-    page.wait_for_function("document.getElementById('made-by').textContent")
+    page.wait_for_selector("#made-by:not(:empty)")
     assert "The network of MAML has 5 outputs." in page.locator("#outputs").inner_text()
     assert message.inner_text() == "Draw symbol A at least once, or remove it."
     page.get_by_label("remove symbol C").click()
@@ -313,7 +313,7 @@ def test_a_person_draws_symbols_and_sees_both_answers(server, files, browser):
 def test_a_finger_draws_too_and_the_example_is_complete(server, browser):
     page = browser.new_page(viewport={"width": 390, "height": 844}, has_touch=True)
     page.goto(server.address)
-    page.wait_for_function("document.getElementById('made-by').textContent")
+    page.wait_for_selector("#made-by:not(:empty)")
     first = page.locator(".symbol").nth(0)
     first.locator("canvas").nth(0).tap()  # a dot
     assert first.locator(".pad:not(.empty)").count() == 1
