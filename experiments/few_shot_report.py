@@ -36,7 +36,7 @@ tasks, and part of a difference may be the rate. The linear schedule of Reptile 
 these meta-steps, but the weights of the steps of MAML++ are annealed over 5,000. ANIL, Meta-SGD and Meta-Curvature
 have MAML's rate of 2; the paper of Meta-SGD, whose rates are learned, starts between 0.005 and 0.1, and with that it
 is at 89.6 here (see the variations). At a rate of 0.5 MAML is at 84.9, FOMAML at 86.1 and BOIL at 85.8, means of three
-seeds: small rates learn faster at first, and much of the differences below is the rate. The recipes of BOIL
+seeds: small rates learn faster at first, and the lead of BOIL in this table is that of its rate. The recipes of BOIL
 and CAVIA are ours. Reptile trains with 10 examples of a class, adapts scales and offsets of the normalisation, and
 its test characters are not turned; those of the others are. The accuracy is the mean over seeds, with the smallest
 and largest in parentheses; with one seed it has its 95 % interval over test episodes. The bars of the figure are the

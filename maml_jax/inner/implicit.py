@@ -44,7 +44,7 @@ def proximal_solution(
       num_cg_steps: steps of the conjugate gradients. They are exact if H has as many different eigenvalues.
       damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact only for δ = 0.
       penalty_last: whether the K steps minimise L_S alone, and one more, with a fresh state of `rule`, then minimises
-        the proximal term alone. The result is no solution, and the derivative is one by analogy.
+        the proximal term alone. The result solves no problem; its derivative is computed as if it solved this one.
       observe_fn: as in `inner_loop`. Its values are constants to the outer gradient. With `penalty_last`, the last
         of them is after the additional step.
 
