@@ -349,7 +349,7 @@ class Program(NamedTuple):
 
     Attributes:
       run: `(state, key) -> (state, info)`; with several seeds, states and keys have a leading axis of seeds.
-      temporary_bytes: its temporary memory on one device; None if it was not asked for.
+      temporary_bytes: its temporary memory on one device; None with several seeds, or if the tasks are streamed.
     """
 
     run: Callable[[MetaState, jax.Array], Any]
@@ -384,7 +384,7 @@ def program_of(
         return Program(streaming.make_train_loop(meta_step, sample_episode, **sizes))
     loop = make_train_loop(learner, optimizer, sample_episode, **sizes, **placed, donate=is_alone)
     if not is_alone:
-        return Program(over_seeds(loop, mesh))
+        return Program(over_seeds(loop, mesh, state, key))
     compiled = loop.lower(state, key).compile()
     temporary_bytes = compiled.memory_analysis().temp_size_in_bytes
     return Program(lambda state, key: compiled(state, key, *loop.data), temporary_bytes)
@@ -405,14 +405,17 @@ def record_of(info: MetaInfo, step: int, elapsed: float, is_skipped: bool) -> di
     return record | ({"skipped": int(np.sum(~np.isfinite(info.grad_norm)))} if is_skipped else {})
 
 
-def over_seeds(loop: StateProgram, mesh: jax.sharding.Mesh | None) -> Callable[[MetaState, jax.Array], Any]:
-    """The loop for states and keys with a leading axis of seeds, which are divided over the devices of a mesh."""
+def over_seeds(
+    loop: StateProgram, mesh: jax.sharding.Mesh | None, states: MetaState, keys: jax.Array
+) -> Callable[[MetaState, jax.Array], Any]:
+    """Compiles the loop for states and keys with a leading axis of seeds, divided over the devices of a mesh."""
 
     def run(data: tuple, states_and_keys: tuple[MetaState, jax.Array]) -> Any:
         return jax.vmap(lambda state, key: loop.jitted(state, key, *data))(*states_and_keys)
 
     program = jax.jit(run if mesh is None else parallel.each_task(run, mesh, gather=False))
-    return lambda states, keys: program(loop.data, (states, keys))
+    compiled = program.lower(loop.data, (states, keys)).compile()
+    return lambda states, keys: compiled(loop.data, (states, keys))
 
 
 def initial_state(

@@ -7,7 +7,7 @@ import dataclasses
 import re
 import shutil
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -30,6 +30,7 @@ from experiments import (
     translation_report,
 )
 from experiments.commands import EXPERIMENTS, by_command, changed_flags, flags_but_seed
+from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
 PAGES = (HERE.parent / "README.md", HERE / "GUIDE.md")
@@ -154,30 +155,55 @@ def domain_table(results: list[dict]) -> str:
         )
         return f"{held_out} [{source}]"
 
-    groups = defaultdict(lambda: defaultdict(list))
-    in_columns = ("--data", "--held-out", "--num-meta-steps", "--seed")
-    for result in results:
-        config = result["config"]
-        flags = [f"`{flag}`" for flag in changed_flags(result) if not flag.startswith(in_columns)]
-        data = ", ".join([config["data"], *flags])
-        groups[data, config["held_out"], result["meta_steps"]][result["algorithm"]].append(result)
     names = sorted({result["algorithm"] for result in results}, key=list(domains.METHODS).index)
     rows = []
-    for (data, held_out, steps), by in sorted(groups.items()):
+    for (data, held_out), by in _domain_rows(results):
         cells = (cell(by[name]) if name in by else "" for name in names)
         differences = (_paired(by, part) for part in ("metrics", "source_validation"))
-        rows.append([data, held_out, *cells, *differences, _operations(by), f"{steps:,}", _seeds(by)])
-    more = ["MLDG more than ERM", "the same on the sources", "operations of MLDG, x ERM"]
-    header = ["data", "held out", *map(figures.title, names), *more, "meta-steps", "seeds"]
-    return runs.markdown_table(header, rows)
+        steps = " / ".join(dict.fromkeys(f"{by[name][0]['meta_steps']:,}" for name in names if name in by))
+        rows.append([data, held_out, *cells, *differences, steps, _operations(by), _seeds(by)])
+    header = ["data", "held out", *map(figures.title, names), "MLDG more than ERM", "the same on the sources"]
+    return runs.markdown_table([*header, "meta-steps, MLDG / ERM", "operations of MLDG, x ERM", "seeds"], rows)
+
+
+def _domain_rows(results: list[dict]) -> list[tuple[tuple[str, str], dict[str, list[dict]]]]:
+    """The rows of the table of domains: data and held-out domain, and the results of each method.
+
+    MLDG is beside the ERM with as many meta-steps. Another ERM is beside the MLDG, at its defaults, that has the most
+    meta-steps below its own.
+    """
+    of_method = {cli.flag(field.name) for field in dataclasses.fields(CATALOGUE["mldg"].hyperparameters)}
+    in_columns = ("--data", "--held-out", "--num-meta-steps", "--seed")
+    groups = defaultdict(lambda: {"mldg": defaultdict(list), "erm": defaultdict(list)})
+    for result in results:
+        flags = [flag for flag in changed_flags(result) if not flag.startswith(in_columns)]
+        own = tuple(flag for flag in flags if flag.split()[0] in of_method)
+        shared = tuple(flag for flag in flags if flag not in own)
+        config = result["config"]
+        by = groups[config["data"], config["held_out"], shared]
+        by[result["algorithm"]][own, result["meta_steps"]].append(result)
+    rows = []
+    for (data, held_out, shared), by in sorted(groups.items()):
+        pairs = [(key, ((), key[1])) for key in sorted(by["mldg"])]
+        for key in sorted(by["erm"]):
+            if key not in by["mldg"]:
+                pairs.append((max((other for other in by["mldg"] if not other[0] and other < key), default=None), key))
+        for mldg, erm in pairs:
+            label = ", ".join([data, *(f"`{flag}`" for flag in (*shared, *(mldg or ((),))[0]))])
+            found = {"mldg": by["mldg"].get(mldg), "erm": by["erm"].get(erm)}
+            rows.append(((label, held_out), {name: group for name, group in found.items() if group}))
+    return rows
 
 
 def _operations(by_algorithm: dict[str, list[dict]]) -> str:
-    """The counted operations of a meta-step of MLDG, relative to one of ERM; empty if one was not counted."""
+    """The counted operations of the training of MLDG, relative to that of ERM; empty if one was not counted."""
     counted = [
         by_algorithm[name][0].get("execution", {}).get("flops") for name in ("mldg", "erm") if name in by_algorithm
     ]
-    return f"{counted[0] / counted[1]:.1f}" if len(counted) == 2 and all(counted) else ""
+    if len(counted) < 2 or not all(counted):
+        return ""
+    steps = [by_algorithm[name][0]["meta_steps"] for name in ("mldg", "erm")]
+    return f"{counted[0] * steps[0] / (counted[1] * steps[1]):.1f}"
 
 
 def _paired(by_algorithm: dict[str, list[dict]], part: str) -> str:
@@ -194,16 +220,46 @@ def _paired(by_algorithm: dict[str, list[dict]], part: str) -> str:
     return runs.format_mean(found["mean"][0], found["ci95"][0])
 
 
+def over_seeds(results: list[dict]) -> dict[str, dict]:
+    """The "methods" of one command of `experiments.hyperparameters`.
+
+    With several seeds the losses and accuracies are means over them, with the 95 % interval over seeds; what else there
+    is comes from the first.
+    """
+    first = results[0]["methods"]
+    if len(results) == 1:
+        return first
+    pooled = {name: dict(method) for name, method in first.items()}
+    for name, method in pooled.items():
+        for metric in ("heldout_loss", "test_loss", "test_accuracy", "test_loss_more"):
+            if metric in method:
+                # null, which stands for a number that is not finite, becomes NaN and null again
+                means = np.array([result["methods"][name][metric]["mean"] for result in results], float)
+                found = runs.finite(runs.mean_and_interval(means))
+                method[metric] = {measure: value[0] for measure, value in found.items()}
+    return pooled
+
+
+def _by_loss(methods: dict[str, dict]) -> list[str]:
+    """The names of the methods, the lowest test loss first and those that are not finite last."""
+    losses = {name: method["test_loss"]["mean"] for name, method in methods.items()}
+    return sorted(losses, key=lambda name: float("inf") if losses[name] is None else losses[name])
+
+
 def hyperparameter_summary(results: list[dict]) -> str:
-    """Who wins, and what a hypergradient costs."""
+    """Who wins, in how many seeds, and what a hypergradient costs."""
     sentences = []
-    for result in results:
-        losses = {name: method["test_loss"]["mean"] for name, method in result["methods"].items()}
-        losses = {name: loss for name, loss in losses.items() if loss is not None}  # not finite
-        best = [f"{name} ({losses[name]:.4f})" for name in sorted(losses, key=losses.get)[:2]]
+    for group in by_command(results).values():
+        methods = over_seeds(group)
+        losses = {name: methods[name]["test_loss"]["mean"] for name in _by_loss(methods)}
+        best = [f"{name} ({loss:.4f})" for name, loss in losses.items() if loss is not None][:2]
+        sentences.append(f"The lowest test loss is that of {', before '.join(best)}.")
+        if len(group) > 1:
+            wins = Counter(_by_loss(result["methods"])[0] for result in group)
+            counts = ", ".join(f"of {name} in {count}" for name, count in wins.most_common())
+            sentences.append(f"Of {len(group)} seeds, the lowest is that {counts}.")
         sentences.append(
-            f"The lowest test loss is that of {', before '.join(best)}. A run with its hypergradient takes "
-            f"{result['relative_flops']:.1f} times the operations of one without."
+            f"A run with its hypergradient takes {group[0]['relative_flops']:.1f} times the operations of one without."
         )
     return " ".join(sentences)
 
@@ -211,16 +267,17 @@ def hyperparameter_summary(results: list[dict]) -> str:
 def hyperparameter_table(results: list[dict]) -> str:
     """The loss of every way to choose hyperparameters, the best on the test digits first."""
     rows = []
-    for result in results:
-        methods = result["methods"]
-        for name in sorted(methods, key=lambda name: methods[name]["test_loss"]["mean"] or float("inf")):
+    for group in by_command(results).values():
+        methods = over_seeds(group)
+        for name in _by_loss(methods):
             method = methods[name]
             losses = (runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss"))
             accuracy = runs.format_mean(**method["test_accuracy"], scale=100)
             more = hyperparameters.format_more(method)
-            rows.append([name, *losses, more, accuracy, str(method["runs"]), f"{method['seconds']:.0f}"])
+            counts = f"{method['runs']}", f"{method['seconds']:.0f}", f"{len(group)}"
+            rows.append([name, *losses, more, accuracy, *counts])
     header = ["", "held-out loss", "test loss", "more than hypergradients", "test accuracy, %", "training runs"]
-    return runs.markdown_table([*header, "seconds to choose"], rows)
+    return runs.markdown_table([*header, "seconds to choose", "seeds"], rows)
 
 
 def _seeds(by_algorithm: dict[str, list[dict]]) -> str:
@@ -340,14 +397,20 @@ def domain_section(table: str) -> str:
 
 def hyperparameter_section(results: list[dict], table: str) -> str:
     """The text on learned hyperparameters, around its table, with its figures."""
+    if not results:
+        return ""
+    config = results[0]["config"]
+    of_validations = -(-config["num_meta_steps"] // config["val_every"]) * config["val_episodes"]
+    num_runs = results[0]["methods"]["hypergradients"]["runs"]
     return (
         "## Hyperparameters of a whole training run\n\nMade by `python -m experiments.hyperparameters`. A network is "
         "trained on digits for hundreds of mini-batches. Every method may use the same number of training runs; "
-        "hyperparameters are chosen by the held-out loss, and no choice used the test digits. The "
-        "seconds are those of searching, or of learning without its validations, which 40 of the 240 training runs "
-        "are. A candidate of a search is judged by one training run, learned hyperparameters by four. One seed; the "
-        "intervals are over training runs, and those of differences over pairs of runs with the same start and "
-        "batches. "
+        "hyperparameters are chosen by the held-out loss, and no choice used the test digits. A candidate of a search "
+        f"is judged by one training run, learned hyperparameters by {config['val_episodes']}: {of_validations} of the "
+        f"{num_runs} training runs are validations. A seed divides the digits, draws weights and mini-batches of all "
+        "runs, and begins the random search. With several seeds the numbers are means over them with the interval over "
+        "seeds, and differences are paired by seed; with one the intervals are over training runs. The seconds, which "
+        "leave out validations, and the schedules of the figure are those of the first seed. "
         f"{hyperparameter_summary(results)}\n\n{table}\n\n"
         "![the learned schedules](figures/hyperparameters.png)\n\n"
         "![memory of a hypergradient](figures/hyperparameters_memory.png)\n\n"
@@ -376,9 +439,9 @@ def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[st
         figures.roc(directory / "faces.png", faces.curves_of(faces_report.labelled(characters, flags_but_seed)))
     if of["translation"]:
         translation_report.draw(directory / "translation.png", of["translation"], flags_but_seed)
-    for result in of["hyperparameters"]:
-        figures.schedules(directory / "hyperparameters.png", result["methods"])
-        figures.memory(directory / "hyperparameters_memory.png", result["memory"])
+    if learned := of["hyperparameters"]:
+        figures.schedules(directory / "hyperparameters.png", over_seeds(learned))
+        figures.memory(directory / "hyperparameters_memory.png", learned[0]["memory"])
 
 
 def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:

@@ -45,8 +45,8 @@ def proximal_solution(
       damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact only for δ = 0.
       penalty_last: whether the K steps minimise L_S alone, and one more, with a fresh state of `rule`, then minimises
         the proximal term alone. The result solves no problem; its derivative is computed as if it solved this one.
-      observe_fn: as in `inner_loop`. Its values are constants to the outer gradient. With `penalty_last`, the last
-        of them is after the additional step.
+      observe_fn: as in `inner_loop`. Its values are constants to the outer gradient; integers are exact up to 2²⁴.
+        With `penalty_last`, the last of them is after the additional step.
 
     Returns:
       φ_K and an `InnerInfo`; `support_loss` [K] is L_S without the proximal term.
@@ -88,10 +88,10 @@ def proximal_solution(
             phi, info = minimise(lambda phi: loss_fn(phi, support), start, num_steps)
             phi, last = minimise(penalty, phi, 1)
             observed = jax.tree.map(lambda old, new: old.at[-1].set(new[-1]), info.observed[1], last.observed[1])
-            return phi, InnerInfo(info.support_loss, observed)
+            return phi, (info.support_loss, as_floating(observed))
         phi, info = minimise(objective, start, num_steps)
         penalties, observed = info.observed
-        return phi, InnerInfo(info.support_loss - penalties[:-1], observed)
+        return phi, (info.support_loss - penalties[:-1], as_floating(observed))
 
     def solve_linear(hessian_plus_strength, cotangent):
         def operator(u):
@@ -104,7 +104,16 @@ def proximal_solution(
         scaled = optax.tree.cast_like(jax.tree.map(lambda x: x / strength, cotangent), cotangent)
         return jax.lax.custom_linear_solve(operator, scaled, solve_scaled, symmetric=True)
 
-    return jax.lax.custom_root(jax.grad(objective), jax.lax.stop_gradient(params), solve, solve_linear, has_aux=True)
+    start = jax.lax.stop_gradient(params)
+    phi, (losses, observed) = jax.lax.custom_root(jax.grad(objective), start, solve, solve_linear, has_aux=True)
+    if observe_fn is not None:
+        observed = jax.tree.map(lambda x, like: x.astype(like.dtype), observed, jax.eval_shape(observe_fn, start))
+    return phi, InnerInfo(losses, observed)
+
+
+def as_floating(tree: ArrayTree) -> ArrayTree:
+    """Integers and truth values as floats, because `custom_root` gives every auxiliary value a tangent of its dtype."""
+    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float), tree)
 
 
 def check_strength(strength: float | jax.Array) -> None:

@@ -16,6 +16,7 @@ import optax
 import PIL.Image
 import PIL.ImageDraw
 import pytest
+from scipy import stats
 
 import maml_jax
 from experiments import cli, commands, common, few_shot_report, figures, omniglot, published, report, runs, sinusoid
@@ -264,6 +265,26 @@ def test_differences_of_domains_are_paired_by_seed():
     assert report.domain_table(results[:2]).splitlines()[2].split(" | ")[3] == ""
 
 
+def test_mldg_is_beside_the_erm_of_equal_meta_steps_and_of_equal_operations():
+    def result(algorithm, steps, accuracy, flops, **settings):
+        stored = json.loads((RESULTS / f"domains_{algorithm}_seed-0.json").read_text())
+        scores = {"accuracy": {"mean": [accuracy]}}
+        changes = {"meta_steps": steps, "metrics": scores, "source_validation": scores, "execution": {"flops": flops}}
+        return stored | changes | {"config": stored["config"] | settings | {"num_meta_steps": steps}}
+
+    results = [
+        result("mldg", 10, 0.5, 30), result("mldg", 10, 0.4, 30, inner_lr=0.1), result("mldg", 90, 0.9, 30),
+        result("erm", 10, 0.6, 10), result("erm", 30, 0.7, 10),
+    ]  # fmt: skip
+    rows = [line.strip("| ").split(" | ") for line in report.domain_table(results).splitlines()[2:]]
+    assert [[row[0], row[2][:5], row[3][:5], *row[-3:-1]] for row in rows] == [
+        ["rotated-omniglot", "50.00", "60.00", "10", "3.0"],
+        ["rotated-omniglot", "90.00", "", "90", ""],
+        ["rotated-omniglot, `--inner-lr 0.1`", "40.00", "60.00", "10", "3.0"],
+        ["rotated-omniglot", "50.00", "70.00", "10 / 30", "1.0"],
+    ]
+
+
 def test_runs_with_other_settings_have_rows_of_their_own():
     def stored(name):
         return json.loads((RESULTS / f"{name}.json").read_text())
@@ -300,6 +321,25 @@ def test_curves_of_other_settings_have_labels_of_their_own(tmp_path, monkeypatch
     monkeypatch.setattr(report.figures, "inner_curves", lambda file, curves: drawn.update(curves))
     report.draw(tmp_path, defaultdict(list, sinusoid=[*short, *waves, *fast]), {})
     assert drawn.keys() == {"maml", expected[0], expected[2]}
+
+
+def test_hyperparameters_of_several_seeds_are_averaged():
+    first = json.loads((RESULTS / "hyperparameters_hypergradient_seed-0.json").read_text())
+    second = json.loads(json.dumps(first))
+    second["config"]["seed"] = 1
+    second["methods"]["random search"]["test_loss"]["mean"] = 0.1
+    second["methods"]["random search"]["test_loss_more"]["mean"] = -0.1
+    assert report.over_seeds([first]) == first["methods"]
+    pooled = report.over_seeds([first, second])
+    one, found = first["methods"]["random search"]["test_loss"]["mean"], pooled["random search"]["test_loss"]
+    assert found["mean"] == pytest.approx((one + 0.1) / 2)
+    assert found["ci95"] == pytest.approx(stats.t.ppf(0.975, 1) * abs(one - 0.1) / 2)  # of two numbers
+    assert pooled["linear decay"]["test_loss"]["ci95"] == 0
+    text = report.hyperparameter_summary([first, second])
+    assert "Of 2 seeds, the lowest is that of hypergradients in 1, of random search in 1." in text
+    assert report.hyperparameter_table([first, second]).count(" | 2 |") == len(first["methods"])
+    second["methods"]["linear decay"]["test_loss"] = {"mean": None, "ci95": None}
+    assert "| linear decay | 0.1734 ± 0.0000 | not finite |" in report.hyperparameter_table([first, second])
 
 
 def test_a_method_that_diverged_does_not_win():

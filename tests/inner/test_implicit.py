@@ -163,6 +163,25 @@ def test_what_is_reported_is_the_support_loss_without_the_proximal_term(x64):
     chex.assert_trees_all_close(info.support_loss, info.observed[:-1], rtol=1e-10)
 
 
+@pytest.mark.parametrize("penalty_last", [False, True])
+def test_integers_may_be_observed_while_the_derivative_is_taken(penalty_last):
+    support = make_episode(jax.random.key(5)).support
+
+    def observe(phi):
+        return {"count": jnp.sum(phi > 0), "signs": phi > 0, "phi": phi}
+
+    def objective(theta):
+        phi, info = solve(theta, support, num_steps=3, penalty_last=penalty_last, observe_fn=observe)
+        return jnp.sum(phi**2), info.observed
+
+    gradient, observed = jax.grad(objective, has_aux=True)(THETA)
+    plain = jax.grad(lambda theta: jnp.sum(solve(theta, support, num_steps=3, penalty_last=penalty_last)[0] ** 2))
+    chex.assert_trees_all_equal(gradient, plain(THETA))
+    chex.assert_trees_all_equal_dtypes(observed, jax.eval_shape(observe, THETA))
+    chex.assert_trees_all_equal(observed["signs"], observed["phi"] > 0)
+    chex.assert_trees_all_equal(observed["count"], jnp.sum(observed["phi"] > 0, axis=1))
+
+
 @pytest.mark.parametrize("strength", [0.0, -1.0, float("nan")])
 def test_a_missing_proximal_term_is_an_error(strength):
     support = make_episode(jax.random.key(0)).support
