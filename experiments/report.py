@@ -252,8 +252,12 @@ def hyperparameter_summary(results: list[dict]) -> str:
     for group in by_command(results).values():
         methods = over_seeds(group)
         losses = {name: methods[name]["test_loss"]["mean"] for name in _by_loss(methods)}
-        best = [f"{name} ({loss:.4f})" for name, loss in losses.items() if loss is not None][:2]
-        sentences.append(f"The lowest test loss is that of {', before '.join(best)}.")
+        best = [name for name, loss in losses.items() if loss is not None][:2]
+        shown = ", before ".join(f"{name} ({losses[name]:.4f})" for name in best)
+        sentences.append(f"The lowest test loss is that of {shown}.")
+        differences = [methods[name]["test_loss_more"] for name in best if "test_loss_more" in methods[name]]
+        if len(best) == 2 and len(differences) == 1 and abs(differences[0]["mean"]) <= differences[0]["ci95"]:
+            sentences.append("Their difference is within its interval.")
         if len(group) > 1:
             wins = Counter(_by_loss(result["methods"])[0] for result in group)
             counts = ", ".join(f"of {name} in {count}" for name, count in wins.most_common())
