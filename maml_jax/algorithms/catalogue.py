@@ -309,7 +309,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             "Li et al., 2018",
             _build(mldg, of_settings=("beta", "num_held_out", "inner_grad")),
             DomainSplits,
-            # The rate is ours, for a small network from scratch: at 0.5 it hardly learns.
+            # The rate is ours, for a small network from scratch.
             {"domains": DomainSplits(inner_lr=0.02)},
         ),
         "erm": Entry(
