@@ -534,4 +534,5 @@ def show(results: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(METHODS, run, __doc__, about={"hypergradient": "Learns all of them (Maclaurin et al., 2015)."})
+    about = {"hypergradient": "Learns rates, momenta and penalties by their gradients (Maclaurin et al., 2015)."}
+    main(METHODS, run, __doc__, about=about)

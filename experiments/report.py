@@ -189,7 +189,8 @@ def _domain_rows(results: list[dict]) -> list[tuple[tuple[str, str], dict[str, l
             if key not in by["mldg"]:
                 pairs.append((max((other for other in by["mldg"] if not other[0] and other < key), default=None), key))
         for mldg, erm in pairs:
-            label = ", ".join([data, *(f"`{flag}`" for flag in (*shared, *(mldg or ((),))[0]))])
+            own = mldg[0] if mldg else ()
+            label = ", ".join([data, *(f"`{flag}`" for flag in (*shared, *own))])
             found = {"mldg": by["mldg"].get(mldg), "erm": by["erm"].get(erm)}
             rows.append(((label, held_out), {name: group for name, group in found.items() if group}))
     return rows
