@@ -426,9 +426,23 @@ def initial_state(
     mesh: jax.sharding.Mesh | None,
 ) -> MetaState:
     """The state at step 0, on all devices of the mesh; of `inputs` only shapes and dtypes matter."""
-    inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
-    state = jax.jit(lambda key: init_meta_state(learner, optimizer, key, inputs))(key)
+    state = jax.jit(_draw_state(learner, optimizer, inputs))(key)
     return state if mesh is None else jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
+
+
+def blank_state(
+    learner: LearnerOrSchedule, optimizer: optax.GradientTransformation | OuterRule, inputs: ArrayTree
+) -> MetaState:
+    """A state for `load_state` to fill if there is a checkpoint. Its parameters are zeros, and nothing is compiled."""
+    state = jax.eval_shape(_draw_state(learner, optimizer, inputs), jax.random.key(0))
+    return state._replace(params=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params))
+
+
+def _draw_state(
+    learner: LearnerOrSchedule, optimizer: optax.GradientTransformation | OuterRule, inputs: ArrayTree
+) -> Callable[[jax.Array], MetaState]:
+    inputs = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), inputs)
+    return lambda key: init_meta_state(learner, optimizer, key, inputs)
 
 
 def load_state(checkpoints: Path, state: MetaState, num_best: int = 1) -> dict[str, Any]:
@@ -442,7 +456,7 @@ def load_states(directories: Sequence[Path], states: Sequence[MetaState], num_be
 
     Args:
       directories: of the checkpoints of each seed; they need not exist.
-      states: the state at step 0 of each seed.
+      states: the state at step 0 of each seed, or a `blank_state` where there is a checkpoint.
       num_best: M, see `Training`.
 
     Returns:
@@ -498,8 +512,8 @@ def load_params(
       RunError: if the run has no checkpoint, or none of a validated state.
     """
     optimizer = outer_optimizer(config) if optimizer is None else optimizer
-    state = initial_state(learner, optimizer, inputs, streams(config.seed).init, mesh=None)
-    best = load_state(run_dir / "checkpoints", state, getattr(config, "ensemble", 1))["best"]
+    blank = blank_state(learner, optimizer, inputs)
+    best = load_state(run_dir / "checkpoints", blank, getattr(config, "ensemble", 1))["best"]
     if not np.isfinite(best["score"][0]):
         raise RunError(
             f"{run_dir} holds no checkpoint of a validated state; train longer, up to the first validation after "

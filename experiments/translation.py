@@ -419,11 +419,8 @@ def states_of(config: Config, setup: Setup, trained: runs.Trained) -> dict[str, 
     states = {"selected": (trained.best_step, trained.params)}
     if trained.best_step < config.num_meta_steps:
         training = setup.training
-        init_key = runs.streams(config.seed).init
-        start = common.initial_state(
-            training.learner, training.optimizer(config, None), training.inputs, init_key, None
-        )
-        last = common.load_state(config.run_dir / "checkpoints", start)["state"]
+        blank = common.blank_state(training.learner, training.optimizer(config, None), training.inputs)
+        last = common.load_state(config.run_dir / "checkpoints", blank)["state"]
         states["last"] = (int(last.step), last.params)
     return states
 

@@ -230,12 +230,10 @@ def test_float64_parameters_stay_float64(name, x64):
 
 
 @EVERY_ALGORITHM
-def test_gradients_are_finite_and_the_objective_is_the_same_with_and_without_jit(name):
+def test_the_objective_is_the_same_with_and_without_jit(name):
     learner = build(name, affine_model(Affine))
     meta_params = learner.init(jax.random.key(0), episode(name).support.inputs)
-    (jitted, _), grads = jax.jit(jax.value_and_grad(learner.objective, has_aux=True))(meta_params, episode(name))
-    chex.assert_tree_all_finite(grads)
-    assert optax.tree.norm(grads) > 0
+    jitted, _ = jax.jit(learner.objective)(meta_params, episode(name))
     plain, _ = learner.objective(meta_params, episode(name))
     chex.assert_trees_all_close(jitted, plain, rtol=1e-5, atol=1e-6)
 
@@ -332,7 +330,10 @@ def test_one_device_and_two_take_the_same_path_that_is_traced_once(name):
         )
         return jax.device_get((state, info, evaluation))
 
-    chex.assert_trees_all_close(results(2), results(1), rtol=1e-4, atol=1e-5)
+    _, info, _ = found = results(2)
+    assert info.finite.all()
+    assert (info.grad_norm > 0).all()
+    chex.assert_trees_all_close(found, results(1), rtol=1e-4, atol=1e-5)
 
 
 def noisy_model():

@@ -19,7 +19,6 @@ import train_worker
 
 from maml_jax import checkpoint
 
-KILLS = 20
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join((str(TESTS), str(TESTS.parent)))}
 
@@ -99,11 +98,12 @@ def assert_same(run_dir, whole, steps):
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
-def test_twenty_kills_at_random_moments_lose_nothing(tmp_path, forks):
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_lose_nothing(kills, tmp_path, forks):
     run_dir, whole = tmp_path / "killed", tmp_path / "whole"
-    reached, within = kill_again_and_again(forks, train_worker.train, run_dir, run_dir / "checkpoints", KILLS)
-    assert len(set(reached)) >= KILLS // 2
-    assert within, "no process was killed while it wrote a checkpoint"
+    reached, within = kill_again_and_again(forks, train_worker.train, run_dir, run_dir / "checkpoints", kills)
+    assert len(set(reached)) >= kills // 2
+    assert within or kills < 20, "no process was killed while it wrote a checkpoint"
     for directory in (run_dir, whole):
         finish(forks, train_worker.train, directory, reached[-1] + 3)
     assert_same(run_dir, whole, reached[-1] + 3)

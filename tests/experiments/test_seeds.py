@@ -114,29 +114,27 @@ def test_seeds_that_were_saved_at_different_steps_go_on_from_the_last_common_one
         assert logged(tmp_path / f"seed-{seed}") == logged(together[0] / f"seed-{seed}")
 
 
-@pytest.mark.parametrize("num_seeds", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_seeds_that_are_stopped_within_the_last_checkpoint_end_with_the_same_parameters(
-    num_seeds, tmp_path, monkeypatch
+    together, tmp_path, monkeypatch
 ):
     """Those that were saved last are not trained on without the others, which would round in another way."""
-    whole, stopped = (config_of(tmp_path / name, seeds=num_seeds) for name in ("whole", "stopped"))
-    sinusoid.run(whole)
+    whole, config = together[0], config_of(tmp_path, seeds=4)
     save = checkpoint.save
 
     def save_some(directory, step, tree, **keywords):
-        if step == 6 and directory.parent.name == f"seed-{2 + num_seeds}":
+        if step == 6 and directory.parent.name == "seed-6":
             raise KeyboardInterrupt
         save(directory, step, tree, **keywords)
 
     monkeypatch.setattr(checkpoint, "save", save_some)
     with pytest.raises(KeyboardInterrupt):
-        sinusoid.run(stopped)
+        sinusoid.run(config)
     monkeypatch.undo()
-    sinusoid.run(stopped)
-    for seed in range(3, 3 + num_seeds):
-        one, other = (runs.load(config.run_dir / f"seed-{seed}").params for config in (whole, stopped))
+    sinusoid.run(config)
+    for seed in range(3, 7):
+        one, other = (runs.load(run_dir / f"seed-{seed}").params for run_dir in (whole, tmp_path))
         jax.tree.map(np.testing.assert_array_equal, one, other)
-        assert logged(whole.run_dir / f"seed-{seed}") == logged(stopped.run_dir / f"seed-{seed}")
+        assert logged(whole / f"seed-{seed}") == logged(tmp_path / f"seed-{seed}")
 
 
 def test_more_seeds_leave_those_that_are_finished_as_they_are(together, tmp_path):
