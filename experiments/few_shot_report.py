@@ -48,7 +48,7 @@ BELOW_PUBLISHED = """Where a number is below the published one:
 - **Meta-SGD**, with all 60,000 meta-steps: the two intervals overlap. Its paper draws the first rates between 0.005
   and 0.1 (`--inner-lr 0.005 --inner-lr-max 0.1`), and ours are 2. After 1,000 meta-steps rates drawn from that range
   are 19 points ahead, after 5,000 they are at 96.7, and after all 60,000 at 98.87 ± 0.41, level with ours at 99.07. So
-  the rates at the start decide how fast it learns, and not where it ends.
+  with one seed each, the rates at the start decide how fast it learns, and not where it ends.
 - **MAML without convolutions** (`--network mlp`) in 5-shot is 1.0 below after the three test steps of the recipe.
   After one step, as in training, it is at 97.4, and the published 97.5 is within its interval.
 - **Reptile**, with all 100,000 meta-steps: the published number is within our interval. Inductively, the state that

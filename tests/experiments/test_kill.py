@@ -103,7 +103,8 @@ def test_kills_at_random_moments_lose_nothing(kills, tmp_path, forks):
     run_dir, whole = tmp_path / "killed", tmp_path / "whole"
     reached, within = kill_again_and_again(forks, train_worker.train, run_dir, run_dir / "checkpoints", kills)
     assert len(set(reached)) >= kills // 2
-    assert within or kills < 20, "no process was killed while it wrote a checkpoint"
+    if kills == 20:  # of fewer there may be none
+        assert within, "no process was killed while it wrote a checkpoint"
     for directory in (run_dir, whole):
         finish(forks, train_worker.train, directory, reached[-1] + 3)
     assert_same(run_dir, whole, reached[-1] + 3)
