@@ -124,8 +124,18 @@ def save(directory: str | Path, step: int, tree: ArrayTree, *, keep: int = 2) ->
             f"the checkpoint {path} cannot be written ({_reason(error)}); free some space, or choose another "
             "directory. Earlier checkpoints are as they were"
         ) from error
-    for old in [saved for saved in _steps(directory) if saved <= step][:-keep]:
+    for old in [saved for saved in steps(directory) if saved <= step][:-keep]:
         shutil.rmtree(directory / str(old))
+
+
+def steps(directory: str | Path) -> list[int]:
+    """The steps that have a checkpoint, damaged or not, in ascending order, as this process sees the directory.
+
+    Args:
+      directory: as given to `save`; it need not exist.
+    """
+    names = [entry.name for entry in Path(directory).expanduser().glob("*") if entry.is_dir()]
+    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def latest(directory: str | Path) -> int | None:
@@ -134,7 +144,7 @@ def latest(directory: str | Path) -> int | None:
     Args:
       directory: as given to `save`; it need not exist.
     """
-    return processes.on_process_zero(lambda: max(_steps(Path(directory).expanduser()), default=None))
+    return processes.on_process_zero(lambda: max(steps(directory), default=None))
 
 
 def exists(directory: str | Path, step: int) -> bool:
@@ -190,7 +200,7 @@ def restore_latest(directory: str | Path, like: ArrayTree) -> Restored | None:
 
     def read() -> tuple[int | None, list[int]]:
         damaged = []
-        for step in reversed(_steps(Path(directory).expanduser())):
+        for step in reversed(steps(directory)):
             try:
                 values.update(_read(directory, step, like))
                 return step, damaged
@@ -210,12 +220,6 @@ def _checkpointer() -> ocp.StandardCheckpointer:
     """A checkpointer for process 0 that does not wait for the other processes."""
     options = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
     return ocp.StandardCheckpointer(multiprocessing_options=options)
-
-
-def _steps(directory: Path) -> list[int]:
-    """The steps that have a checkpoint, in ascending order."""
-    names = [entry.name for entry in directory.glob("*") if entry.is_dir()]
-    return sorted(int(name) for name in names if re.fullmatch("0|[1-9][0-9]*", name))
 
 
 def _named_leaves(tree: ArrayTree) -> dict[str, Any]:

@@ -107,6 +107,11 @@ def evaluate_objective(
 def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stochastic) -> ArrayTree:
     """The metric [K+1] of one query set."""
     support, query = episode.support, episode.query
+    if any(jnp.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(query)):
+        raise ValueError(
+            "the query set of an episode is empty, so there is nothing to score; give a sample_episode that draws one "
+            "query or more"
+        )
 
     def observe(task_params):
         if one_query_at_a_time:
@@ -187,7 +192,7 @@ def _map_in_chunks(function: Callable, xs: jax.Array, size: int) -> ArrayTree:
     num_whole = len(xs) - rest
     parts = [jax.vmap(function)(xs[num_whole:])] if rest else []
     if num_whole:
-        chunks = jax.lax.map(jax.vmap(function), xs[:num_whole].reshape(-1, size))
+        chunks = jax.lax.map(jax.vmap(function), xs[:num_whole].reshape(-1, size, *xs.shape[1:]))
         parts.insert(0, jax.tree.map(lambda y: y.reshape(num_whole, *y.shape[2:]), chunks))
     return jax.tree.map(lambda *ys: jnp.concatenate(ys), *parts)
 

@@ -129,7 +129,7 @@ def _gradient_fn(learner, step, chunk_size, mesh) -> GradientFn:
     return lambda params, episodes: gradient((params, step), episodes)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class StateProgram:
     """A jitted function of the state, called as `program(state, argument) -> (state, info)`.
 

@@ -1,10 +1,9 @@
 """A trained classifier in one `.npz` file: its parameters, and the configuration that builds the learner again.
 
-The file holds float32 arrays and a text in JSON, so it is read without running any code that it contains. The
-parameters must be nested dictionaries of arrays; other pytrees go into a checkpoint (`maml_jax.checkpoint`).
+The file holds float32 arrays and a text in JSON, so it is read without running any code that it contains.
 
     learner, params, config = load_learner("omniglot_maml.npz")
-    task_params, info = learner.adapt(params, Batch(images, labels))
+    task_params, info = jax.jit(learner.adapt)(params, Batch(images, labels))
     outputs = learner.predict(task_params, new_images)
 """
 
@@ -35,6 +34,7 @@ from maml_jax.types import (
     check_positive,
     learner_at,
     predict_beside_support,
+    values_of,
 )
 
 INK = "ink 1.0, background 0.0"
@@ -156,7 +156,7 @@ class Portable(NamedTuple):
 
     Attributes:
       learner: with the inner steps of the test.
-      params: the meta-parameters, nested dictionaries of float32 arrays.
+      params: the meta-parameters, float32 arrays.
       config: how the learner was built.
     """
 
@@ -187,7 +187,7 @@ def save_learner(file: str | Path, params: ArrayTree, config: LearnerConfig, *, 
 
     Args:
       file: a name that ends in `.npz`. Its directory is made.
-      params: the meta-parameters: nested dictionaries of float32 arrays, as the learner of `config` has them.
+      params: the meta-parameters, float32 arrays in the structure that the learner of `config` has.
       config: how to build the learner.
       overwrite: whether an existing file is replaced.
 
@@ -297,8 +297,8 @@ def classify(loaded: Portable, support: Batch, inputs: jax.Array, *, one_at_a_ti
                 f"{name} must be floating images of shape {list(loaded.config.input_shape)} "
                 f"({loaded.config.input_values}), got {images.dtype}{list(jnp.shape(images))}"
             )
-        if loaded.config.input_values in (INK, PHOTOGRAPH) and not isinstance(images, jax.core.Tracer):
-            least, most = float(jnp.min(images, initial=0.0)), float(jnp.max(images, initial=0.0))
+        if loaded.config.input_values in (INK, PHOTOGRAPH) and (values := values_of(images)) is not None:
+            least, most = float(np.min(values, initial=0.0)), float(np.max(values, initial=0.0))
             if not (least >= 0.0 and most <= 1.0):
                 raise ValueError(
                     f"{name} must hold pixels from 0 to 1 ({loaded.config.input_values}), got numbers from {least:g} "
@@ -386,15 +386,8 @@ def _expected(config: LearnerConfig) -> ArrayTree:
 
 def _named_leaves(params: ArrayTree) -> dict[str, Any]:
     """The leaves by their path, such as "conv_0/kernel"."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not path or not all(isinstance(entry, jax.tree_util.DictKey) for entry in path):
-            raise ValueError(
-                f"the parameters must be nested dictionaries of arrays, and {jax.tree_util.keystr(path) or 'the tree'} "
-                "is none; save other pytrees with maml_jax.checkpoint"
-            )
-        leaves["/".join(str(entry.key) for entry in path)] = leaf
-    return leaves
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
 
 
 def _describe(array: Any) -> str:

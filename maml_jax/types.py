@@ -151,6 +151,7 @@ class MetaLearner(NamedTuple):
       init: `(key, inputs) -> meta_params`, where inputs [S, ...] show the shape of one support set.
       adapt: `(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`, what is deployed. Without a
         key it is deterministic. With one it may draw an order of the support set, and a stochastic model draws too.
+        Without `jax.jit` around it, the loop of the inner steps is compiled anew in every call.
       predict: `(task_params, inputs) -> outputs`, one output an input, [M, ...].
       objective: `(meta_params, episode) -> (scalar, info)`, how it is trained: what `jax.grad` is taken of.
     """
@@ -298,6 +299,14 @@ def check_integer(name: str, value: Any, at_least: int) -> int:
     return number
 
 
+def values_of(array: jax.Array) -> np.ndarray | None:
+    """The values of an array; None for one that is traced and has none yet."""
+    try:
+        return np.asarray(array)
+    except jax.errors.TracerArrayConversionError:
+        return None
+
+
 def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
     """Whether a real number, or every entry of an array, is finite and fulfils `condition`.
 
@@ -354,9 +363,7 @@ def check_classes(way: int, targets: jax.Array, name: str = "the support set") -
         )
     if len(targets) < way:
         raise ValueError(f"{name} has {len(targets)} examples of way={way} classes; give at least one of each class")
-    try:
-        labels = np.asarray(targets)
-    except jax.errors.TracerArrayConversionError:
+    if (labels := values_of(targets)) is None:
         return
     if wrong := sorted(set(labels.tolist()) - set(range(way))):
         raise ValueError(f"{name} has the label {wrong[0]}, which is none of 0..{way - 1}; number its classes from 0")
@@ -399,7 +406,7 @@ def as_floating(info: ArrayTree) -> ArrayTree:
 
 
 def at_least_float32(tree: ArrayTree) -> ArrayTree:
-    """Floating leaves of fewer than 32 bits as float32: a sum of many of them would round much, or overflow."""
+    """Leaves of fewer than 32 bits, and integers, as float32: a sum of many of them would round much, or overflow."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
 
 
@@ -436,7 +443,16 @@ def predict_beside_support(
     """The outputs [M, ...] for inputs [M, ...], each predicted with only the support set [S, ...] beside it.
 
     No output depends on another input then, whatever statistics of a batch the network uses.
+
+    Raises:
+      ValueError: if an input has another shape than an example of the support set.
     """
+    examples = [jax.tree.map(lambda x: jnp.shape(x)[1:], batch) for batch in (support_inputs, inputs)]
+    if examples[0] != examples[1]:
+        raise ValueError(
+            f"inputs of the shape {examples[1]} have no place beside a support set of examples {examples[0]}; predict "
+            "all of them together. A learner with data_per_step has no support set that inputs fit beside"
+        )
 
     def one(one_input):
         batch = jax.tree.map(lambda s, x: jnp.concatenate([s, x[None]]), support_inputs, one_input)

@@ -63,6 +63,13 @@ def test_chunks_do_not_matter(kwargs):
     chex.assert_trees_all_close(run(**kwargs), run(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 3])
+def test_a_key_without_a_type_is_a_key(chunk_size):
+    settings = {"metric_fn": half_mse, "num_episodes": 8, "chunk_size": chunk_size}
+    found = evaluate(LEARNER, THETA, make_episode, jax.random.PRNGKey(3), **settings)
+    chex.assert_trees_all_close(found, run(), rtol=1e-5)
+
+
 def test_a_mesh_does_not_matter():
     mesh = parallel.task_mesh(jax.devices()[:4])
     chex.assert_trees_all_close(jax.device_get(run(mesh=mesh)), jax.device_get(run()), rtol=1e-5)
@@ -202,6 +209,28 @@ def test_a_learner_that_does_not_observe_is_named():
 def test_a_metric_without_a_number_is_refused():
     with pytest.raises(ValueError, match="metric_fn returned None, in which there is no number"):
         evaluate(LEARNER, THETA, make_episode, KEY, metric_fn=lambda outputs, targets: None, num_episodes=2)
+
+
+def test_an_episode_without_queries_is_refused():
+    def without_queries(key):
+        drawn = make_episode(key)
+        return drawn._replace(query=jax.tree.map(lambda x: x[:0], drawn.query))
+
+    with pytest.raises(ValueError, match="the query set of an episode is empty, so there is nothing to score"):
+        evaluate(LEARNER, THETA, without_queries, KEY, metric_fn=half_mse, num_episodes=2)
+
+
+def test_queries_that_do_not_fit_beside_the_support_set_are_refused():
+    def in_steps(key):
+        drawn = make_episode(key)
+        return drawn._replace(support=jax.tree.map(lambda x: jnp.stack(NUM_STEPS * [x]), drawn.support))
+
+    rule = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": NUM_STEPS}
+    learner = maml(linear_model, half_mse, data_per_step=True, **rule)
+    settings = {"metric_fn": half_mse, "num_episodes": 2}
+    with pytest.raises(ValueError, match=r"no place beside a support set of examples .*data_per_step"):
+        evaluate(learner, THETA, in_steps, KEY, one_query_at_a_time=True, **settings)
+    assert np.isfinite(evaluate(learner, THETA, in_steps, KEY, **settings).mean).all()
 
 
 class Unhashable:

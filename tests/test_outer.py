@@ -116,6 +116,12 @@ def train(num_steps, state=None, **kwargs):
     return loop(state, jax.random.key(5))
 
 
+def test_a_program_may_be_part_of_another():
+    optimizer = optax.adam(0.05)
+    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=4, num_steps=3)
+    chex.assert_trees_all_close(jax.jit(loop)(state_of(optimizer), jax.random.key(5)), train(3), rtol=1e-6)
+
+
 def test_a_resumed_run_is_the_run_that_was_not_stopped():
     whole, whole_info = train(6)
     half, first_info = train(3)

@@ -216,7 +216,8 @@ def ensemble(learner: MetaLearner) -> MetaLearner:
 
     Returns:
       A `MetaLearner` whose meta-parameters and task parameters have a leading axis [M]. Its objective is the mean over
-      the members, without interaction.
+      the members, without interaction, and the `support_loss` of its info is [M, K]. Its `init` gives one member,
+      M = 1; stack trained states for more.
 
     References:
       Antoniou et al., 2019, section 5: the five best checkpoints in validation.

@@ -291,7 +291,7 @@ def _sequence_learner(embedding: Model, loss_fn: LossFn, way: int, cell: _Cell) 
         features = embedded(params, inputs, embedding_key)
         if order_key is not None:
             order = jax.random.permutation(order_key, len(targets))
-            features, targets = features[order], targets[order]
+            features, targets = features[order], jnp.asarray(targets)[order]
         labels = jax.nn.one_hot(targets, way, dtype=features.dtype)
         label_before = jnp.concatenate([jnp.zeros_like(labels[:1]), labels[:-1]])
         rest, added = split(params, jnp.concatenate([features, label_before], -1))

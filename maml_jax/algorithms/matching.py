@@ -90,7 +90,7 @@ def matching_networks(
         if num_reads:
             if order_key is not None:
                 order = jax.random.permutation(order_key, len(targets))
-                embedded, targets = embedded[order], targets[order]
+                embedded, targets = embedded[order], jnp.asarray(targets)[order]
             embedded = _in_context(meta_params["context"], embedded)
         return {"params": meta_params, "support": embedded, "one_hot": jax.nn.one_hot(targets, way, dtype=bool)}
 

@@ -109,7 +109,7 @@ def memory_module(
         order_key, embedding_key = (None, None) if key is None else jax.random.split(key)
         found = queries(params, inputs, embedding_key)
         order = _rounds(targets, way, order_key)
-        found, labels = found[order], targets[order].astype(jnp.int32)
+        found, labels = found[order], jnp.asarray(targets, jnp.int32)[order]
         memory, pairs = jax.lax.scan(
             lambda memory, example: _remember(memory, *example, num_neighbours),
             _empty(min(num_slots, len(targets)), found),

@@ -58,7 +58,8 @@ def mldg(
 
     F is the mean loss over the meta-train domains, and G that over the meta-test domains. With gradient descent of
     rate α the meta-gradient is ∇F(θ) + β (I − α∇²F(θ)) ∇G(θ − α∇F(θ)). The means are those of the paper. The authors'
-    code sums over domains: with V of D domains held out, its α is (D − V) α here, and its β is β V / (D − V).
+    code sums over domains. With V of D domains held out, its rate α corresponds to (D − V) α here, and its weight β to
+    β V / (D − V).
 
     The support set of an episode holds the source domains, [D, B, ...]: B examples of each of D domains, as
     `tasks.domains.make_sampler` draws them. The query set is not used in training. Each domain is a batch of its own

@@ -105,7 +105,7 @@ def reptile(
         params, state = meta_params, None
         if carry_state:
             first = jax.eval_shape(lambda params: inner_optimizer.init(select(params, where)[0]), meta_params["params"])
-            state = jax.tree.map(lambda x, like: x.astype(like.dtype), meta_params["inner_state"], first)
+            state = jax.tree.map(_as_inner_state, meta_params["inner_state"], first)
             params = meta_params["params"]
         # Batches and the model draw with different keys.
         order_key, model_key = (key, None) if key is None or not model.stochastic else jax.random.split(key)
@@ -153,6 +153,11 @@ def _as_meta_parameter(path: tuple, leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.float32)
 
 
+def _as_inner_state(leaf: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
+    """A meta-parameter as the part of the state that it carries. The mean of equal counters may be no whole number."""
+    return (jnp.round(leaf) if jnp.issubdtype(like.dtype, jnp.integer) else leaf).astype(like.dtype)
+
+
 def _draw_batches(support: Batch, batch_size: int | None, num_steps: int, key: PRNGKey | None) -> Batch | None:
     """Mini-batches with leaves [K, B, ...], or None for the whole support set in each step."""
     size = len(jax.tree.leaves(support)[0])
@@ -160,7 +165,7 @@ def _draw_batches(support: Batch, batch_size: int | None, num_steps: int, key: P
         return None
     # Without a key an adaptation is the same every time, as that of a stochastic model is.
     chosen = mini_batches(jax.random.key(0) if key is None else key, size, num_steps, batch_size)
-    return jax.tree.map(lambda x: x[chosen], support)
+    return jax.tree.map(lambda x: jnp.asarray(x)[chosen], support)
 
 
 def replace_inner_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -65,6 +65,7 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
         return pairs @ is_class / jnp.sum(is_class, 0)[None]
 
     def objective(meta_params, episode):
+        check_classes(way, episode.support.targets)
         inputs, targets = all_examples(episode)
         embedded = embed(embedding, meta_params["embedding"], inputs, episode.key)
         first, second = jnp.triu_indices(len(targets), k=1)

@@ -88,10 +88,10 @@ def proximal_solution(
             phi, info = minimise(lambda phi: loss_fn(phi, support), start, num_steps)
             phi, last = minimise(penalty, phi, 1)
             observed = jax.tree.map(lambda old, new: old.at[-1].set(new[-1]), info.observed[1], last.observed[1])
-            return phi, (info.support_loss, as_floating(observed))
+            return phi, (info.support_loss, _as_floats(observed))
         phi, info = minimise(objective, start, num_steps)
         penalties, observed = info.observed
-        return phi, (info.support_loss - penalties[:-1], as_floating(observed))
+        return phi, (info.support_loss - penalties[:-1], _as_floats(observed))
 
     def solve_linear(hessian_plus_strength, cotangent):
         def operator(u):
@@ -111,7 +111,7 @@ def proximal_solution(
     return phi, InnerInfo(losses, observed)
 
 
-def as_floating(tree: ArrayTree) -> ArrayTree:
+def _as_floats(tree: ArrayTree) -> ArrayTree:
     """Integers and truth values as floats, because `custom_root` gives every auxiliary value a tangent of its dtype."""
     return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else x.astype(float), tree)
 

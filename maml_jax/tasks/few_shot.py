@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maml_jax.tasks.pixels import scale_pixels
-from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer
+from maml_jax.types import Batch, Episode, PRNGKey, SampleEpisodeFn, check_integer, values_of
 
 
 def make_sampler(
@@ -348,8 +348,8 @@ def _on_device(images: jax.Array | Sequence[jax.Array], table: ClassTable) -> tu
         examples = np.concatenate([np.asarray(examples) for examples in images])
     else:
         examples = images.reshape(-1, *images.shape[2:])
-    if jnp.issubdtype(examples.dtype, jnp.floating) and not isinstance(examples, jax.core.Tracer):
-        finite = np.isfinite(np.asarray(examples)).reshape(len(examples), -1).all(1)
+    if jnp.issubdtype(examples.dtype, jnp.floating) and (values := values_of(examples)) is not None:
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
         if not finite.all():
             where = np.searchsorted(table.starts + table.counts, np.argmin(finite), side="right")
             raise ValueError(

@@ -263,6 +263,17 @@ def test_adaptation_reports_every_step_and_takes_a_key(name, num_steps):
     chex.assert_trees_all_close(info.support_loss, by_hand, rtol=1e-5)
 
 
+@EVERY_ALGORITHM
+@pytest.mark.parametrize("key", [None, jax.random.key(3)])
+def test_a_support_set_of_numpy_may_be_a_constant_of_the_program(name, key):
+    settings = {"batch_size": 2} if name == "reptile" else {}
+    learner, support = build(name, affine_model(Affine), **settings), episode(name).support
+    params, constants = learner.init(jax.random.key(1), support.inputs), jax.tree.map(np.asarray, support)
+    found = jax.make_jaxpr(lambda params: learner.adapt(params, constants, key=key)[0])(params)
+    expected = jax.make_jaxpr(lambda params, support: learner.adapt(params, support, key=key)[0])(params, support)
+    assert found.out_avals == expected.out_avals
+
+
 @pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in DRAWS_AN_ORDER])
 def test_the_order_of_the_support_set_does_not_matter(name, x64):
     # Iterating methods take all examples in each step here; Reptile's mini-batches go through them in order.

@@ -113,6 +113,18 @@ def test_with_several_tasks_the_next_state_is_the_mean_of_theirs(x64):
     chex.assert_trees_all_close(state.params["inner_state"][0].nu, (1 - 0.999) * jnp.mean(grads**2, 0), rtol=1e-6)
 
 
+def test_a_counter_of_steps_survives_the_mean_over_tasks():
+    # A compiled mean over 41 tasks multiplies by 1/41, and that of 41 times 8 is below 8.
+    rule = optax.adam(0.1, b1=0.0)
+    learner = reptile(linear_model, half_mse, inner_optimizer=rule, num_inner_steps=8, carry_state=True)
+    optimizer, episodes = replace_inner_state(optax.sgd(0.5)), make_episodes(jax.random.key(0), 41)
+    state = init_meta_state(learner, optimizer, jax.random.key(9), episodes.support.inputs[0])
+    meta_step = make_meta_step(learner, optimizer)
+    for _ in range(3):
+        state, _ = meta_step(state, episodes)
+    np.testing.assert_allclose(state.params["inner_state"][0].count, 24, rtol=1e-6)
+
+
 def test_a_carried_state_keeps_its_precision(x64):
     learner = reptile(linear_model, half_mse, inner_optimizer=optax.adam(0.1), num_inner_steps=1, carry_state=True)
     state = learner.init(jax.random.key(0), jnp.ones((2, 4), jnp.float64))["inner_state"][0]

@@ -37,6 +37,16 @@ def test_the_loss_by_hand(drawn):
     assert learner.objective(params, episode)[0] == pytest.approx(expected, rel=1e-10)
 
 
+def test_labels_that_are_no_indices_are_refused(drawn):
+    learner, params, episode = drawn
+    one_hot = episode._replace(
+        support=episode.support._replace(targets=jax.nn.one_hot(episode.support.targets, WAY)),
+        query=episode.query._replace(targets=jax.nn.one_hot(episode.query.targets, WAY)),
+    )
+    with pytest.raises(ValueError, match=r"must be integer class indices .* pass targets\.argmax"):
+        learner.objective(params, one_hot)
+
+
 def test_a_class_has_the_mean_logit_of_its_pairs(drawn):
     learner, params, episode = drawn
     task_params, _ = learner.adapt(params, episode.support)

@@ -72,6 +72,7 @@ def maml(tmp_path_factory):
     [
         ("maml", {"eval_inner_steps": 1, "adapt_norm": True, "norm_scale": True}),
         ("maml", {"eval_inner_steps": 1, "flatten": True, "population": True}),
+        ("reptile", {"eval_inner_steps": 1}),
         pytest.param("cavia", {"eval_inner_steps": 1}, marks=pytest.mark.slow),
         pytest.param("r2d2", {}, marks=pytest.mark.slow),
         ("protonets", {"pooling": False}),
