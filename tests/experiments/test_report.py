@@ -309,6 +309,9 @@ def test_runs_with_other_settings_have_rows_of_their_own():
     assert labels(report.sinusoid_table([rates], 5)) == ["Meta-SGD, `--inner-lr-max 0.1`"]
     photographs = next(json.loads(file.read_text()) for file in sorted(RESULTS.glob("images_fomaml_num*.json")))
     assert len(labels(few_shot_report.images_table([photographs, changed(photographs, size=84)]))) == 2
+    centroids = json.loads(next(RESULTS.glob("images_pretrained-classifier_*.json")).read_text())
+    rows = labels(few_shot_report.images_table([centroids, changed(centroids, shot=5, train_shot=5)]))
+    assert len(rows) == 2 * len({row.partition(", trained 5-shot")[0] for row in rows})
 
 
 def test_curves_of_other_settings_have_labels_of_their_own(tmp_path, monkeypatch):
