@@ -439,8 +439,22 @@ def main(
         set_up_jax(config.precision)
         if hasattr(config, "distributed"):
             processes.initialize(config.distributed, timeout_seconds=PROCESS_TIMEOUT_SECONDS)
-            console.quiet = jax.process_index() > 0
+        check_devices()
+        console.quiet = jax.process_index() > 0
         run(config)
+
+
+def check_devices() -> None:
+    """Raises RunError if JAX finds no device."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that a platform of the list could be used
+        wanted = jax.config.jax_platforms
+        reason = f" ({error})" if str(error) else ""
+        raise RunError(
+            f"JAX finds no device of JAX_PLATFORMS={wanted}{reason}; install the jax of this platform, or leave the "
+            "variable out"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -452,7 +466,7 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
     except KeyboardInterrupt:
         if os.environ.get("MAML_JAX_TRACEBACK"):
             raise
-        Console(stderr=True).print("stopped; a run goes on from its last checkpoint with the same command")
+        Console(stderr=True).print("stopped; a training goes on from its last checkpoint with the same command")
         sys.exit(128 + signal.SIGINT)
     except (
         RunError,

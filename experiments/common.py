@@ -565,7 +565,7 @@ def stop_requests(reached: Callable[[], int]) -> Iterator[list[int]]:
     def give_up() -> None:
         console.print(
             f"the compiled call or the validation after step {reached()} takes too long; stopped without it. The same "
-            "command resumes from the last checkpoint. A smaller --log-every makes calls shorter"
+            "command resumes from the last checkpoint. In a new run a smaller --log-every makes calls shorter"
         )
         os._exit(128 + requested[0])
 

@@ -3,11 +3,12 @@
 Runs may be finished or still training. Every run is tested anew, with the state that it has selected so far, on the
 same episodes. The differences of their scores, episode by episode, say which run is better, or that the episodes do not
 tell the two apart: by their mean (Student's t, paired), and by how often one is ahead (sign test), because a few
-episodes that diverge make a mean meaningless. The level is 5 %, adjusted for the number of tests. Runs whose tests
-differ in the split, the number of classes, examples or queries, or in what a prediction may see, are not tested against
-each other. Of two directories of several seeds, the runs of the same seed are compared, and then their differences over
-the seeds. Runs of navigation are tested at the same goals, and those of bandits, mdps and mazes on the same tasks. Of
-faces and translation only the settings, the learning curves and the reported numbers are shown.
+episodes that diverge make a mean meaningless. Each of the two kinds of test has the level 5 %, adjusted for their
+number. Runs whose tests differ in the split, the number of classes, examples or queries, or in what a prediction may
+see, are not tested against each other. Of two directories of several seeds, the runs of the same seed are compared, and
+then their differences over the seeds. Runs of navigation are tested at the same goals, and those of bandits, mdps and
+mazes on the same tasks. Of faces and translation only the settings, the learning curves and the reported numbers are
+shown.
 """
 
 import dataclasses
@@ -252,7 +253,8 @@ def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | No
 
     Returns:
       For each pair of directories and each task that two or more seeds of both were tested on: "a", "b", "task",
-      "metric", "seeds" (how many), the mean "difference", its "ci95" and "p" (Student's t over seeds), and "sentence".
+      "metric", "seeds" (how many), the mean "difference", its "ci95", "p" (Student's t over seeds), "p_holm" (adjusted
+      for the number of records) and "sentence".
     """
     found: dict[tuple[str, str, str, str], list[float]] = {}
     for pair in pairs:
@@ -263,19 +265,26 @@ def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | No
     for (a, b, task, name), differences in found.items():
         if len(differences) < 2:
             continue
-        metric = metric_of(name)
         test = paired_test(np.array(differences), np.zeros(len(differences)))
-        mean, ci95 = test.mean * metric.scale, test.ci95 * metric.scale
-        better, worse = (a, b) if metric.is_better(mean) else (b, a)
-        verdict = f"{better} is better than {worse}" if test.p < LEVEL else f"{a} and {b} cannot be told apart"
-        text = (
-            f"Over {len(differences)} seeds {verdict}, {task}; mean {name} of {a} minus that of {b}: "
-            f"{number(mean)}{metric.unit} (95 % interval {number(mean - ci95)} to {number(mean + ci95)}, "
-            f"p = {test.p:.2g})."
-        )
         records.append({"a": a, "b": b, "task": task, "metric": name, "seeds": len(differences)})
-        records[-1] |= {"difference": test.mean, "ci95": test.ci95, "p": test.p, "sentence": text}
+        records[-1] |= {"difference": test.mean, "ci95": test.ci95, "p": test.p}
+    for record, adjusted in zip(records, holm([record["p"] for record in records]), strict=True):
+        record["p_holm"] = adjusted
+        record["sentence"] = sentence_over_seeds(record, len(records))
     return records
+
+
+def sentence_over_seeds(record: Mapping[str, Any], num_tests: int) -> str:
+    """What a record of `over_seeds` has come to, in words; `num_tests` as in `sentence`."""
+    a, b, metric = record["a"], record["b"], metric_of(record["metric"])
+    mean, ci95 = record["difference"] * metric.scale, record["ci95"] * metric.scale
+    better, worse = (a, b) if metric.is_better(mean) else (b, a)
+    verdict = f"{better} is better than {worse}" if record["p_holm"] < LEVEL else f"{a} and {b} cannot be told apart"
+    return (
+        f"Over {record['seeds']} seeds {verdict}, {record['task']}; mean {metric.name} of {a} minus that of {b}: "
+        f"{number(mean)}{metric.unit} (95 % interval {number(mean - ci95)} to {number(mean + ci95)}, "
+        f"{_p(record, 'p', num_tests)})."
+    )
 
 
 def difference(a: np.ndarray, b: np.ndarray, metric: Metric) -> dict[str, Any]:

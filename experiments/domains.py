@@ -248,8 +248,13 @@ def training_of(config: Config, examples: Examples | None = None) -> Training:
         learner,
         domains.make_sampler(examples.train, batch_size=config.shot),
         lambda params: float(score(learner, params, validation).mean()),
-        data_digest=runs.digest([batch.inputs] for batch in (*examples.train, *examples.val, examples.test)),
+        data_digest=digest_of(examples),
     )
+
+
+def digest_of(examples: Examples) -> str:
+    """The checksum of the data of a run."""
+    return runs.digest([batch.inputs] for batch in (*examples.train, *examples.val, examples.test))
 
 
 def joined(batches: list[Batch]) -> Batch:

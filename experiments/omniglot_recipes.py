@@ -54,6 +54,7 @@ METHODS = methods("omniglot", Config)
 METHODS["reptile"] = dataclasses.replace(
     METHODS["reptile"],
     train_shot=10,
+    query_shot=1,
     meta_batch_size=5,
     num_meta_steps=None,
     outer_optimizer="sgd",

@@ -234,8 +234,9 @@ def domain_test(run: Run) -> Test:
 
     def score(num_episodes: int, seed: int) -> np.ndarray:
         learner, params, _ = runs.load(run.run_dir)
-        examples = domains.READERS[run.config.data](run.config).test
-        return domains.score(learner, params, examples)[:, None]
+        examples = domains.READERS[run.config.data](run.config)
+        runs.check_data(run.run_dir, domains.digest_of(examples))
+        return domains.score(learner, params, examples.test)[:, None]
 
     names = ("data", "held_out", *(["num_characters"] if run.config.data == "rotated-omniglot" else []))
     protocol = {name: getattr(run.config, name) for name in names}

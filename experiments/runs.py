@@ -23,7 +23,7 @@ import numpy as np
 from rich.console import Console
 from scipy.special import stdtrit
 
-from maml_jax import processes
+from maml_jax import checkpoint, processes
 from maml_jax.types import ArrayTree, Evaluation, MetaLearner
 
 console = Console(soft_wrap=True)
@@ -51,8 +51,10 @@ EXPERIMENTS = (
 """Experiments whose runs hold a learner that can be loaded."""
 DATA_FILE = "data.json"
 """The file of a run directory with the checksum of its data."""
+COPY = "restore it from a copy, because nothing else says what its checkpoints are of"
+"""The remedy for a damaged config.json."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
-"""Settings that may grow when a run is resumed; --num-meta-steps only if the outer rate does not depend on it."""
+"""Settings that may grow when a run is resumed, and go back; see `_may_change`."""
 
 
 class Streams(NamedTuple):
@@ -240,8 +242,9 @@ def experiment_of(run_dir: str | Path) -> Any:
     run_dir = Path(run_dir)
     check_is_run(run_dir)
     # Runs made before config.json named the experiment have it in their results.
-    files = [file for file in (run_dir / "config.json", run_dir / "results.json") if file.exists()]
-    name = next(filter(None, (read_record(file).get("experiment") for file in files)), None)
+    files = {"config.json": COPY, "results.json": "delete it"}
+    records = (read_record(run_dir / name, remedy) for name, remedy in files.items() if (run_dir / name).exists())
+    name = next(filter(None, (record.get("experiment") for record in records)), None)
     if str(name) not in EXPERIMENTS:
         raise RunError(f"{run_dir} is a run of {name}; only runs of {', '.join(EXPERIMENTS)} can be loaded")
     return importlib.import_module(f"experiments.{name}")
@@ -259,7 +262,8 @@ def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
     """
     file = run_dir / "config.json"
     check_is_run(run_dir)
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in read_record(file).items()}
+    record = read_record(file, COPY)
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
     wanted, found = getattr(next(iter(configs.values())), "experiment", None), stored.get("experiment")
     if found is not None and found != wanted:
         raise RunError(f"{run_dir} is a run of experiments.{found}; name one of experiments.{wanted}")
@@ -436,15 +440,7 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
             )
         if config_file.exists():
             found = {"experiment": wanted.get("experiment")} | read_record(config_file, "choose another --run-dir")
-            is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
-            extendable = EXTENDABLE if is_fixed else EXTENDABLE[1:]
-            differing = [
-                f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
-                for name in sorted((found.keys() | wanted.keys()) - set(IRRELEVANT))
-                if found.get(name) != wanted.get(name)
-                and not (name in extendable and isinstance(found.get(name), int) and found[name] < wanted[name])
-            ]
-            if differing:
+            if differing := differing_settings(found, wanted, _may_change(run_dir, found, wanted)):
                 raise RunError(
                     f"the run directory {run_dir} belongs to another configuration: {'; '.join(differing)}. Choose "
                     "another --run-dir, or give the same flags to resume"
@@ -457,18 +453,50 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
         yield
 
 
+def differing_settings(found: Mapping[str, Any], wanted: Mapping[str, Any], ignored: Iterable[str] = ()) -> list[str]:
+    """The settings that change results and differ from the stored ones, in words; without those of `ignored`."""
+    return [
+        f"{name} is {found.get(name)!r} there and {wanted.get(name)!r} here"
+        for name in sorted((found.keys() | wanted.keys()) - {*IRRELEVANT, *ignored})
+        if found.get(name) != wanted.get(name)
+    ]
+
+
+def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Those of `EXTENDABLE` that may be as wanted.
+
+    The number of meta-steps may be any that the training has not passed, if the outer rate does not depend on it. The
+    episodes of a test may become more, or those of results that were set aside.
+    """
+    if not all(isinstance(settings.get("num_meta_steps"), int) for settings in (found, wanted)):
+        return []
+    is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
+    is_ahead = all(step <= wanted["num_meta_steps"] for step in checkpoint.steps(run_dir / "checkpoints"))
+    steps = ["num_meta_steps"] if is_fixed and is_ahead else []
+    old, new = (settings.get("eval_episodes") for settings in (found, wanted))
+    is_known = _set_aside(run_dir, wanted).exists() and is_ahead
+    return [*steps, "eval_episodes"] if isinstance(old, int) and (old < new or is_known) else steps
+
+
+def _set_aside(run_dir: Path, settings: Mapping[str, Any]) -> Path:
+    """The file with the results of a run that has grown since."""
+    return run_dir / f"results_{'_'.join(str(settings.get(name)) for name in EXTENDABLE)}.json"
+
+
 def _set_aside_results(run_dir: Path, wanted: dict[str, Any]) -> None:
     """Keeps the results of a run that is to grow as results_STEPS_EPISODES.json, so that nothing takes them as its own.
+
+    Those of a run that goes back are taken from there.
 
     Args:
       run_dir: the directory of the run.
       wanted: its settings from now on.
     """
-    if (found := read_results(run_dir)) is None:
-        return
-    size = [found["config"].get(name) for name in EXTENDABLE]
-    if size != [wanted.get(name) for name in EXTENDABLE]:
-        (run_dir / "results.json").rename(run_dir / f"results_{'_'.join(map(str, size))}.json")
+    file, before = run_dir / "results.json", _set_aside(run_dir, wanted)
+    if (found := read_results(run_dir)) is not None and _set_aside(run_dir, found["config"]) != before:
+        file.rename(_set_aside(run_dir, found["config"]))
+    if before.exists() and not file.exists():
+        before.rename(file)
 
 
 def check_data(run_dir: Path, data_digest: str | None) -> None:

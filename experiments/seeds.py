@@ -12,14 +12,19 @@ from rich.table import Table
 from experiments import figures
 from experiments.common import Member, Training, train_together
 from experiments.runs import (
+    COPY,
     RunError,
+    as_json,
     console,
     curve,
+    differing_settings,
     finite,
     format_mean,
     mean_and_interval,
     open_run,
+    read_record,
     read_results,
+    seed_directories,
     write_json,
 )
 from maml_jax import checkpoint
@@ -61,8 +66,8 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
       config: the settings. The seeds are `config.seed`, `config.seed + 1`, ...
 
     Raises:
-      RunError: if there are several processes, --wandb is given, the directory holds one run, or the unfinished seeds
-        have no checkpoint in common.
+      RunError: if there are several processes, --wandb is given, the directory holds one run or another seed with other
+        settings, or the unfinished seeds have no checkpoint in common.
 
     Returns:
       The content of seeds.json in the run directory: "seeds", their "results", "metrics" with the mean over seeds and
@@ -77,6 +82,13 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             f"{config.run_dir} holds one run; leave --seeds out to go on with it, or choose another --run-dir"
         )
     seeds = range(config.seed, config.seed + config.seeds)
+    for name in set(seed_directories(config.run_dir)) - {f"seed-{seed}" for seed in seeds}:
+        stored = read_record(config.run_dir / name / "config.json", COPY)
+        if differing := differing_settings(stored, as_json(config), ("seed",)):
+            raise RunError(
+                f"{config.run_dir} holds {name} of another configuration: {'; '.join(differing)}. Choose another "
+                "--run-dir, or give the flags of the other seeds"
+            )
     configs = [
         dataclasses.replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}") for seed in seeds
     ]

@@ -385,6 +385,8 @@ def test_methods_run(quick, tmp_path):
     assert rows["fomaml"]["times_fomaml"].median == rows["fomaml"]["flops_times_fomaml"] == 1
     # A step of the last layer alone has no backward pass through the convolutions in its inner loop.
     assert rows["fomaml"]["flops"] < rows["anil"]["flops"] < rows["maml"]["flops"]
+    methods.run(methods.Config(**quick, shot=2, methods=("fomaml",), num_tasks=1))
+    assert [row["method"] for row in result_of("methods_5-way_2-shot", tmp_path)["rows"]] == ["fomaml"]
     methods.run(methods.Config(**quick, workload="sinusoid", methods=("meta-sgd",), num_tasks=1))
     rows = {row["method"]: row for row in result_of("methods_sinusoid", tmp_path)["rows"]}
     assert list(rows) == ["fomaml", "meta-sgd"]

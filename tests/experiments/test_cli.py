@@ -158,7 +158,7 @@ def test_an_interruption_ends_in_a_sentence(capsys):
     with pytest.raises(SystemExit) as ended, cli.mistakes_in_one_paragraph():
         raise KeyboardInterrupt
     assert ended.value.code == 130
-    assert "a run goes on from its last checkpoint with the same command" in capsys.readouterr().err
+    assert "a training goes on from its last checkpoint with the same command" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -217,6 +217,17 @@ def test_a_device_without_memory_ends_in_a_paragraph(capsys):
     assert "with a smaller --chunk-size" in capsys.readouterr().err
     with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), cli.mistakes_in_one_paragraph():
         raise jax.errors.JaxRuntimeError("INTERNAL: this is a fault of the program")
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unknown backend: cuda")])
+def test_a_platform_without_a_device_is_named(error, monkeypatch):
+    def fail():
+        raise error
+
+    cli.check_devices()
+    monkeypatch.setattr(jax, "devices", fail)
+    with pytest.raises(RunError, match=f"JAX finds no device of JAX_PLATFORMS={jax.config.jax_platforms}"):
+        cli.check_devices()
 
 
 def test_a_mistake_is_explained_by_the_help_of_the_method(capsys):

@@ -219,6 +219,9 @@ def test_domains_are_compared_on_their_examples(drawings, tmp_path):
         assert one["mean"] == pytest.approx(reported["mean"])
         assert one["ci95"] == pytest.approx(reported["ci95"])
     assert "35 examples" in compared["pairs"][0]["sentence"]
+    (tmp_path / "erm" / runs.DATA_FILE).write_text(json.dumps({"sha256": "that of other data"}))
+    with pytest.raises(runs.RunError, match="was made with other data"):
+        run(tmp_path / "erm", tmp_path / "mldg")
 
 
 def test_a_run_that_is_still_training(waves, tmp_path, capsys):
@@ -349,6 +352,27 @@ def test_directories_of_several_seeds_are_compared_seed_by_seed_and_over_the_see
     compared = run(waves["maml"], second, "--episodes", 2)
     assert {(pair["a"], pair["b"]) for pair in compared["pairs"]} == {("maml", f"second/seed-{n}") for n in (0, 1)}
     assert compared["over_seeds"] == []
+
+
+def test_tests_over_seeds_are_adjusted_for_their_number():
+    differences = {"x": [1.0, 1.1, 1.05], "y": [1.0, 1.8, 1.4], "z": [-1.0, 1.0, 0.5]}
+    groups = {f"{name}{seed}": name for name in "abcd" for seed in range(3)}
+    pairs = [
+        {"a": f"a{seed}", "b": f"b{seed}", "task": task, "metric": "accuracy", "difference": difference}
+        for task, of_seeds in differences.items()
+        for seed, difference in enumerate(of_seeds)
+    ]
+    records = compare.over_seeds(pairs, groups)
+    p_values = [stats.ttest_1samp(of_seeds, 0.0).pvalue for of_seeds in differences.values()]
+    np.testing.assert_allclose([record["p"] for record in records], p_values)
+    np.testing.assert_allclose([record["p_holm"] for record in records], paired.holm(p_values))
+    assert p_values[1] < compare.LEVEL < records[1]["p_holm"]
+    assert ["is better than" in record["sentence"] for record in records] == [True, False, False]
+    assert f"adjusted {records[0]['p_holm']:.2g})" in records[0]["sentence"]
+    (alone,) = compare.over_seeds(pairs[3:6], groups)
+    assert alone["p"] == alone["p_holm"]
+    assert "Over 3 seeds a is better than b, y" in alone["sentence"]
+    assert "adjusted" not in alone["sentence"]
 
 
 def test_a_seed_is_not_compared_with_itself(waves, tmp_path):

@@ -277,6 +277,8 @@ def test_defaults_are_those_of_the_paper():
         reptile = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS["reptile"], way=way))
         assert reptile.num_meta_steps == steps
         assert [getattr(reptile.hyperparameters, name) for name in names] == of_paper
+        five = omniglot.with_paper_defaults(dataclasses.replace(omniglot.METHODS["reptile"], way=way, shot=5))
+        assert (reptile.query_shot, five.query_shot) == (1, 1)
         chosen = dataclasses.replace(reptile.hyperparameters, inner_lr=1e-3, batch_size=10)
         chosen = dataclasses.replace(reptile, hyperparameters=chosen, num_meta_steps=7)
         assert omniglot.with_paper_defaults(chosen) == chosen

@@ -46,8 +46,33 @@ def test_what_does_not_change_the_results_may_change_and_the_length_may_grow(tmp
     claim(tmp_path)
     claim(tmp_path, Config(data_dir="elsewhere", run_dir="here", num_meta_steps=20))
     assert json.loads((tmp_path / "config.json").read_text())["num_meta_steps"] == 20
+    (tmp_path / "checkpoints" / "15").mkdir(parents=True)
     with pytest.raises(runs.RunError, match="num_meta_steps is 20 there and 10 here"):
         claim(tmp_path)
+
+
+def test_a_length_that_was_a_slip_may_be_taken_back_before_the_training_passes_it(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        num_meta_steps: int = 10
+        eval_episodes: int = 6
+        outer_schedule: str = "constant"
+
+    results = {"experiment": "other", "config": dataclasses.asdict(Config()), "seed": 0}
+    claim(tmp_path, Config())
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    for slip in (Config(num_meta_steps=100), Config(eval_episodes=60), Config(100, 60)):
+        claim(tmp_path, slip)
+        assert runs.read_results(tmp_path) is None
+        claim(tmp_path, Config())
+        assert runs.read_results(tmp_path) == results
+    with pytest.raises(runs.RunError, match="eval_episodes is 6 there and 5 here"):
+        claim(tmp_path, Config(eval_episodes=5))
+    claim(tmp_path, Config(num_meta_steps=100))
+    (tmp_path / "checkpoints" / "11").mkdir()
+    with pytest.raises(runs.RunError, match="num_meta_steps is 100 there and 10 here"):
+        claim(tmp_path, Config())
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -55,6 +80,9 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"seed": ')
     with pytest.raises(runs.RunError, match=r"config\.json is damaged .*; choose another --run-dir"):
         claim(tmp_path)
+    for read in (runs.experiment_of, lambda run_dir: runs.stored_config(omniglot.METHODS, run_dir)):
+        with pytest.raises(runs.RunError, match=r"config\.json is damaged .*; restore it from a copy"):
+            read(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl", "results.json"])

@@ -154,6 +154,17 @@ def test_seeds_that_are_far_apart_are_not_trained_together(together, tmp_path):
     assert len(logged(tmp_path / "seed-3")) == 3
 
 
+def test_a_directory_of_seeds_has_one_configuration(together):
+    run_dir, _ = together
+    with pytest.raises(
+        runs.RunError, match=r"holds seed-[3-6] of another configuration: outer_lr is 0\.001 there and 0\.5"
+    ):
+        sinusoid.run(config_of(run_dir, seed=9, seeds=2, outer_lr=0.5))
+    with pytest.raises(runs.RunError, match=r"holds seed-[56] of another .*: num_meta_steps is 6 there and 8 here"):
+        sinusoid.run(config_of(run_dir, seeds=2, num_meta_steps=8))
+    assert sorted(runs.seed_directories(run_dir)) == ["seed-3", "seed-4", "seed-5", "seed-6"]
+
+
 def test_a_directory_is_one_run_or_several_seeds(together):
     with pytest.raises(runs.RunError, match=r"holds several seeds .*seed-3, .* give --seeds to go on with them"):
         sinusoid.run(config_of(together[0]))
