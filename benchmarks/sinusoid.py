@@ -271,7 +271,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
     rows = content["rows"]
     fastest = rows[OURS]["steps_per_second"]
     bounds = [
-        f"{name}: {row['flops_per_step'] / 1e6:.2f} MFLOP and {row['ops_per_step']:.0f} operations a meta-step, "
+        f"{name}: {row['flops_per_step'] / 1e6:.2f} MFLOP and {row['ops_per_step']:.0f} XLA instructions a meta-step, "
         f"{row['flops_per_step'] * row['steps_per_second'] / 1e9:.1f} GFLOP/s."
         for name, row in rows.items()
         if "flops_per_step" in row

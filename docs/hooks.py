@@ -3,7 +3,7 @@
 - Markdown pages and figures of experiments/ and benchmarks/ keep their paths, so their links to each other work.
 - Notebooks become pages.
 - Links of a page of docs/ are those of the repository. On the site, docs/ is the root, and notebooks are pages.
-- In a page of docs/, a line `{{ section: FILE # HEADING }}` becomes that section of a file of the repository.
+- In a page of docs/, a line `→ [HEADING](FILE#ANCHOR)` becomes that section of a file of the repository.
 """
 
 import base64
@@ -31,7 +31,7 @@ COPIED = (
 """Files of the repository that the site has at the same path."""
 NOTEBOOKS = "experiments/tutorials/*.ipynb"
 
-_SECTION = re.compile(r"^\{\{ section: (\S+) # (.+) \}\}$", re.MULTILINE)
+_SECTION = re.compile(r"^→ \[(.+)\]\((?:\.\./)*([^)#]+)#[^)]+\)$", re.MULTILINE)
 _FENCE = re.compile(r"^(?:```|~~~)")
 _LINK = re.compile(r"\]\((?![a-z]+:|#|/)([^)\s]+)\)")
 
@@ -53,7 +53,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     depth = page.file.src_uri.count("/")
     if Path(config.docs_dir, page.file.src_uri).is_file():
         markdown = markdown.replace("](../" + "../" * depth, "](" + "../" * depth).replace(".ipynb)", ".md)")
-    return _SECTION.sub(lambda match: section(ROOT / match[1], match[2], "../" * depth), markdown)
+    return _SECTION.sub(lambda match: section(ROOT / match[2], match[1], "../" * depth), markdown)
 
 
 def section(file: Path, heading: str, to_root: str = "") -> str:

@@ -66,8 +66,8 @@ class ClassificationConfig(RunConfig):
     flatten: bool = False
     """Whether the last layer of conv4 sees all positions, and not their mean. With --pooling it always does."""
     inductive: bool = False
-    """Whether validation and test classify one query at a time, with only the support set beside it. By default the
-    queries of an episode are normalised together, which is transductive."""
+    """Whether validation and test classify one query at a time, with only the support set beside it. Without this and
+    without --population the queries of an episode are normalised together, which is transductive."""
     population: bool = False
     """Whether validation and test normalise by the statistics of 1,000 training images. No prediction then depends on
     other queries, as with the running averages of other libraries."""

@@ -599,7 +599,7 @@ def test_report_fills_in_what_was_measured(tmp_path):
     assert text.startswith("before\n<!-- sinusoid -->\n")
     assert text.endswith("<!-- end -->\nafter <!-- other -->kept<!-- end -->\n")
     assert f"| {sinusoid.OURS} | 500 | 1.0 | 2 (1-3) | 1.0 |" in text
-    assert "1.00 MFLOP and 100 operations a meta-step, 0.5 GFLOP/s" in text
+    assert "1.00 MFLOP and 100 XLA instructions a meta-step, 0.5 GFLOP/s" in text
     assert "Sampling is 100 of the operations and 100% of the time" in text
     assert "old" not in text
     report.write(readme, None, tmp_path)
