@@ -77,7 +77,7 @@ class Config(RunConfig):
     margin: float = 0.3
     """Margin of the triplet losses, with --losses cdt."""
     identities: int = 16
-    """Identities of each source domain in a meta-step."""
+    """Identities of each source domain in a meta-step; at most 6 with --data orl."""
     shot: int = 2
     """Images of each identity in a meta-step, in each source domain."""
     query_shot: Annotated[int | None, tyro.conf.Suppress] = None

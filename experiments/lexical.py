@@ -19,6 +19,9 @@ SMOOTHING = 0.75
 LEAST_COUNT = 3
 """A pair of subwords is a translation only if it occurs in at least so many sentence pairs."""
 
+MOST_DENSE = 1000
+"""A text of at most so many different subwords has a dense factorisation."""
+
 
 def word_vectors(sentences: Sequence[Sequence[int]], vocabulary: int, size: int) -> np.ndarray:
     """[V, Q], a vector of unit length for each subword of a text; 0 for those that it does not hold.
@@ -53,14 +56,25 @@ def word_vectors(sentences: Sequence[Sequence[int]], vocabulary: int, size: int)
             "the text holds no two subwords that occur together more often than by chance, so their vectors are not "
             "defined; give more or longer sentences"
         )
-    # A fixed start makes the factorisation the same in every run.
-    start = np.ones(vocabulary) / np.sqrt(vocabulary)
-    factors, values, _ = scipy.sparse.linalg.svds(positive, k=size, v0=start)
-    vectors = factors * np.sqrt(values)
+    vectors = _factors(positive, np.flatnonzero(of_word), size)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.where((of_word[:, None] > 0) & (lengths > 0), vectors / np.maximum(lengths, 1e-12), 0.0).astype(
         np.float32
     )
+
+
+def _factors(matrix: scipy.sparse.csr_matrix, occurring: np.ndarray, size: int) -> np.ndarray:
+    """[V, Q], U √Σ of the largest singular values of a matrix, whose other rows and columns than `occurring` are 0."""
+    if len(occurring) > MOST_DENSE:
+        # A fixed start makes the factorisation the same in every run.
+        start = np.ones(matrix.shape[0]) / np.sqrt(matrix.shape[0])
+        factors, values, _ = scipy.sparse.linalg.svds(matrix, k=size, v0=start)
+        return factors * np.sqrt(values)
+    # ARPACK goes on from random vectors where a matrix has too few singular values, as that of a short text may.
+    factors, values, _ = np.linalg.svd(matrix[occurring][:, occurring].toarray())
+    vectors, count = np.zeros((matrix.shape[0], size)), min(size, len(values))
+    vectors[occurring, :count] = factors[:, :count] * np.sqrt(values[:count])
+    return vectors
 
 
 def translations(source: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -430,8 +430,9 @@ def draw_behaviour(
     The rates are by default chosen on validation goals.
     """
     found, rates = [], on_validation_goals(config, params)[0] if rates is None else rates
+    own_key = jax.random.fold_in(runs.streams(seed).test, 3)  # the test splits its stream into the keys 0, 1 and 2
     for index, goal in enumerate(published_goals()[:num_goals]):
-        key = jax.random.fold_in(runs.streams(seed).test, index)
+        key = jax.random.fold_in(own_key, index)
         support, query = collect(config, params, goal, key, jnp.array(rates, jnp.float32), len(rates), 10)
         batches = [jax.tree.map(lambda x, k=k: x[k], support) for k in range(len(rates))] + [query]
         found.append({"goal": np.asarray(goal), "paths": np.stack([positions(batch) for batch in batches])})

@@ -261,6 +261,11 @@ def read(settings: TextSettings) -> Text:
     for language in low:
         for part in ("val", *(("test",) if language in settings.held_out else ())):
             corpus.lines(part, language)
+        if settings.dev_pairs > (count := len(corpus.lines("val", language))):
+            raise ValueError(
+                f"--dev-pairs {settings.dev_pairs} exceeds the {count} sentences of {language} for validation; "
+                "choose a smaller number"
+            )
     num_lines = len(train[ENGLISH])
     first_of_pool = num_lines - settings.pool_lines
     if first_of_pool < 1:
@@ -316,11 +321,6 @@ def _language(
 ) -> Language:
     pool = (corpus.lines("train", name)[first_of_pool:] for name in (language, ENGLISH))
     dev = [corpus.lines("val", name) for name in (language, ENGLISH)]
-    if settings.dev_pairs > len(dev[0]):
-        raise ValueError(
-            f"--dev-pairs {settings.dev_pairs} exceeds the {len(dev[0])} sentences of {language} for validation; "
-            "choose a smaller number"
-        )
     dev = [lines[: settings.dev_pairs] for lines in dev]
     test = dev
     if language in settings.held_out:

@@ -182,6 +182,11 @@ class Config(RunConfig):
                 seen[name] = role
         if self.pretrain_steps and self.algorithm == "pretrained":
             raise ValueError("--pretrain-steps is for methods with inner steps; pretrained has none")
+        if self.pretrain_steps and self.pretrain_steps >= self.num_meta_steps:
+            raise ValueError(
+                f"--pretrain-steps {self.pretrain_steps} leave no step of --num-meta-steps {self.num_meta_steps} to "
+                f"{self.algorithm}; choose fewer, or the method pretrained"
+            )
 
 
 METHODS = {

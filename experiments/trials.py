@@ -336,7 +336,7 @@ def greedy_reward(
 def of_episodes(problem: Problem, task: ArrayTree, trial: rl.Trial) -> Outcome:
     """What happened in each episode of one trial."""
     of_episode = (trial.episode[None] == jnp.arange(problem.num_episodes)[:, None]) * trial.mask[None]
-    return Outcome(*(of_episode @ values for values in (trial.reward, trial.mask, trial.done)))
+    return Outcome(*(jnp.sum(of_episode * values[None], 1) for values in (trial.reward, trial.mask, trial.done)))
 
 
 def through_trials(

@@ -150,6 +150,7 @@ def training_run(
     """
     num_steps = len(chosen)
     check_segments(num_steps, num_segments, truncation)
+    training_set = jax.tree.map(jnp.asarray, training_set)
 
     def mini_batch_loss(weights: Weights, training_set: Batch, step: Steps) -> jax.Array:
         inputs, targets = jax.tree.map(lambda x: x[step.chosen], training_set)

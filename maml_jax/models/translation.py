@@ -98,7 +98,7 @@ class _SourceVectors(nn.Module):
         scores = (sentences.vectors @ align.T) @ keys.T / self.lexicon.temperature
         known = jnp.any(sentences.vectors != 0, axis=-1, keepdims=True)
         shared = jnp.where(known, jax.nn.softmax(scores) @ universal, 0.0)
-        return shared + own[sentences.tokens]
+        return shared + jnp.asarray(own)[sentences.tokens]
 
 
 class _Attention(nn.Module):

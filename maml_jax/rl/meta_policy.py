@@ -144,7 +144,7 @@ def clipped_epochs(
                 batch = episodes
             (loss, info), grads = gradient_fn(params, batch)
             if max_kl is not None:
-                may_go_on &= _kl_of(info) <= max_kl
+                may_go_on &= ~(_kl_of(info) > max_kl)  # what is not finite goes to the optimiser
             new = optax_step(optimizer, gradient_fn, params, batch, loss, grads, opt_state)
             params, opt_state = jax.tree.map(lambda a, b: jnp.where(may_go_on, a, b), new, (params, opt_state))
             return (params, opt_state, may_go_on, order), (loss, optax.tree.norm(at_least_float32(grads)), info)

@@ -43,6 +43,7 @@ def rollout(
     """
     num_trajectories = check_integer("num_trajectories", num_trajectories, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
+    task = jax.tree.map(jnp.asarray, task)  # an environment may index it by what is traced
     reset_key, act_key = jax.random.split(key)
     state, observation = jax.vmap(environment.reset, (None, 0))(task, jax.random.split(reset_key, num_trajectories))
     check_environment(environment, task, jax.eval_shape(policy, observation), state, observation)

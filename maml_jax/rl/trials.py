@@ -215,6 +215,7 @@ def run_trial(
     """
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
+    task = jax.tree.map(jnp.asarray, task)  # an environment may index it by what is traced
     reset_key, act_key = jax.random.split(key)
     state, observation = jax.tree.map(jnp.asarray, environment.reset(task, reset_key))
     one = Categorical(jnp.zeros((1, policy.num_actions)))

@@ -53,6 +53,16 @@ def distance(a, b):
     return optax.tree.norm(optax.tree.sub(a, b)) / optax.tree.norm(b)
 
 
+def test_the_training_set_may_be_of_numpy(problem):
+    model, data, network, chosen, start = problem
+    data, settings = jax.tree.map(np.asarray, data), {"num_segments": 1, "inner_grad": jax.value_and_grad}
+
+    def train(hyperparameters):
+        return training_run(model, losses.cross_entropy, hyperparameters, network, data, chosen, **settings)[0]
+
+    chex.assert_trees_all_equal_shapes(jax.eval_shape(train, start), network)
+
+
 def test_hypergradient_agrees_with_finite_differences(problem):
     check_grads(query_loss(problem, num_segments=3), (problem[-1],), order=1, modes=["rev"], rtol=1e-6, atol=1e-8)
     _, gradient = gradient_of(problem, num_segments=3)

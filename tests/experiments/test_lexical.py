@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from experiments import lexical
 
@@ -31,7 +32,9 @@ def test_an_alignment_undoes_a_rotation():
     assert not len(rare)  # twice is not often enough
 
 
-def test_word_vectors_factorise_the_positive_information_of_neighbours():
+@pytest.mark.parametrize("most_dense", [0, lexical.MOST_DENSE])
+def test_word_vectors_factorise_the_positive_information_of_neighbours(most_dense, monkeypatch):
+    monkeypatch.setattr(lexical, "MOST_DENSE", most_dense)
     rng = np.random.default_rng(0)
     text = [rng.integers(4, 12, 6).tolist() for _ in range(40)]
     vectors = lexical.word_vectors(text, 13, 8)
@@ -49,3 +52,15 @@ def test_word_vectors_factorise_the_positive_information_of_neighbours():
     cosines = rows @ rows.T / np.outer(np.linalg.norm(rows, axis=1), np.linalg.norm(rows, axis=1))
     np.testing.assert_allclose(vectors[4:12] @ vectors[4:12].T, cosines, atol=1e-5)
     assert not np.any(vectors[[0, 1, 2, 3, 12]])
+
+
+def test_the_vectors_of_a_short_text_are_the_same_every_time():
+    rng = np.random.default_rng(0)
+    text = [rng.integers(4, 60, 6).tolist() for _ in range(5)]
+    first, again = (lexical.word_vectors(text, 3000, 64) for _ in range(2))
+    np.testing.assert_array_equal(first, again)
+    assert first.shape == (3000, 64)
+    occurring = np.unique(np.concatenate(text))
+    assert len(occurring) < 64
+    np.testing.assert_allclose(np.linalg.norm(first[occurring], axis=1), 1.0, rtol=1e-5)
+    assert not np.any(np.delete(first, occurring, axis=0))

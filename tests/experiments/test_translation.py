@@ -261,6 +261,11 @@ def test_settings_that_cannot_be_are_refused(corpus, settings, message):
         config_of(corpus, **settings)
 
 
+def test_pretraining_leaves_steps_to_the_method(corpus):
+    with pytest.raises(ValueError, match="--pretrain-steps 4 leave no step of --num-meta-steps 4 to fomaml"):
+        config_of(corpus, "fomaml", pretrain_steps=4, num_meta_steps=4)
+
+
 def test_pretraining_has_no_second_phase(corpus):
     with pytest.raises(ValueError, match="pretrained has none"):
         config_of(corpus, "pretrained", pretrain_steps=1)

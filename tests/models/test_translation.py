@@ -53,6 +53,13 @@ networks = pytest.mark.parametrize("name", ["transformer", "gru"])
 with_and_without_a_lexicon = pytest.mark.parametrize(("name", "lexical"), [("transformer", True), ("gru", False)])
 
 
+def test_parameters_may_be_constants_of_numpy():
+    translator = translators(lexical=True)["gru"]
+    params = jax.tree.map(np.asarray, noisy(translator, lexical=True))
+    logits = jax.eval_shape(lambda inputs: translator.model.apply(params, inputs), (sentences(SOURCE, True), TARGET))
+    assert logits.shape[:2] == TARGET.shape
+
+
 @with_and_without_a_lexicon
 def test_one_token_at_a_time_gives_the_logits_of_all_together(name, lexical, x64):
     translator = translators(lexical)[name]

@@ -287,6 +287,18 @@ def test_a_later_step_that_is_not_finite_shows_in_the_norm():
     assert not info.finite
 
 
+def test_the_optimiser_counts_the_steps_whose_divergence_is_not_finite():
+    def breaks(params, episodes):
+        (loss, info), grads = gradient_fn(params, episodes)
+        return (loss, info._replace(kl=jnp.full_like(info.kl, jnp.nan))), jax.tree.map(lambda g: g * jnp.nan, grads)
+
+    rule = rl.clipped_epochs(optax.apply_if_finite(optax.sgd(0.1), 9), num_epochs=2, max_kl=1.0)
+    params, state, info = rule.update(breaks, PARAMS, EPISODES, rule.init(PARAMS))
+    assert state["optimizer"].total_notfinite == 2
+    chex.assert_trees_all_equal(params, PARAMS)
+    assert not info.finite
+
+
 @pytest.mark.parametrize("optimizer", [optax.polyak_sgd(0.5), optax.contrib.reduce_on_plateau(patience=1)])
 def test_the_optimiser_gets_the_value_of_its_batch(optimizer):
     new, state, _ = update(rl.clipped_epochs(optimizer, num_epochs=1))

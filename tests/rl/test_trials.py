@@ -52,6 +52,21 @@ def test_episodes_follow_one_another_until_the_trial_ends(task):
     np.testing.assert_array_equal(found.done, ((np.arange(E * H) % length) == length - 1) * found.mask)
 
 
+def test_a_task_may_be_an_array_of_numpy():
+    # It is indexed by what is traced, which an array of NumPy cannot be.
+    def step(task, state, action, key):
+        return state + 1, jnp.zeros(1), task[action], state >= 1
+
+    def policy(seen):
+        return Categorical(jnp.zeros((len(seen), A)))
+
+    pays, task = ENVIRONMENT._replace(step=step), np.arange(A, dtype=np.float32)
+    found = rl.run_trial(pays, POLICY, PARAMS, task, jax.random.key(0), num_episodes=E, horizon=H)
+    np.testing.assert_array_equal(found.reward, found.action * found.mask)
+    found = rl.rollout(pays, policy, task, jax.random.key(0), num_trajectories=2, horizon=H)
+    np.testing.assert_array_equal(found.reward, found.action * found.mask)
+
+
 def test_the_horizon_ends_an_episode_that_is_not_done():
     found = trial(2, horizon=2)
     np.testing.assert_array_equal(found.episode, [0, 0, 1, 1, 2, 2])
