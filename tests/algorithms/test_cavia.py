@@ -5,9 +5,9 @@ import numpy as np
 import optax
 import pytest
 from jax.test_util import check_grads
-from linear_regression import ALPHA, Quadratic, half_mse, make_episode
+from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode
 
-from maml_jax import Batch, Episode, Model, cavia, losses, mixed_mode, models, with_context
+from maml_jax import Batch, Episode, Model, cavia, losses, maml, mixed_mode, models, with_context
 from maml_jax.tasks import sinusoid
 
 # A linear model whose context is added to the first weights: the inner problem is a regression on two inputs.
@@ -33,6 +33,22 @@ def test_meta_gradient_on_linear_regression(x64, inner_grad):
     grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
     expected = query.gradient(phi) - ALPHA * support.hessian @ first_two @ query.gradient(phi)
     chex.assert_trees_all_close(grad, expected, rtol=1e-12)
+
+
+def test_a_context_as_wide_as_the_parameters_is_maml(x64):
+    # With outputs X (θ + c) the context moves as the parameters would.
+    added = Model(
+        init=lambda key, pair: jax.random.normal(key, pair[0].shape[1:]),
+        apply=lambda params, pair: pair[0] @ (params + pair[1]),
+    )
+    settings = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": 3}
+    learner = cavia(added, half_mse, num_context=4, **settings)
+    plain = maml(linear_model, half_mse, **settings)
+    episode, theta = make_episode(jax.random.key(2)), jnp.array([0.5, -1.0, 2.0, 0.1])
+    task_params, _ = learner.adapt(theta, episode.support)
+    chex.assert_trees_all_close(theta + task_params["context"], plain.adapt(theta, episode.support)[0], rtol=1e-12)
+    found, expected = (jax.grad(one.objective, has_aux=True)(theta, episode)[0] for one in (learner, plain))
+    chex.assert_trees_all_close(found, expected, rtol=1e-12)
 
 
 def test_finite_differences_of_a_network(x64):

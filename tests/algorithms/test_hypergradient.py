@@ -141,6 +141,9 @@ def test_truncation_keeps_the_run_and_the_last_derivatives(problem):
         np.testing.assert_allclose(truncated.log_rates[name][-2:], full.log_rates[name][-2:], rtol=1e-11)
         assert np.abs(truncated.log_l2[name]) > 0
     np.testing.assert_array_equal(truncated.momentum_logits[:-2], 0.0)
+    np.testing.assert_allclose(truncated.momentum_logits[-2:], full.momentum_logits[-2:], rtol=1e-11)
+    # The strength acts in every step, and only its effect in the last two is differentiated.
+    assert all(np.abs(truncated.log_l2[name] - full.log_l2[name]) > 1e-3 * np.abs(full.log_l2[name]) for name in LAYERS)
 
 
 @pytest.mark.parametrize(("steps", "segments"), [(400, 20), (100, 10), (50, 5), (7, 1), (1, 1), (12, 3)])

@@ -6,7 +6,7 @@ import pytest
 from jax.test_util import check_grads
 from linear_regression import Quadratic, half_mse, linear_model, make_episode
 
-from maml_jax import imaml, losses, models
+from maml_jax import imaml, inner_loop, losses, models
 from maml_jax.tasks import sinusoid
 
 STRENGTH = 0.7
@@ -28,6 +28,50 @@ def test_meta_gradient_on_linear_regression(x64):
     grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
     expected = jnp.linalg.solve(jnp.eye(4) + support.hessian / STRENGTH, query.gradient(phi))
     chex.assert_trees_all_close(grad, expected, rtol=1e-8)
+
+
+@pytest.mark.parametrize("penalty_last", [False, True])
+def test_the_settings_of_the_authors_code_on_linear_regression(x64, penalty_last):
+    # With `penalty_last` three steps on L_S and one on the proximal term; damped, (I + A/(λ + δ))⁻¹ ∇L_Q(φ).
+    episode, theta = make_episode(jax.random.key(0)), jnp.array([0.5, -1.0, 2.0, 0.1], jnp.float64)
+    support, query, rate, damping = Quadratic.of(episode.support), Quadratic.of(episode.query), 0.3, 2.5
+    learner = imaml(
+        linear_model,
+        half_mse,
+        inner_optimizer=optax.sgd(rate),
+        num_inner_steps=3,
+        strength=STRENGTH,
+        num_cg_steps=4,
+        damping=damping,
+        penalty_last=penalty_last,
+    )
+    phi = theta
+    for _ in range(3):
+        phi = phi - rate * (support.gradient(phi) + (0.0 if penalty_last else STRENGTH * (phi - theta)))
+    if penalty_last:
+        phi = phi - rate * STRENGTH * (phi - theta)
+    chex.assert_trees_all_close(learner.adapt(theta, episode.support)[0], phi, rtol=1e-12)
+    grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
+    expected = jnp.linalg.solve(jnp.eye(4) + support.hessian / (STRENGTH + damping), query.gradient(phi))
+    chex.assert_trees_all_close(grad, expected, rtol=1e-8)
+
+
+def test_many_unrolled_steps_have_the_same_meta_gradient(x64):
+    # MAML differentiates the steps on the proximal objective, in which θ is the start and the centre.
+    episode, theta = make_episode(jax.random.key(3)), jnp.array([0.5, -1.0, 2.0, 0.1], jnp.float64)
+    learner = imaml(
+        linear_model, half_mse, inner_optimizer=optax.sgd(0.3), num_inner_steps=400, strength=STRENGTH, num_cg_steps=4
+    )
+
+    def unrolled(theta):
+        def proximal(phi, support):
+            return half_mse(support.inputs @ phi, support.targets) + STRENGTH / 2 * jnp.sum(jnp.square(phi - theta))
+
+        phi, _ = inner_loop(proximal, optax.sgd(0.3), theta, episode.support, num_steps=400)
+        return half_mse(episode.query.inputs @ phi, episode.query.targets)
+
+    grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
+    chex.assert_trees_all_close(grad, jax.grad(unrolled)(theta), rtol=1e-8)
 
 
 def test_finite_differences_of_a_network_where_some_parameters_do_not_adapt(x64):

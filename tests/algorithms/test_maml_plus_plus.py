@@ -194,7 +194,10 @@ def test_an_ensemble_predicts_the_mean_of_its_members():
             learner, params, sample, jax.random.key(1), metric_fn=losses.mean_squared_error, num_episodes=4
         ).mean
 
-    loss, _ = ensemble(learner).objective(stacked, episode)
+    loss, info = ensemble(learner).objective(stacked, episode)
+    chex.assert_shape(info.support_loss, (3, 2))
+    one = ensemble(learner).init(jax.random.key(0), episode.support.inputs)
+    chex.assert_trees_all_equal(one, jax.tree.map(lambda x: x[None], members[0]))
     assert float(loss) == pytest.approx(sum(float(learner.objective(p, episode)[0]) for p in members) / 3, rel=1e-5)
     same = jax.tree.map(lambda x: jnp.stack([x, x]), members[0])
     chex.assert_trees_all_close(error(ensemble(learner), same), error(learner, members[0]), rtol=1e-5)

@@ -68,10 +68,10 @@ def test_each_inner_step_takes_its_mini_batch(x64):
 def test_a_support_set_that_fits_into_a_mini_batch_needs_no_key():
     episode = make_episode(jax.random.key(6))
     build = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": 3}
-    small, whole = (reptile(linear_model, half_mse, batch_size=size, **build) for size in (6, None))
-    chex.assert_trees_all_equal(
-        small.adapt(jnp.ones(4), episode.support)[0], whole.adapt(jnp.ones(4), episode.support)[0]
-    )
+    whole = reptile(linear_model, half_mse, **build).adapt(jnp.ones(4), episode.support)[0]
+    for size in (6, 10):
+        found = reptile(linear_model, half_mse, batch_size=size, **build).adapt(jnp.ones(4), episode.support)[0]
+        chex.assert_trees_all_equal(found, whole)
 
 
 def test_without_a_key_the_mini_batches_are_the_same_every_time():
@@ -136,6 +136,12 @@ def test_a_state_that_has_no_mean_is_not_carried():
     noisy = optax.chain(optax.add_noise(0.01, 0.55, jax.random.key(0)), optax.sgd(0.1))
     learner = reptile(linear_model, half_mse, inner_optimizer=noisy, num_inner_steps=1, carry_state=True)
     with pytest.raises(ValueError, match=r"carry_state=True cannot carry .*rng_key.* of the inner optimiser"):
+        learner.init(jax.random.key(0), jnp.ones((2, 4)))
+    counts = optax.GradientTransformation(
+        lambda params: {"of_parameter": jnp.zeros(params.shape, int)}, lambda updates, state, params: (updates, state)
+    )
+    learner = reptile(linear_model, half_mse, inner_optimizer=counts, num_inner_steps=1, carry_state=True)
+    with pytest.raises(ValueError, match=r"cannot carry \['of_parameter'\] of the inner optimiser, int32 \(4,\)"):
         learner.init(jax.random.key(0), jnp.ones((2, 4)))
 
 
