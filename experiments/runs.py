@@ -51,7 +51,7 @@ EXPERIMENTS = (
 """Experiments whose runs hold a learner that can be loaded."""
 DATA_FILE = "data.json"
 """The file of a run directory with the checksum of its data."""
-COPY = "restore it from a copy, because nothing else says what its checkpoints are of"
+CONFIG_REMEDY = "restore it from a copy, because nothing else says what its checkpoints are of"
 """The remedy for a damaged config.json."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed, and go back; see `_may_change`."""
@@ -242,7 +242,7 @@ def experiment_of(run_dir: str | Path) -> Any:
     run_dir = Path(run_dir)
     check_is_run(run_dir)
     # Runs made before config.json named the experiment have it in their results.
-    files = {"config.json": COPY, "results.json": "delete it"}
+    files = {"config.json": CONFIG_REMEDY, "results.json": "delete it"}
     records = (read_record(run_dir / name, remedy) for name, remedy in files.items() if (run_dir / name).exists())
     name = next(filter(None, (record.get("experiment") for record in records)), None)
     if str(name) not in EXPERIMENTS:
@@ -262,8 +262,8 @@ def stored_config(configs: Mapping[str, Any], run_dir: Path) -> Any:
     """
     file = run_dir / "config.json"
     check_is_run(run_dir)
-    record = read_record(file, COPY)
-    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in record.items()}
+    settings = read_record(file, CONFIG_REMEDY)
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     wanted, found = getattr(next(iter(configs.values())), "experiment", None), stored.get("experiment")
     if found is not None and found != wanted:
         raise RunError(f"{run_dir} is a run of experiments.{found}; name one of experiments.{wanted}")

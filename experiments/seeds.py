@@ -12,7 +12,7 @@ from rich.table import Table
 from experiments import figures
 from experiments.common import Member, Training, train_together
 from experiments.runs import (
-    COPY,
+    CONFIG_REMEDY,
     RunError,
     as_json,
     console,
@@ -83,7 +83,7 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         )
     seeds = range(config.seed, config.seed + config.seeds)
     for name in set(seed_directories(config.run_dir)) - {f"seed-{seed}" for seed in seeds}:
-        stored = read_record(config.run_dir / name / "config.json", COPY)
+        stored = read_record(config.run_dir / name / "config.json", CONFIG_REMEDY)
         if differing := differing_settings(stored, as_json(config), ("seed",)):
             raise RunError(
                 f"{config.run_dir} holds {name} of another configuration: {'; '.join(differing)}. Choose another "

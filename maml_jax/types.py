@@ -315,11 +315,11 @@ def holds_for(value: Any, condition: Callable[[Any], Any]) -> bool:
     if isinstance(value, bool) or not isinstance(value, numbers.Real | np.ndarray | jax.Array):
         return False
     try:
-        found = np.asarray(value) if isinstance(value, np.ndarray | jax.Array) else np.float64(float(value))
-    except jax.errors.TracerArrayConversionError:
-        return True
+        found = values_of(value) if isinstance(value, np.ndarray | jax.Array) else np.float64(float(value))
     except OverflowError:  # an integer beyond all floating numbers
         return False
+    if found is None:
+        return True
     if not found.size or (found.dtype.kind not in "iuf" and not jnp.issubdtype(found.dtype, jnp.floating)):
         return False
     return bool(np.all(np.isfinite(found) & condition(found)))
