@@ -65,6 +65,13 @@ class Timing(NamedTuple):
         return f"{median} ({lower}-{upper})"
 
 
+def times(ratio: Timing) -> str:
+    """A ratio of times as a cell: median and quartiles, or the only one."""
+    if ratio.repetitions == 1:
+        return f"{ratio.median:.0f}, one round"
+    return f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
+
+
 class Table(NamedTuple):
     """A table of a benchmark, as it is printed and as it appears in README.md.
 

@@ -1,7 +1,7 @@
 """Meta-steps per second on 1, 2, 4 and 8 devices, and the time of the all-reduce between them.
 
-On a CPU the devices are virtual and share its cores. Beyond the number of cores the benchmark shows the cost of
-dividing the tasks, and no speed-up. It checks the model of SCALING.md.
+On a CPU the devices are virtual and share its cores. Beyond the number of cores the benchmark shows what it costs, or
+gains, to divide the work of a core further. It checks the model of SCALING.md.
 
 A network too wide for one device has its parameters divided too, over a second axis of the mesh. For this the benchmark
 compares the meta-gradient with that of one device and reports the bytes of a device, which are counted and not timed.
@@ -235,7 +235,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
                     row["devices"],
                     row["seconds"],
                     f"{1e3 * model_seconds(row, found['rows'][0], content['processors']):.4g}",
-                    "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_first"]),
+                    common.times(row["times_first"]),
                     row["all_reduce_seconds"] or "",
                     f"{row['compile_seconds']:.1f}",
                 ]

@@ -263,9 +263,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
     def costs(row):
         return [
             row["seconds"],
-            "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_reference"])
-            if row["times_reference"]
-            else "",
+            common.times(row["times_reference"]) if row["times_reference"] else "",
             f"{row['compile_seconds']:.1f}",
             f"{row['flops'] / 1e9:.1f}",
             f"{row['flops_per_second'] / row['matmul_flops_per_second']:.0%}",
@@ -284,7 +282,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
             "One exact meta-step",
             ["", "tasks", "devices", *times("the default")],
             [[name, row["meta_batch_size"], row["devices"], *costs(row)] for name, row in content["headline"].items()],
-            f"One vmap over lax.conv takes {content['speed_up']:.1f} times as long as the library.\n"
+            f"One vmap over lax.conv takes {content['speed_up']:.0f} times as long as the library.\n"
             f"The peak is that of a product of float32 matrices of side {content['matmul_size']}, taken in turns with "
             f"the programs: {peaks[0]:.0f} GFLOP/s here. Temporaries are those of one device.",
         )

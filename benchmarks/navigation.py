@@ -246,7 +246,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
                 [
                     row["implementation"],
                     row["seconds"],
-                    "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_ours"]),
+                    common.times(row["times_ours"]),
                     f"{row['compile_seconds']:.1f}",
                     row["collection_seconds"] or "",
                     f"{row['environment_steps_per_second']:,.0f}" if row["environment_steps_per_second"] else "",

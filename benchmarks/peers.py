@@ -267,7 +267,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
                 [
                     row["implementation"],
                     row["seconds"],
-                    "{0.median:.2f} ({0.lower:.2f}-{0.upper:.2f})".format(row["times_ours"]),
+                    common.times(row["times_ours"]),
                     row["seconds"].repetitions,
                     f"{row['compile_seconds']:.1f}",
                     f"{row['distance_float64']:.1e}",

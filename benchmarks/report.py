@@ -58,7 +58,9 @@ def speed(content: dict[str, Any]) -> str:
         if (name, count) not in by:
             return ""
         row = by[name, count]
-        return f"{1e3 * row['seconds'].median:,.0f} ms, {row['times_ours'].median:.2f} times"
+        ratio = row["times_ours"]
+        shown = f"{ratio.median:.0f} times in one round" if ratio.repetitions == 1 else f"{ratio.median:.2f} times"
+        return f"{1e3 * row['seconds'].median:,.0f} ms, {shown}"
 
     header = ["", *(f"{count} inner step{'s' if count > 1 else ''}" for count in steps)]
     names = dict.fromkeys(row["implementation"] for row in content["rows"])

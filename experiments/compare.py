@@ -254,29 +254,38 @@ def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | No
     Returns:
       For each pair of directories and each task that two or more seeds of both were tested on: "a", "b", "task",
       "metric", "seeds" (how many), the mean "difference", its "ci95", "p" (Student's t over seeds), "p_holm" (adjusted
-      for the number of records) and "sentence".
+      for the number of records) and "sentence". If a score of a seed is not finite, there is "num_nonfinite" (of the
+      seeds) in place of the four numbers, because the mean of the other seeds would hide it.
     """
-    found: dict[tuple[str, str, str, str], list[float]] = {}
+    found: dict[tuple[str, str, str, str], list[float | None]] = {}
     for pair in pairs:
         first, second = groups[pair["a"]], groups[pair["b"]]
-        if first and second and "difference" in pair:
-            found.setdefault((first, second, pair["task"], pair["metric"]), []).append(pair["difference"])
+        if first and second and pair["comparable"]:
+            found.setdefault((first, second, pair["task"], pair["metric"]), []).append(pair.get("difference"))
     records = []
     for (a, b, task, name), differences in found.items():
         if len(differences) < 2:
             continue
-        test = paired_test(np.array(differences), np.zeros(len(differences)))
         records.append({"a": a, "b": b, "task": task, "metric": name, "seeds": len(differences)})
-        records[-1] |= {"difference": test.mean, "ci95": test.ci95, "p": test.p}
-    for record, adjusted in zip(records, holm([record["p"] for record in records]), strict=True):
+        if num_nonfinite := differences.count(None):
+            records[-1]["num_nonfinite"] = num_nonfinite
+        else:
+            test = paired_test(np.array(differences), np.zeros(len(differences)))
+            records[-1] |= {"difference": test.mean, "ci95": test.ci95, "p": test.p}
+    tested = [record for record in records if "p" in record]
+    for record, adjusted in zip(tested, holm([record["p"] for record in tested]), strict=True):
         record["p_holm"] = adjusted
-        record["sentence"] = sentence_over_seeds(record, len(records))
+    for record in records:
+        record["sentence"] = sentence_over_seeds(record, len(tested))
     return records
 
 
 def sentence_over_seeds(record: Mapping[str, Any], num_tests: int) -> str:
     """What a record of `over_seeds` has come to, in words; `num_tests` as in `sentence`."""
     a, b, metric = record["a"], record["b"], metric_of(record["metric"])
+    if bad := record.get("num_nonfinite"):
+        without = f"in {bad} of {record['seeds']} seeds a score is not finite"
+        return f"{a} and {b} have no mean difference over seeds, {record['task']}, because {without}."
     mean, ci95 = record["difference"] * metric.scale, record["ci95"] * metric.scale
     better, worse = (a, b) if metric.is_better(mean) else (b, a)
     verdict = f"{better} is better than {worse}" if record["p_holm"] < LEVEL else f"{a} and {b} cannot be told apart"

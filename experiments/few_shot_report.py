@@ -28,8 +28,9 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
   matching networks, R2-D2, Siamese networks and the memory module, and of 40,000 of the neural statistician, are
   ours, because those papers stop early, have no episodes or do not say.
 - Times are of one or two cores that often did other work too, unless a GPU is named. Compare operations where they were
-  counted. The figure has the longest training of each method on a CPU. Its bars go from the smallest to the largest
-  seed; with one seed they are the interval."""
+  counted. The figure has the longest training of each method on a CPU with the settings of its recipe, or the longest
+  of all where there is none. Its bars go from the smallest to the largest seed; with one seed they are the interval.
+- The test characters of Reptile and of the memory module are not turned; those of the others are."""
 EQUAL_BUDGET = """5-way 1-shot, the same recipes with fewer meta-steps. A method has the rates, the schedule and the
 meta-batch of its paper, if that has a recipe for Omniglot. So equal numbers of meta-steps are not equal numbers of
 tasks, and part of a difference may be the rate. The linear schedule of Reptile and the cosine one of MAML++ end with
@@ -359,7 +360,7 @@ def images_table(results: list[dict]) -> str:
                 by_head[evaluation.get("head", "")][evaluation["shot"]].append(cell)
         for head, cells in by_head.items():
             of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
-            paper = published.IMAGES.get(of_head)
+            paper = None if first["config"].get("inductive") else published.IMAGES.get(of_head)
             variations = (f"`{flag}`" for flag in flags)
             shot_of_training = "" if trained == 1 else f"trained {trained}-shot"
             rows.append(
@@ -548,7 +549,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
     return (
         "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. The characters "
         "are divided at random into those of training, validation and test. Normalisation is "
-        "transductive: the queries of an episode are normalised together. GFLOP a task are the counted operations of a "
+        "transductive, but for `--inductive`: the queries of an episode are normalised together. The test characters "
+        "of Reptile are not turned; those of the others are. GFLOP a task are the counted operations of a "
         "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
         "which grows with the tasks that are computed together. On the GPU four trainings ran at once, so its times "
         "are upper bounds. Only the last three columns compare costs on one machine: those of one task in 5-way "
@@ -557,7 +559,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
         f"{shorter_trainings(gradient_based(of))}"
         f"### Equal meta-steps\n\n{EQUAL_BUDGET}\n\n"
         f"{of_name['omniglot-budget']}\n\n![accuracy against inner steps and time](figures/omniglot.png)\n\n"
-        "### Variations\n\nShort runs that differ in one setting or two. The default does not adapt the offsets of the "
+        "### Variations\n\nTrainings that differ from the recipe in the flags that are shown. The "
+        "default does not adapt the offsets of the "
         f"normalisation in the inner loop, as the authors' code does not.\n\n{of_name['omniglot-variations']}\n\n"
         f"### All methods\n\n{ALL_METHODS}\n\n{of_name['omniglot-all']}\n\n"
         "![accuracy against minutes of training](figures/omniglot_all.png)\n\n"

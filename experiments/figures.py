@@ -243,7 +243,8 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
                 if record["first"]["algorithm"] == "leo":
                     label += " (without its features)"
                 style = {"fmt": MARKERS[index % len(MARKERS)], "color": plt.get_cmap("tab20")(index % 20)}
-                style["fillstyle"] = ("full", "none", "left")[index // len(MARKERS) % 3]
+                on_new_alphabets = record["first"]["protocol"].get("split_by") == "alphabet"
+                style["fillstyle"] = "none" if on_new_alphabets else "full"
                 drawn[label] = axes.errorbar(record["minutes"][setting], mean, bar, capsize=3, **style)
             # The last points below 100 % are the dear ones, and on this axis they are as wide as the first.
             axes.set(xlabel="minutes of training on a CPU", ylabel="test accuracy, %", xscale="log", yscale="logit")
@@ -254,7 +255,7 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
             _plain_logarithmic(axes.xaxis)
             axes.grid(alpha=0.3)
     if drawn:
-        title_of_legend = "method, meta-steps"
+        title_of_legend = "method, meta-steps; hollow: tested on new alphabets"
         figure.legend(drawn.values(), drawn, loc="outside right center", fontsize=9, title=title_of_legend)
     save(figure, file)
 

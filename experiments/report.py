@@ -191,8 +191,12 @@ def _domain_rows(results: list[dict]) -> list[tuple[tuple[str, str], dict[str, l
         for mldg, erm in pairs:
             own = mldg[0] if mldg else ()
             label = ", ".join([data, *(f"`{flag}`" for flag in (*shared, *own))])
-            found = {"mldg": by["mldg"].get(mldg), "erm": by["erm"].get(erm)}
-            rows.append(((label, held_out), {name: group for name, group in found.items() if group}))
+            found = {"mldg": by["mldg"].get(mldg, []), "erm": by["erm"].get(erm, [])}
+            # Differences are paired, so both means are over the seeds that both have.
+            seeds = [{result["seed"] for result in group} for group in found.values() if group]
+            both = set.intersection(*seeds) or set.union(*seeds)
+            kept = {name: [result for result in group if result["seed"] in both] for name, group in found.items()}
+            rows.append(((label, held_out), {name: group for name, group in kept.items() if group}))
     return rows
 
 
@@ -377,7 +381,8 @@ def verification_section(results: list[dict]) -> str:
         "seeds with its 95 % interval, on identities and domains that were never seen. Differences are paired by "
         "seed. All methods are selected on other identities of the source domains. The test has six random "
         "images of each identity, the same for every method. No published number can be "
-        f"compared with these.\n\n{faces_report.section(results, flags_but_seed)}\n\n![ROC](figures/faces.png)"
+        f"compared with these.\n\n{faces_report.section(results, flags_but_seed)}\n\n![ROC](figures/faces.png)\n\nThe "
+        "figure is that of the characters."
     )
 
 

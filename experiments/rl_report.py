@@ -204,8 +204,9 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "better here after two updates and more, with one seed; its policy is still noisier. The last layer of our "
             "policies starts at a tenth, also that of the random ones. "
             '"std" is the standard deviation of the policy; that of the authors\' policy is 0.47.\n\n'
-            f"{navigation_table(of['navigation'], flags_of)}\n\n![return against updates](figures/navigation.png)"
-            + behaviour("navigation", "maml", "Paths of MAML at the first published goals")
+            f"{navigation_table(of['navigation'], flags_of)}\n\n![return against updates](figures/navigation.png)\n\n"
+            "The figure has the 40 published goals. Bars are intervals over goals, or over seeds where there are "
+            "several." + behaviour("navigation", "maml", "Paths of MAML at the first published goals")
         )
     if of["bandits"]:
         parts.append(
@@ -245,7 +246,8 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts "
             "with the steps after which it is given up. Each pair of rows is a policy in "
             "mazes of a size. In small mazes the second walk "
-            "is shorter than published, and no longer than the first in as many of them. In larger mazes that it was "
+            "is a smaller part of the first than published (0.75, in mazes of three dimensions), and no longer than "
+            "the first in as many of them. In larger mazes that it was "
             "not trained in, the second walk of that policy is longer than the first: memory does not pay there. In "
             "the paper it does. When its training goes on in larger mazes, the second walk falls to four tenths of the "
             "first. The last pair is the policy of the pair before, loaded from runs/mazes-longer. Its walks are given "

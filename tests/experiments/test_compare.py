@@ -358,7 +358,14 @@ def test_tests_over_seeds_are_adjusted_for_their_number():
     differences = {"x": [1.0, 1.1, 1.05], "y": [1.0, 1.8, 1.4], "z": [-1.0, 1.0, 0.5]}
     groups = {f"{name}{seed}": name for name in "abcd" for seed in range(3)}
     pairs = [
-        {"a": f"a{seed}", "b": f"b{seed}", "task": task, "metric": "accuracy", "difference": difference}
+        {
+            "a": f"a{seed}",
+            "b": f"b{seed}",
+            "task": task,
+            "metric": "accuracy",
+            "comparable": True,
+            "difference": difference,
+        }
         for task, of_seeds in differences.items()
         for seed, difference in enumerate(of_seeds)
     ]
@@ -373,6 +380,12 @@ def test_tests_over_seeds_are_adjusted_for_their_number():
     assert alone["p"] == alone["p_holm"]
     assert "Over 3 seeds a is better than b, y" in alone["sentence"]
     assert "adjusted" not in alone["sentence"]
+    # A seed whose score is not finite is not left out, because the others would speak for the method that diverged.
+    del pairs[4]["difference"]
+    records = compare.over_seeds(pairs, groups)
+    assert records[1]["num_nonfinite"] == 1
+    assert "a and b have no mean difference over seeds, y, because in 1 of 3 seeds" in records[1]["sentence"]
+    np.testing.assert_allclose([records[i]["p_holm"] for i in (0, 2)], paired.holm([p_values[i] for i in (0, 2)]))
 
 
 def test_a_seed_is_not_compared_with_itself(waves, tmp_path):
