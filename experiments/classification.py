@@ -318,8 +318,12 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
 
 
 def digest_of(data: DataSet, config: Any) -> str:
-    """A checksum of the images of the three splits; see `runs.digest`."""
-    return runs.digest(data.examples(config, split) for split in ("train", "val", "test"))
+    """A checksum of the images of the three splits, and of the network that embeds them if there is one."""
+    checksum = runs.digest(data.examples(config, split) for split in ("train", "val", "test"))
+    if config.network != "features":
+        return checksum
+    _, params = load(data, Path(config.pretrained_run))
+    return f"{checksum} {runs.digest([[np.asarray(leaf)[None] for leaf in jax.tree.leaves(params)]])}"
 
 
 def source_of(config: Any) -> ModuleType:
@@ -581,10 +585,12 @@ def load(data: DataSet, run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner of the test protocol and the selected parameters of a run; an ensemble if the run has one.
 
     Raises:
-      RunError: if the run has --population and the images are not those of its training.
+      RunError: if the run has --population and the images are not those of its training, or `--network features` and
+        the run that embeds the images has other parameters than in its training.
     """
     config = stored_config(data.methods, Path(run_dir))
-    if config.population:  # the statistics of its normalisation are those of its training images
+    # The statistics of its normalisation are those of its training images, and so are the embeddings.
+    if config.population or config.network == "features":
         runs.check_data(Path(run_dir), digest_of(data, config))
     learner = make_tester(config)
     inputs = np.zeros((config.way * config.shot, *data.input_shape(config)), np.float32)

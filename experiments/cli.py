@@ -180,10 +180,17 @@ class RunConfig:
 
 
 def expand_home(config: Any) -> None:
-    """Replaces "~" by the home directory in every setting of a new, frozen dataclass that is a path."""
+    """Replaces "~" by the home directory in every setting of a new, frozen dataclass that is a path.
+
+    Raises:
+      ValueError: if there is no such home directory.
+    """
     for field in dataclasses.fields(config):
         if isinstance(path := getattr(config, field.name), Path):
-            object.__setattr__(config, field.name, path.expanduser())
+            try:
+                object.__setattr__(config, field.name, path.expanduser())
+            except RuntimeError as error:
+                raise ValueError(f"{flag(field.name)} {path}: {error}; name the directory without ~") from error
 
 
 def check_run_dir(run_dir: Path | None) -> None:
@@ -298,7 +305,7 @@ def _is_ignored(config: Any, name: str) -> bool:
 def _wrapped(text: str) -> str:
     """Text whose lines fit the terminal. Tyro joins the lines of a paragraph, but not those that begin with a space."""
     width = min(shutil.get_terminal_size().columns, 100) - 1
-    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    paragraphs = (" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))  # None under python -OO
     return "\n\n".join(
         textwrap.indent(textwrap.fill(paragraph, width, break_on_hyphens=False), " ") for paragraph in paragraphs
     )
@@ -468,6 +475,9 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
             raise
         Console(stderr=True).print("stopped; a training goes on from its last checkpoint with the same command")
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # nobody reads the output any more, as behind `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except (
         RunError,
         ValueError,

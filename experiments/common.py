@@ -26,6 +26,7 @@ from experiments.runs import (
     console,
     metrics_log,
     on_signal,
+    read_results,
     streams,
 )
 from experiments.tracking import OFF, profiled, trackers
@@ -156,6 +157,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     mesh = devices.mesh_for(config.meta_batch_size // minibatches if is_alone else len(members))
     optimizer = training.optimizer(config, mesh if is_alone else None)
     now = starting_point(members, training, optimizer, mesh)
+    processes.on_process_zero(lambda: check_not_lost(members, now.step))
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
     programs: dict[int, Program] = {}
     saved_at = time.monotonic() if now.step else -math.inf  # the first finite state is kept at once
@@ -199,9 +201,6 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             for (log, track), record in zip(sinks, records, strict=True):
                 log(record)
                 track(record)
-            means = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
-            # The log of a seed has its share of the time; what is shown is the speed of all together.
-            show(means | {"step": now.step, "steps_per_second": num_steps / elapsed})
             # Agreed upon, because saving takes all processes, and each has a clock of its own.
             with processes.watchdog(f"the decision to go on after step {now.step}", PROCESS_TIMEOUT_SECONDS):
                 signalled = processes.largest(requested[0] if requested else 0)
@@ -210,10 +209,16 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
             if now.step == boundary or is_leaving or is_due:
                 now.save()
                 saved_at = time.monotonic()
+            means = {name: float(np.mean([record[name] for record in records])) for name in records[0]}
+            # The log of a seed has its share of the time; what is shown is the speed of all together.
+            show(means | {"step": now.step, "steps_per_second": num_steps / elapsed})
             if is_leaving:
                 goes_on = "resumes from there" if now.step < config.num_meta_steps else "does the test"
                 console.print(f"stopped after step {now.step}; the same command {goes_on}")
                 raise SystemExit(128 + signalled)
+        if requested and jax.process_count() == 1:  # while the last checkpoint was written
+            console.print(f"stopped after step {now.step}; the same command does the test")
+            raise SystemExit(128 + requested[0])
     if now.step == 0:
         now.keep_initial()
     for index, (member, best) in enumerate(zip(members, now.best, strict=True)):
@@ -226,6 +231,18 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     one_state = now.of_member(now.state, 0)
     execution = execution_of(training, optimizer, config, mesh, programs, one_state, len(members))
     return [Trained(selected(best), int(best["step"][0]), dict(now.seconds), dict(execution)) for best in now.best]
+
+
+def check_not_lost(members: Sequence[Member], step: int) -> None:
+    """Raises RunError if a run would start anew beside the results that it has; `step` is where it starts."""
+    for member in members:
+        results = read_results(member.run_dir)
+        if step == 0 and results is not None and results.get("meta_steps", 0) > 0:
+            raise RunError(
+                f"{member.run_dir} holds the results after {results['meta_steps']} meta-steps, and no undamaged "
+                "checkpoint. They stay as they are in results.json; put the checkpoints back, or choose another "
+                "--run-dir to train again"
+            )
 
 
 @dataclasses.dataclass
@@ -509,11 +526,17 @@ def load_params(
       optimizer: the outer optimiser or rule of the training; by default that of the settings.
 
     Raises:
-      RunError: if the run has no checkpoint, or none of a validated state.
+      RunError: if the run has no checkpoint, none of a validated state, or results of more meta-steps than its newest.
     """
     optimizer = outer_optimizer(config) if optimizer is None else optimizer
     blank = blank_state(learner, optimizer, inputs)
-    best = load_state(run_dir / "checkpoints", blank, getattr(config, "ensemble", 1))["best"]
+    record = load_state(run_dir / "checkpoints", blank, getattr(config, "ensemble", 1))
+    best, step, results = record["best"], int(record["state"].step), read_results(run_dir)
+    if results is not None and step < results.get("meta_steps", 0):
+        raise RunError(
+            f"{run_dir} holds the results after {results['meta_steps']} meta-steps, and its newest undamaged "
+            f"checkpoint is of {step}; repeat the command of the run, which goes on from there"
+        )
     if not np.isfinite(best["score"][0]):
         raise RunError(
             f"{run_dir} holds no checkpoint of a validated state; train longer, up to the first validation after "

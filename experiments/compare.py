@@ -72,8 +72,8 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
       needs_checkpoint: whether each must hold a selected state, if the experiment has tests that can be repeated.
 
     Raises:
-      RunError: if there are fewer than two, one is given twice, is no run directory or holds no checkpoint, or they are
-        of different experiments.
+      RunError: if there are fewer than two, one is given twice, is no run directory or holds no checkpoint, the seeds
+        of a directory have different settings, or runs are of different experiments.
     """
     if len(run_dirs) < 2:
         raise RunError(f"a comparison needs two or more run directories, got {len(run_dirs)}; name another run")
@@ -84,6 +84,11 @@ def open_runs(run_dirs: Sequence[Path], *, needs_checkpoint: bool) -> list[Run]:
     for run_dir, name in zip(run_dirs, names, strict=True):
         seeds = [] if (run_dir / "config.json").exists() else runs.seed_directories(run_dir)
         opened += [open_run(run_dir / seed, f"{name}/{seed}", name) for seed in seeds] or [open_run(run_dir, name)]
+    for run, other in itertools.pairwise(opened):
+        if run.group is not None and run.group == other.group:
+            differing = runs.differing_settings(runs.as_json(run.config), runs.as_json(other.config), ("seed",))
+            if differing:
+                raise RunError(f"{run.name} and {other.name} are no seeds of one command: {'; '.join(differing)}")
     places: dict[Path, Path] = {}
     for run in opened:
         if (place := run.run_dir.resolve()) in places:

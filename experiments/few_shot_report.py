@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from experiments import cross_domain, figures, images, omniglot, packs, published, runs
-from experiments.commands import by_command, changed_flags, order_of
+from experiments.commands import by_command, changed_flags, command, order_of
 from maml_jax import CATALOGUE
 
 METHOD_COSTS = Path(__file__).parents[1] / "benchmarks" / "results"
@@ -235,6 +235,17 @@ def evaluations(result: dict) -> list[dict]:
     return result.get("evaluations", [own])
 
 
+def check_seeds_differ(group: Sequence[tuple[dict, dict]]) -> None:
+    """Raises RunError if two results of a row, pairs of a result and an evaluation, have one seed in one setting."""
+    found: dict[tuple, dict] = {}
+    for result, evaluation in group:
+        key = evaluation["way"], evaluation["shot"], result["seed"]
+        if (other := found.setdefault(key, result)) is not result:
+            raise runs.RunError(
+                f"two results of one row have the seed {key[-1]}: `{command(other)}` and `{command(result)}`; keep one"
+            )
+
+
 def all_methods(results: list[dict]) -> list[dict]:
     """Every training on Omniglot with its accuracies by way and shot, the same recipes and seeds together.
 
@@ -253,6 +264,7 @@ def all_methods(results: list[dict]) -> list[dict]:
             groups[key].append((result, evaluation))
     records = []
     for (_, head, trained, flags, _), group in groups.items():
+        check_seeds_differ(group)
         first, accuracy, paper = group[0][0], defaultdict(list), {}
         trainings, minutes = defaultdict(list), defaultdict(list)
         for result, evaluation in group:

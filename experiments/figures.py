@@ -154,8 +154,7 @@ def orders(
         axes.fill_between(steps, of_seeds.min(0), of_seeds.max(0), alpha=0.2, color=style["color"])
 
     for label, seeds in curves.items():
-        losses = np.array([[record["loss"] for record in of_seed] for of_seed in seeds], float)
-        draw(training, label, [record["step"] for record in seeds[0]], losses)
+        draw(training, label, *of_common_steps(seeds, "loss"))
     training.set(title="sinusoids, training", xlabel="meta-steps", ylabel="objective", yscale="log")
     training.xaxis.set_major_locator(MaxNLocator(4))
     for axes, ((text, score), panel) in zip(tests, panels.items(), strict=True):
@@ -260,6 +259,16 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
     save(figure, file)
 
 
+def of_common_steps(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> tuple[list[int], np.ndarray]:
+    """The meta-steps at which every seed has logged a number, and the numbers [seeds, steps], NaN for null.
+
+    A seed that was continued has logged at other steps than one that was trained at once.
+    """
+    logged = [{record["step"]: record[name] for record in of_seed if name in record} for of_seed in seeds]
+    steps = sorted(set.intersection(*map(set, logged)))
+    return steps, np.array([[of_seed[step] for step in steps] for of_seed in logged], float)
+
+
 def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]) -> None:
     """The training objective against meta-steps, and the validation score beside it if there is one.
 
@@ -280,9 +289,7 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
         style = line_style(index) | {"markersize": 5}
         text = plain(title(label)) + (f", {len(seeds)} seeds" if len(seeds) > 1 else "")
         for axes, name in zip(row[0], ("loss", "val"), strict=False):
-            shown = [[(record["step"], record[name]) for record in of_seed if name in record] for of_seed in seeds]
-            steps = [step for step, _ in shown[0]]
-            values = np.array([[value for _, value in of_seed] for of_seed in shown], float)  # NaN for null
+            steps, values = of_common_steps(seeds, name)
             onto, back = (np.log, np.exp) if name == "loss" and is_log else (np.asarray, np.asarray)
             shown = back(onto(values).mean(0))
             (lines[text],) = axes.plot(steps, shown, markevery=max(1, len(steps) // 12), **style)

@@ -317,8 +317,6 @@ def warm_up(playground: Playground) -> None:
 
 def run(config: Config) -> None:
     """Serves the page until Ctrl-C."""
-    # Each number of drawings is another program, and compiling it takes far longer than running it.
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     with Server(config) as server:
         try:
             server.playground.warm_up(min(3, server.playground.max_classes), 1)
@@ -334,4 +332,7 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    # Each number of drawings is another program, and compiling it takes far longer than running it. JAX reads the flags
+    # once, when it looks for devices.
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
     main(Config, run, __doc__)

@@ -284,7 +284,8 @@ def hyperparameter_table(results: list[dict]) -> str:
             accuracy = runs.format_mean(**method["test_accuracy"], scale=100)
             more = hyperparameters.format_more(method)
             counts = f"{method['runs']}", f"{method['seconds']:.0f}", f"{len(group)}"
-            rows.append([name, *losses, more, accuracy, *counts])
+            named = ", ".join([name, *(f"`{flag}`" for flag in flags_but_seed(group[0]))])
+            rows.append([named, *losses, more, accuracy, *counts])
     header = ["", "held-out loss", "test loss", "more than hypergradients", "test accuracy, %", "training runs"]
     return runs.markdown_table([*header, "seconds to choose", "seeds"], rows)
 
@@ -451,7 +452,8 @@ def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[st
         figures.roc(directory / "faces.png", faces.curves_of(faces_report.labelled(characters, flags_but_seed)))
     if of["translation"]:
         translation_report.draw(directory / "translation.png", of["translation"], flags_but_seed)
-    if learned := of["hyperparameters"]:
+    if of["hyperparameters"]:
+        learned = next(iter(by_command(of["hyperparameters"]).values()))  # the defaults, if they were run
         figures.schedules(directory / "hyperparameters.png", over_seeds(learned))
         figures.memory(directory / "hyperparameters_memory.png", learned[0]["memory"])
 

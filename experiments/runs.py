@@ -9,8 +9,10 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +28,31 @@ from scipy.special import stdtrit
 from maml_jax import checkpoint, processes
 from maml_jax.types import ArrayTree, Evaluation, MetaLearner
 
-console = Console(soft_wrap=True)
+
+class _Console(Console):
+    """A console that a training outlives if nobody reads it any more, as behind `| head`."""
+
+    def on_broken_pipe(self) -> None:
+        """Goes on without printing."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("nobody reads the output any more; going on without printing", file=sys.stderr)
+
+
+console = _Console(soft_wrap=True)
 """Where experiments print; silent in every process but the first."""
-PROCESS_TIMEOUT_SECONDS = float(os.environ.get("MAML_JAX_PROCESS_TIMEOUT_SECONDS", 600))
+
+
+def _seconds_of_environment(name: str, default: float) -> float:
+    """A positive number of seconds from the environment; the default, with a warning, if it is none."""
+    with contextlib.suppress(ValueError):
+        if (seconds := float(os.environ.get(name, default))) > 0 and math.isfinite(seconds):
+            return seconds
+    print(f"{name}={os.environ[name]!r} is no positive number of seconds; {default:g} is taken", file=sys.stderr)
+    return default
+
+
+PROCESS_TIMEOUT_SECONDS = _seconds_of_environment("MAML_JAX_PROCESS_TIMEOUT_SECONDS", 600.0)
 """How long one process waits for the others, and for a compiled call of all of them, before it gives up."""
 TEST_TIMEOUT_SECONDS = 20 * PROCESS_TIMEOUT_SECONDS
 """The same for a validation and for the test, which are many compiled calls."""
@@ -55,6 +79,7 @@ CONFIG_REMEDY = "restore it from a copy, because nothing else says what its chec
 """The remedy for a damaged config.json."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed, and go back; see `_may_change`."""
+_OF_SEED = re.compile(r"seed-\d+")
 
 
 class Streams(NamedTuple):
@@ -193,7 +218,8 @@ class Loaded(NamedTuple):
     """What a run has trained.
 
     Attributes:
-      learner: the algorithm, as it was tested.
+      learner: the algorithm, as it was tested. Where the test itself chooses the rates, as that of `navigation` and of
+        the pretrained networks of `sinusoid`, it has those of the settings.
       params: the selected meta-parameters.
       config: the settings of the run.
     """
@@ -220,8 +246,9 @@ def load(run_dir: str | Path) -> Loaded:
 
 
 def seed_directories(run_dir: Path) -> list[str]:
-    """The names of the runs in a directory of several seeds."""
-    return sorted(config.parent.name for config in run_dir.glob("seed-*/config.json"))
+    """The names of the runs in a directory of several seeds, which are seed-0, seed-1 and so on."""
+    names = (config.parent.name for config in run_dir.glob("seed-*/config.json"))
+    return sorted(name for name in names if _OF_SEED.fullmatch(name))
 
 
 def check_is_run(run_dir: Path) -> None:
@@ -425,13 +452,17 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
                 f"the run directory {run_dir} is in use by a running process; wait for it to end, or choose "
                 "another --run-dir"
             ) from None
-        if several := seed_directories(run_dir):
+        wanted = as_json(config)
+        config_file = run_dir / "config.json"
+        if (several := seed_directories(run_dir)) and not config_file.exists():
             raise RunError(
                 f"{run_dir} holds several seeds ({', '.join(several)}); give --seeds to go on with them, or choose "
                 "another --run-dir"
             )
-        wanted = as_json(config)
-        config_file = run_dir / "config.json"
+        if _OF_SEED.fullmatch(run_dir.resolve().name) and (run_dir.resolve().parent / "config.json").exists():
+            raise RunError(
+                f"{run_dir} has the name of a seed, and the directory around it is one run; choose another --run-dir"
+            )
         of_others = [name for name in ("checkpoints", "metrics.jsonl", "results.json") if (run_dir / name).exists()]
         if of_others and not config_file.exists():
             raise RunError(
@@ -466,16 +497,26 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     """Those of `EXTENDABLE` that may be as wanted.
 
     The number of meta-steps may be any that the training has not passed, if the outer rate does not depend on it. The
-    episodes of a test may become more, or those of results that were set aside.
+    episodes of the test of a finished training may become more. Its validations have as many, so a training that goes
+    on has those of before.
     """
     if not all(isinstance(settings.get("num_meta_steps"), int) for settings in (found, wanted)):
         return []
     is_fixed = wanted.get("outer_schedule", "constant") in ("constant", "halved")
-    is_ahead = all(step <= wanted["num_meta_steps"] for step in checkpoint.steps(run_dir / "checkpoints"))
-    steps = ["num_meta_steps"] if is_fixed and is_ahead else []
+    steps = checkpoint.steps(run_dir / "checkpoints")
+    is_ahead = all(step <= wanted["num_meta_steps"] for step in steps)
+    may_change = ["num_meta_steps"] if is_fixed and is_ahead else []
     old, new = (settings.get("eval_episodes") for settings in (found, wanted))
+    if not isinstance(old, int):
+        return may_change
+    of_training = min([old, *(int(file.stem.split("_")[2]) for file in run_dir.glob("results_*_*.json"))])
+    if steps and is_ahead and wanted["num_meta_steps"] not in steps and new > of_training:
+        raise RunError(
+            f"{run_dir} is validated on {of_training} episodes, and would not compare its states on other numbers of "
+            f"them; give --eval-episodes {of_training} while it is trained, and more when it is finished"
+        )
     is_known = _set_aside(run_dir, wanted).exists() and is_ahead
-    return [*steps, "eval_episodes"] if isinstance(old, int) and (old < new or is_known) else steps
+    return [*may_change, "eval_episodes"] if old < new or is_known or (is_ahead and new == of_training) else may_change
 
 
 def _set_aside(run_dir: Path, settings: Mapping[str, Any]) -> Path:
@@ -505,7 +546,8 @@ def check_data(run_dir: Path, data_digest: str | None) -> None:
     if data_digest is not None and file.exists() and read_record(file).get("sha256") != data_digest:
         raise RunError(
             f"the run directory {run_dir} was made with other data; give the data that it was begun with (--data-dir "
-            "or an environment variable names them), or choose another --run-dir"
+            "or an environment variable names them, and the network of --pretrained-run must not be trained further), "
+            "or choose another --run-dir"
         )
 
 

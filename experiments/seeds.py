@@ -29,6 +29,9 @@ from experiments.runs import (
 )
 from maml_jax import checkpoint
 
+ROWS = {"mazes": "walk", "navigation": "updates"}
+"""What a metric has an entry for, if it has several, in the experiments without inner steps."""
+
 
 def _unfinished(members: list[Member]) -> list[Member]:
     """The seeds that are still to be trained; all of them if none is.
@@ -116,13 +119,18 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         figures.learning_curves(
             config.run_dir / "figures" / "learning_curve.png", {config.algorithm: [curve(c.run_dir) for c in configs]}
         )
-    table = Table("step", *metrics, title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval")
+    table = Table(
+        ROWS.get(config.experiment, "inner steps"),
+        title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval",
+    )
+    for name in metrics:
+        table.add_column(name.replace("_", " "), overflow="fold")
     last = max(len(m["mean"]) for m in metrics.values()) - 1
     for at in sorted({at for at in (0, 1, 5) if at < last} | {last}):
         cells = [
             format_mean(m["mean"][at], m["ci95"][at], digits=4) if at < len(m["mean"]) else ""
             for m in finite(metrics).values()
         ]
-        table.add_row(str(at), *cells)
+        table.add_row(str(at) if last else "", *cells)
     console.print(table)
     return summary

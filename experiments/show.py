@@ -36,7 +36,8 @@ class Config:
     episodes: int = 3
     """Episodes; one figure each, as .png and as .pdf, or one row each of a figure of behaviour."""
     seed: int = 0
-    """Seed of the episodes. Its episodes are the first ones of the test of a run with the same --seed."""
+    """Seed of the episodes. Its episodes are the first ones of the test of a run with the same --seed; in navigation
+    the goals are always the published ones."""
     out: OptionalPath = None
     """The directory for the figures; by default figures/ in the run directory."""
     precision: Precision = "float32"
@@ -65,7 +66,8 @@ def run(config: Config) -> list[Path]:
         )
     learner, params, _ = runs.load(config.run_dir)
     if draw_behaviour is not None:
-        file = (config.out or config.run_dir / "figures") / "behaviour.png"
+        # The run itself has drawn behaviour.png, of its own seed and number of episodes.
+        file = (config.out or config.run_dir / "figures") / f"behaviour_{config.seed}_{config.episodes}.png"
         draw_behaviour(file, shown.config, params, config.episodes, config.seed)
         console.print(f"figures: {escape(str(file))} and .pdf", highlight=False)
         return [file, file.with_suffix(".pdf")]

@@ -245,7 +245,7 @@ def predictions(config: Config, params: ArrayTree, inner_lr: float, num_tasks: i
 
 
 def show(results: dict) -> None:
-    """Prints the squared error after 0, 1, 5 and 10 inner steps."""
+    """Prints the squared error after 0, 1, 5, 10 and all inner steps."""
     table = Table(
         title=f"{results['algorithm']}, sinusoids: mean squared error on {results['protocol']['episodes']} test tasks"
     )
@@ -253,8 +253,9 @@ def show(results: dict) -> None:
         table.add_column(heading, justify="right")
     for evaluation in results["evaluations"]:
         mse = evaluation["metrics"]["mse"]
-        for step in (0, 1, 5, 10):
-            if step < len(mse["mean"]):
+        last = len(mse["mean"]) - 1
+        for step in sorted({0, 1, 5, 10, last}):
+            if step <= last:
                 table.add_row(
                     str(evaluation["shot"]),
                     f"{evaluation['inner_lr']:g}",

@@ -131,6 +131,8 @@ class TrialConfig(RunConfig):
     """The Euclidean norm that bounds the meta-gradient."""
     start_run: Path | None = None
     """A run of the same experiment, on easier tasks for example, whose selected policy is the start of this one."""
+    chunk_size: int | None = None
+    """Trials that are differentiated together; by default all of --meta-batch-size."""
     eval_episodes: int = 20_000
     """Tasks of the test, and at most 2,000 of them in each validation."""
     val_every: int = 100

@@ -15,6 +15,7 @@ from maml_jax.types import (
     PRNGKey,
     SampleEpisodeFn,
     as_floating,
+    at_least_float32,
     check_function,
     check_integer,
     check_learner,
@@ -125,6 +126,8 @@ def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stoc
             )
         return jax.tree.map(jnp.asarray, found)
 
+    if stochastic and episode.key is None:
+        raise ValueError("stochastic=True needs a key in every episode; let the sampler return Episode(..., key)")
     _, info = learner.adapt(params, support, key=episode.key if stochastic else None, observe_fn=observe)
     observed = getattr(info, "observed", None)
     if observed is None:
@@ -153,7 +156,8 @@ def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, ch
         program = _program(score, learner, is_built, sample_episode, chunk_size, mesh)
     except TypeError:  # a part that cannot be hashed: the program is not kept, and every call compiles
         program = _program.__wrapped__(score, learner, is_built, sample_episode, chunk_size, mesh)
-    per_episode = as_floating(program((meta_params, learner_data, sample_data), task_keys(key, num_episodes)))
+    scores = program((meta_params, learner_data, sample_data), task_keys(key, num_episodes))
+    per_episode = at_least_float32(as_floating(scores))
     quantile = float(stdtrit(num_episodes - 1, 0.975))
     return jax.tree.transpose(
         jax.tree.structure(per_episode),

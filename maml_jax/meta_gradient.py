@@ -88,7 +88,8 @@ def count_tasks(episodes: Episode) -> int:
         raise ValueError(
             "every leaf of a meta-batch has the number of tasks as its leading axis, and targets are [T, S, ...], got "
             + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            + ". Add the axis to a single episode with jax.tree.map(lambda x: x[None], episode)"
+            + ". Add the axis to a single episode with jax.tree.map(lambda x: x[None], episode). Repeat for every "
+            "example what a task has only once"
         )
     if (0,) in sizes:
         raise ValueError("the meta-batch has no task; give it one or more")
@@ -106,7 +107,8 @@ def meta_gradient(
       episodes: leaves [T, ...].
       chunk_size: tasks that are vmapped together. The chunks are scanned and their gradients summed; the last
         one may be smaller. With 1 there is no `vmap`. Only rounding depends on it: sums over chunks are in float32 or
-        more. None picks a size, see `default_chunk_size`.
+        more, and those within a chunk in the dtype of the parameters, which overflow first in float16. None picks a
+        size, see `default_chunk_size`.
 
     Returns:
       `((loss, info), grads)`: the mean objective, a scalar; the objective's info, averaged over the tasks; both as
@@ -122,9 +124,9 @@ def meta_gradient(
 
     def chunk_loss(params, chunk):
         if chunk_size == 1:  # a vmap over one task would turn plain products into batched ones
-            loss, info = learner.objective(params, chunk)
+            loss, info = _check_pair(learner.objective(params, chunk))
             return at_least_float32((_check_scalar(loss, 0), as_floating(info)))
-        losses, info = jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk)
+        losses, info = _check_pair(jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk))
         return jax.tree.map(lambda x: jnp.sum(x, 0), at_least_float32((_check_scalar(losses, 1), as_floating(info))))
 
     chunk_gradient = jax.value_and_grad(chunk_loss, has_aux=True)
@@ -150,8 +152,19 @@ def meta_gradient(
     return value, jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), grads, params)
 
 
+def _check_pair(value: Any) -> tuple[jax.Array, ArrayTree]:
+    """Returns what an objective has returned."""
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ValueError(
+            f"the objective must return (scalar, info), got {type(value).__name__}; return (loss, ()) without an info"
+        )
+    return value
+
+
 def _check_scalar(loss: jax.Array, num_axes: int) -> jax.Array:
     """Returns `loss`, the objective of one task or of several along `num_axes` = 1 axis."""
+    if isinstance(loss, tuple | list | dict):
+        raise ValueError(f"the objective must be a scalar, got a {type(loss).__name__}; return only the loss")
     if jnp.ndim(loss) != num_axes:
         raise ValueError(
             f"the objective must be a scalar, got shape {jnp.shape(loss)[num_axes:]}; take the mean over the query set"

@@ -38,7 +38,8 @@ class OuterRule(NamedTuple):
 
     Attributes:
       init: `(params) -> rule_state`.
-      update: `(gradient_fn, params, episodes, rule_state) -> (params, rule_state, info)`. It may call `gradient_fn`
+      update: `(gradient_fn, params, episodes, rule_state) -> (params, rule_state, info)`.
+        `gradient_fn(params, episodes) -> ((loss, info), grads)` gives means over a meta-batch. It may be called
         several times, at other parameters too. `info` is any pytree of arrays; training programs expect the
         fields of `MetaInfo`.
       looks_at_episodes: whether `update` uses the episodes other than through `gradient_fn`.
@@ -200,7 +201,13 @@ def make_meta_step(
 
 
 def _update(rule: OuterRule, gradient_fn: GradientFn, state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:
-    params, opt_state, info = rule.update(gradient_fn, state.params, episodes, state.opt_state)
+    updated = rule.update(gradient_fn, state.params, episodes, state.opt_state)
+    if not isinstance(updated, tuple) or len(updated) != 3:
+        raise ValueError(
+            "OuterRule.update must return (params, rule_state, info), got "
+            + (f"{len(updated)} values" if isinstance(updated, tuple) else f"a {type(updated).__name__}")
+        )
+    params, opt_state, info = updated
     return MetaState(params, opt_state, state.step + 1), info
 
 

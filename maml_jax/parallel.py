@@ -39,7 +39,8 @@ def check_mesh(mesh: Mesh | None, num_tasks: int, what: str) -> None:
     """Raises ValueError unless `mesh` is None, or one of `task_mesh` over which the tasks divide."""
     if mesh is None:
         return
-    if not isinstance(mesh, Mesh) or mesh.axis_names != (AXIS,):
+    is_mesh = isinstance(mesh, Mesh) and mesh.axis_names == (AXIS,)
+    if not is_mesh or mesh.axis_types != (jax.sharding.AxisType.Auto,):
         raise ValueError(f"mesh {mesh!r} must be made by parallel.task_mesh(devices), or None for one device")
     check_divides(num_tasks, mesh.size, what)
 

@@ -235,9 +235,14 @@ class Evaluation(NamedTuple):
 def check_floating(params: ArrayTree) -> None:
     """Raises ValueError naming the first leaf of `params` that is not a real floating array."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = jax.tree_util.keystr(path) or "(the only leaf)"
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+            raise ValueError(
+                f"parameter {name} is a {type(leaf).__name__} and no array; keep it in the model's closure"
+            )
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise ValueError(
-                f"parameter {jax.tree_util.keystr(path) or '(the only leaf)'} has dtype {jnp.result_type(leaf)} and "
+                f"parameter {name} has dtype {jnp.result_type(leaf)} and "
                 "cannot be adapted by gradients; use floating parameters, keep integers in the model's closure, and "
                 "split complex numbers into two parts"
             )
@@ -255,7 +260,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, Model):
         raise ValueError(
             f"model must be a maml_jax.Model, got {type(model).__name__}; wrap a flax module with models.from_linen "
-            "or models.from_nnx"
+            "or models.from_nnx, and two functions as maml_jax.Model(init, apply)"
         )
 
 
@@ -371,8 +376,18 @@ def check_classes(way: int, targets: jax.Array, name: str = "the support set") -
         raise ValueError(f"{name} has no example of class {missing[0]} of way={way}; give at least one of each class")
 
 
+def check_batch(name: str, batch: Any) -> None:
+    """Raises ValueError unless `batch` has inputs and targets; `name` is that of the set."""
+    if not (hasattr(batch, "inputs") and hasattr(batch, "targets")):
+        raise ValueError(
+            f"the {name} set is a {type(batch).__name__} without inputs and targets; make it a "
+            "maml_jax.Batch(inputs, targets)"
+        )
+
+
 def check_query(episode: Episode) -> None:
-    """Raises ValueError if an episode has no query example, over which a loss would be a mean."""
+    """Raises ValueError if the query set of an episode is no batch, or has no example, over which a loss is a mean."""
+    check_batch("query", episode.query)
     if any(jnp.shape(leaf)[:1] == (0,) for leaf in jax.tree.leaves(episode.query)):
         raise ValueError(
             "the query set of the episode is empty; give it one example or more, or train a learner without queries, "
@@ -381,7 +396,8 @@ def check_query(episode: Episode) -> None:
 
 
 def check_support(support: ArrayTree, axis: int = 0) -> None:
-    """Raises ValueError if a support set has no example along `axis`: the mean of no loss has a gradient of zero."""
+    """Raises ValueError if a support set is no batch, or has no example along `axis`: a mean of none is constant."""
+    check_batch("support", support)
     if any(jnp.shape(leaf)[axis : axis + 1] == (0,) for leaf in jax.tree.leaves(support)):
         raise ValueError(
             "the support set is empty, so the inner steps would change nothing; give it one example or more, or take "
@@ -400,7 +416,7 @@ def as_floating(info: ArrayTree) -> ArrayTree:
     def convert(leaf):
         if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key):
             return None
-        return leaf if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else jnp.asarray(leaf, jnp.float32)
+        return jnp.asarray(leaf, None if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) else jnp.float32)
 
     return jax.tree.map(convert, info)
 
@@ -408,6 +424,12 @@ def as_floating(info: ArrayTree) -> ArrayTree:
 def at_least_float32(tree: ArrayTree) -> ArrayTree:
     """Leaves of fewer than 32 bits, and integers, as float32: a sum of many of them would round much, or overflow."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)), tree)
+
+
+def wide_integers(labels: jax.Array) -> jax.Array:
+    """Integers of fewer than 32 bits as int32: JAX casts what they are compared with to their dtype, where it wraps."""
+    labels = jnp.asarray(labels)
+    return labels.astype(jnp.int32) if jnp.iinfo(labels.dtype).bits < 32 else labels
 
 
 def task_keys(key: PRNGKey, num_tasks: int) -> PRNGKey:
@@ -447,6 +469,8 @@ def predict_beside_support(
     Raises:
       ValueError: if an input has another shape than an example of the support set.
     """
+    if any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves((support_inputs, inputs))):
+        raise ValueError("inputs hold a number without an axis of examples; repeat it for every example")
     examples = [jax.tree.map(lambda x: jnp.shape(x)[1:], batch) for batch in (support_inputs, inputs)]
     if examples[0] != examples[1]:
         raise ValueError(
@@ -485,10 +509,26 @@ def draw_episode(sample_episode: SampleEpisodeFn, key: PRNGKey, params: ArrayTre
     return episode
 
 
+def leaf_names(tree: ArrayTree) -> list[str]:
+    """The names of the leaves, which are their paths, such as "norm_0/offset".
+
+    Dataclasses and named tuples give the names of their fields. The array in a variable of `flax.nnx` has the name of
+    the variable, as in linen.
+    """
+
+    def is_variable(node: Any) -> bool:
+        return hasattr(node, "get_raw_value")
+
+    names = []
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        names += [name] * len(jax.tree.leaves(node))
+    return names
+
+
 def named_leaves(tree: ArrayTree) -> dict[str, Any]:
-    """The leaves by their path, such as "norm_0/offset"."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+    """The leaves by their names; see `leaf_names`."""
+    return dict(zip(leaf_names(tree), jax.tree.leaves(tree), strict=True))
 
 
 def partition(tree: ArrayTree, belongs: Callable[[str, Any], bool]) -> tuple[ArrayTree, ArrayTree]:
@@ -496,16 +536,13 @@ def partition(tree: ArrayTree, belongs: Callable[[str, Any], bool]) -> tuple[Arr
 
     Args:
       tree: any pytree.
-      belongs: `(name, leaf) -> bool`, whether a leaf is in the first tree. The name is its path, such as
-        "norm_0/offset".
+      belongs: `(name, leaf) -> bool`, whether a leaf is in the first tree; the name is as in `leaf_names`.
     """
+    leaves, structure = jax.tree.flatten(tree)
+    is_chosen = [bool(belongs(name, leaf)) for name, leaf in zip(leaf_names(tree), leaves, strict=True)]
 
     def part(chosen: bool) -> ArrayTree:
-        def keep(path, leaf):
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            return leaf if bool(belongs(name, leaf)) == chosen else None
-
-        return jax.tree_util.tree_map_with_path(keep, tree)
+        return structure.unflatten([leaf if of == chosen else None for leaf, of in zip(leaves, is_chosen, strict=True)])
 
     return part(True), part(False)
 

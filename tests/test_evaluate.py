@@ -367,3 +367,19 @@ def test_the_arrays_and_keywords_of_a_sampler_are_arguments_of_one_program():
 def test_a_schedule_is_no_learner():
     with pytest.raises(ValueError, match="evaluation also takes a Partial that returns one, and a schedule at a step"):
         run(learner=lambda step: LEARNER)
+
+
+def test_the_statistics_of_half_precision_are_not_in_half_precision():
+    learner = LEARNER._replace(
+        objective=lambda params, episode: (episode.query.targets.mean().astype(jnp.bfloat16) + jnp.bfloat16(8), ())
+    )
+    found = evaluate_objective(learner, THETA, make_episode, KEY, num_episodes=300)
+    (mean, _), (ci95, _), (scores, _) = found.mean, found.ci95, found.per_episode
+    assert mean.dtype == ci95.dtype == jnp.float32
+    np.testing.assert_allclose(mean, np.asarray(scores, np.float64).mean(), rtol=1e-6)
+    np.testing.assert_allclose(found.finite_mean[0], mean, rtol=1e-6)
+
+
+def test_randomness_that_no_episode_has_is_an_error():
+    with pytest.raises(ValueError, match="stochastic=True needs a key in every episode"):
+        run(stochastic=True)

@@ -97,3 +97,28 @@ def test_class_losses_refuse_one_hot_and_misplaced_targets(loss_fn):
         loss_fn(jnp.zeros((3, 5)), jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match=r"outputs \(\) and targets \(\)"):
         loss_fn(jnp.zeros(()), jnp.zeros((), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "num_classes"), [(jnp.uint8, 256), (jnp.uint8, 300), (jnp.int8, 128), (jnp.int16, 9)]
+)
+def test_narrow_labels_are_those_of_int32(dtype, num_classes):
+    wide = jnp.array([0, 5, 100 % num_classes])
+    outputs = 10 * jax.nn.one_hot(wide, num_classes) + jax.random.normal(jax.random.key(0), (3, num_classes))
+    for function in (losses.cross_entropy, losses.accuracy, losses.masked_cross_entropy, losses.large_margin_cosine()):
+        value = function(outputs, wide.astype(dtype))
+        assert jnp.isfinite(value)
+        chex.assert_trees_all_equal(value, function(outputs, wide))
+
+
+def test_a_number_that_no_narrow_label_can_have_ignores_none():
+    targets, outputs = jnp.array([156, 255], jnp.uint8), jax.random.normal(jax.random.key(0), (2, 300))
+    expected = losses.cross_entropy(outputs, targets)
+    for ignored in (-100, -1):
+        chex.assert_trees_all_close(losses.masked_cross_entropy(outputs, targets, ignored=ignored), expected)
+
+
+@pytest.mark.parametrize("function", [losses.mean_squared_error, losses.cross_entropy, losses.accuracy])
+def test_outputs_that_are_several_arrays_are_refused(function):
+    with pytest.raises(ValueError, match="takes one array of outputs, got a tuple; choose an array of it"):
+        function((jnp.ones((2, 3)), ()), jnp.zeros(2, int))

@@ -118,3 +118,24 @@ def test_the_default_chunk_of_an_accelerator_is_bounded_by_its_memory(monkeypatc
 def test_episodes_may_carry_keys(episodes):
     keyed = episodes._replace(key=jax.random.split(jax.random.key(0), 6))
     chex.assert_trees_all_equal(gradient(keyed, 2), gradient(episodes, 2))
+
+
+def test_a_python_number_in_the_info_is_averaged_in_chunks_of_any_size(episodes):
+    learner = LEARNER._replace(objective=lambda params, episode: (params.sum(), {"rate": 0.25, "steps": 3}))
+    for chunk_size in (1, 2):
+        (_, info), _ = meta_gradient(learner, THETA, episodes, chunk_size=chunk_size)
+        chex.assert_trees_all_close(info, {"rate": 0.25, "steps": 3.0})
+
+
+@pytest.mark.parametrize("chunk_size", [1, 2])
+@pytest.mark.parametrize(
+    ("objective", "message"),
+    [
+        (lambda params, episode: params.sum(), r"must return \(scalar, info\), got .*; return \(loss, \(\)\)"),
+        (lambda params, episode: ((params.sum(), 1.0), ()), "the objective must be a scalar, got a tuple"),
+        (lambda params, episode: (params, ()), r"the objective must be a scalar, got shape \(4,\)"),
+    ],
+)
+def test_what_is_no_objective_is_named(episodes, objective, message, chunk_size):
+    with pytest.raises(ValueError, match=message):
+        meta_gradient(LEARNER._replace(objective=objective), THETA, episodes, chunk_size=chunk_size)

@@ -178,7 +178,15 @@ def test_tasks_that_do_not_divide_over_a_mesh_are_refused(episodes):
         make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=6, num_steps=1, mesh=mesh)
 
 
-@pytest.mark.parametrize("mesh", [2, jax.make_mesh((2,), ("data",))], ids=["a number", "another axis"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        2,
+        jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)),
+        jax.make_mesh((2,), (parallel.AXIS,), axis_types=(jax.sharding.AxisType.Explicit,)),
+    ],
+    ids=["a number", "another axis", "explicit"],
+)
 def test_what_is_no_mesh_of_tasks_is_refused(mesh, episodes):
     optimizer = optax.sgd(0.1)
     with pytest.raises(ValueError, match=r"must be made by parallel\.task_mesh"):
@@ -391,6 +399,15 @@ def test_an_outer_rule_may_use_the_gradient_several_times(num_devices):
         chex.assert_trees_all_close(info["losses"][i], jnp.stack(expected), rtol=1e-5)
         chex.assert_trees_all_close(info["support"][i], jnp.mean(episodes.support.inputs), rtol=1e-5)
         theta = theta - 0.2 * slope
+
+
+def test_an_outer_rule_returns_three_values():
+    state = init_meta_state(PROBE, optax.sgd(0.1), jax.random.key(0), None)
+    episodes = jax.vmap(numbers)(task_keys(jax.random.key(1), 4))
+    for returned, found in (((2.0, ()), "2 values"), (jnp.ones(3), "a .*Array.*")):
+        rule = OuterRule(lambda params: (), lambda gradient_fn, params, *_, returned=returned: returned)
+        with pytest.raises(ValueError, match=rf"must return \(params, rule_state, info\), got {found}"):
+            make_meta_step(PROBE, rule, donate=False)(state, episodes)
 
 
 def test_images_are_arguments_of_the_compiled_program():

@@ -249,3 +249,22 @@ def mean_distance(x, *, same):
 def test_wrong_input_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-4, 3e-4, 1e-3])
+@pytest.mark.parametrize("per_identity", [3, 4])
+def test_domains_whose_pairs_nearly_coincide_give_the_metric_of_float64(spread, per_identity):
+    rng = np.random.default_rng(0)
+    identities = np.repeat(np.arange(3), per_identity)
+    domain = np.repeat(rng.normal(size=(3, 16)), per_identity, 0) + spread * rng.normal(size=(3 * per_identity, 16))
+    outputs = rng.normal(size=(3 * per_identity, 16))
+    loss = losses.cross_domain_triplet(0.3, 0.1)
+
+    def value(dtype):
+        arrays = jnp.asarray(outputs, dtype), identities, jnp.asarray(domain, dtype)[None], identities[None]
+        return float(loss(*arrays))
+
+    with jax.enable_x64(True):
+        # Pairs that differ by rounding only have no direction; the identity takes their place.
+        expected = value(jnp.float64)
+    np.testing.assert_allclose(value(jnp.float32), expected, rtol=1e-2)

@@ -10,7 +10,7 @@ https://arxiv.org/abs/1502.03492
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,12 +18,14 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.gradients import mixed_mode
+from maml_jax.inner.learner import observed_once
 from maml_jax.inner.loop import inner_loop
 from maml_jax.inner.steps import mini_batches
 from maml_jax.types import (
     ArrayTree,
     Batch,
     InnerGradFn,
+    InnerInfo,
     LossFn,
     MetaLearner,
     Model,
@@ -221,13 +223,15 @@ def hypergradient(
       inner_grad: see `training_run`.
 
     Returns:
-      A `MetaLearner` with `Hyperparameters` as meta-parameters. `adapt` gives the trained network and the loss of every
-      mini-batch [K]; the info of `objective` is a `RunInfo`.
+      A `MetaLearner` with `Hyperparameters` as meta-parameters. `adapt` gives the trained network and an `InnerInfo`,
+      with the loss of every mini-batch [K] and one observation, after the run; `evaluate` needs `stochastic=True`. The
+      info of `objective` is a `RunInfo`.
 
     Raises:
       ValueError: if `model` is no `Model`, a count no positive integer, `num_segments` does not divide the steps that
-        are differentiated, or `truncation` exceeds `num_inner_steps`; from `adapt`, if there is no key, or an
-        `observe_fn`; from `objective`, if there is no query example.
+        are differentiated, or `truncation` exceeds `num_inner_steps`; from `init`, if the parameters of `model` are
+        no dictionary, or `initial` returns something else; from `adapt`, if there is no key; from `objective`, if
+        there is no query example.
 
     References:
       Maclaurin et al., 2015, section 2.
@@ -238,13 +242,27 @@ def hypergradient(
     check_segments(num_inner_steps, num_segments, truncation)
 
     def init(key, inputs):
-        return initial(sorted(jax.eval_shape(model.init, key, inputs)))
+        network = jax.eval_shape(model.init, key, inputs)
+        if not isinstance(network, Mapping):
+            raise ValueError(
+                f"the parameters of the model must be a dictionary of layers, got a {type(network).__name__}; every "
+                "layer has rates and a penalty of its own"
+            )
+        if not isinstance(hyperparameters := initial(sorted(network)), Hyperparameters):
+            raise ValueError(
+                f"initial must return Hyperparameters(log_rates, momentum_logits, log_l2), got a "
+                f"{type(hyperparameters).__name__}"
+            )
+        return hyperparameters
 
     def adapt(hyperparameters, support, *, key=None, observe_fn=None):
-        if key is None or observe_fn is not None:
-            raise ValueError("a training run needs a key for its weights and mini-batches, and takes no observe_fn")
+        if key is None:
+            raise ValueError(
+                "a training run needs a key for its weights and mini-batches; pass key= to adapt, and stochastic=True "
+                "to evaluate"
+            )
         weight_key, order_key = jax.random.split(key)
-        return training_run(
+        network, support_loss = training_run(
             model,
             loss_fn,
             hyperparameters,
@@ -255,10 +273,11 @@ def hypergradient(
             truncation=truncation,
             inner_grad=inner_grad,
         )
+        return network, InnerInfo(support_loss, observed_once(network, observe_fn).observed)
 
     def objective(hyperparameters, episode):
         check_query(episode)
-        network, support_loss = adapt(hyperparameters, episode.support, key=episode.key)
+        network, (support_loss, *_) = adapt(hyperparameters, episode.support, key=episode.key)
         outputs = model.apply(network, episode.query.inputs)
         metric = None if metric_fn is None else metric_fn(outputs, episode.query.targets)
         return loss_fn(outputs, episode.query.targets), RunInfo(support_loss, metric)

@@ -87,7 +87,8 @@ def fomaml(
 ) -> MetaLearner:
     """Builds first-order MAML: the meta-gradient is ∇L_Q at φ_K, without second derivatives.
 
-    It is `maml` with `inner_grad=first_order`; see there for the arguments.
+    It is `maml` with `inner_grad=first_order`; see there for the arguments. If the inner optimiser uses more than the
+    gradient, as weight decay does, its derivatives with respect to that remain.
 
     References:
       Finn et al., 2017, section 5.2. https://arxiv.org/abs/1703.03400

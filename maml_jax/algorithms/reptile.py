@@ -25,6 +25,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    at_least_float32,
     check_function,
     check_integer,
     check_model,
@@ -131,7 +132,7 @@ def reptile(
 
     def objective(meta_params, episode):
         ended, info = run(jax.lax.stop_gradient(meta_params), episode.support, episode.key)
-        gap = jax.tree.map(jnp.subtract, meta_params, ended)
+        gap = at_least_float32(jax.tree.map(jnp.subtract, meta_params, ended))
         return 0.5 * optax.tree.norm(gap, squared=True), info
 
     return MetaLearner(init, adapt, model.apply, objective)

@@ -312,4 +312,5 @@ class SetStatistics:
 
     def alpha(self, step: int | jax.Array) -> jax.Array:
         """α at a meta-step."""
-        return self.initial_alpha * jnp.exp2(-jnp.floor(jnp.asarray(step) / self.alpha_half_life))
+        halvings = jnp.asarray(step) // self.alpha_half_life  # of integers, because a quotient may round to below one
+        return self.initial_alpha * jnp.ldexp(1.0, -halvings)

@@ -25,7 +25,8 @@ def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool
     """`jax.value_and_grad` whose gradient is a constant to any outer differentiation.
 
     The inner *gradient* is stopped and not the adapted parameters: ∂φ/∂θ = I remains, and a learned
-    step size that multiplies the gradient still learns.
+    step size that multiplies the gradient still learns. A rule that also uses the parameters or the loss, such as
+    `optax.adamw` or `optax.polyak_sgd`, is differentiated with respect to these.
 
     Args:
       fun: `(*args) -> scalar`, or `(scalar, aux)` with `has_aux`.
@@ -80,7 +81,7 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
 
     The result is exact if ∇f is the gradient of a scalar function, because its Jacobian is then symmetric. A custom
     rule that is not the derivative of its function, such as gradient reversal, breaks this. A function that
-    contains a `jax.custom_vjp`, or a collective over a mapped axis, is therefore differentiated as by
+    contains a `jax.custom_vjp`, a collective over a mapped axis or a `checkify.check` is therefore differentiated as by
     `checkpointed`. A rule of `jax.custom_jvp` that is no derivative is not noticed; `check_inner_grad` compares a
     few products.
 
@@ -223,8 +224,8 @@ def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
 
     Returns:
       `(*args, closed_over) -> fun(*args)`; the closed-over values; whether `fun` can be differentiated forward over
-      reverse: it contains no `jax.custom_vjp`, and no collective over a mapped axis, whose name is not bound in a
-      custom rule.
+      reverse: it contains no `jax.custom_vjp`, no collective over a mapped axis, whose name is not bound in a custom
+      rule, and no `checkify.check`, which that transform does not find in one.
     """
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
 
@@ -233,9 +234,9 @@ def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
         outputs = jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, closed_over))(*jax.tree.leaves(args))
         return jax.tree.structure(shapes).unflatten(outputs)
 
-    has_axis_name = any(type(effect).__name__ == "NamedAxisEffect" for effect in closed.jaxpr.effects)
+    has_effect = any(type(effect).__name__ in ("NamedAxisEffect", "ErrorEffect") for effect in closed.jaxpr.effects)
     has_custom_vjp = contains(closed, lambda name: name.startswith("custom_vjp"))
-    return converted, closed.consts, not (has_axis_name or has_custom_vjp)
+    return converted, closed.consts, not (has_effect or has_custom_vjp)
 
 
 def _with_zeros(cotangents: Any, primals: Any) -> Any:

@@ -7,7 +7,15 @@ import jax.numpy as jnp
 import optax
 
 from maml_jax.inner.loop import inner_loop
-from maml_jax.types import ArrayTree, InnerInfo, ObserveFn, check_integer, check_not_negative, holds_for
+from maml_jax.types import (
+    ArrayTree,
+    InnerInfo,
+    ObserveFn,
+    at_least_float32,
+    check_integer,
+    check_not_negative,
+    holds_for,
+)
 
 
 def proximal_solution(
@@ -129,15 +137,17 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
     """Solves operator(u) = target for a symmetric positive operator by a fixed number of steps from u = 0.
 
     A step that finds a zero residual changes nothing. The residual may grow for a while. If the operator is not
-    positive definite, or nearly singular, one step may multiply residual and solution by any factor.
+    positive definite, or nearly singular, one step may multiply residual and solution by any factor. The iterates are
+    float32 or more, for a target that is scaled by a power of two, so no square overflows or vanishes.
 
     Args:
-      operator: linear, symmetric and positive definite.
+      operator: linear, symmetric and positive definite; it gets and returns arrays of the dtypes of `target`.
       target: a pytree of floating arrays.
       num_steps: the number of products with `operator`.
 
     Returns:
-      The iterate with the smallest residual ‖target − operator(u)‖, u = 0 included.
+      The iterate with the smallest residual ‖target − operator(u)‖, u = 0 included, with the dtypes of `target`. If the
+      target or its product with the operator is not finite, neither is the result.
 
     References:
       Hestenes and Stiefel, 1952, Methods of conjugate gradients for solving linear systems, section 3.
@@ -146,9 +156,9 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
     def add_scale(tree, scalar, other):
         return optax.tree.cast_like(optax.tree.add_scale(tree, scalar, other), tree)
 
-    def step(carry, _):
+    def step(carry, number):
         solution, residual, direction, squared, best, least = carry
-        product = operator(direction)
+        product = at_least_float32(operator(optax.tree.cast_like(direction, target)))
         curvature = optax.tree.vdot(direction, product)
         rate = jnp.where(squared > 0, squared / jnp.where(squared > 0, curvature, 1), 0)
         solution = add_scale(solution, rate, direction)
@@ -157,8 +167,16 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
         ratio = jnp.where(squared > 0, next_squared / jnp.where(squared > 0, squared, 1), 0)
         direction = add_scale(residual, ratio, direction)
         best = optax.tree.where(next_squared < least, solution, best)
+        # Later products may overflow where the iterates diverge; a first one does only if the operator is not finite.
+        best = optax.tree.where((number > 0) | jnp.isfinite(curvature), best, optax.tree.full_like(best, jnp.nan))
         return (solution, residual, direction, next_squared, best, jnp.fmin(next_squared, least)), None
 
-    zero, squared = optax.tree.zeros_like(target), optax.tree.norm(target, squared=True)
-    (*_, best, _), _ = jax.lax.scan(step, (zero, target, target, squared, zero, squared), length=num_steps)
-    return best
+    start = at_least_float32(target)
+    largest = optax.tree.max(jax.tree.map(jnp.abs, start))
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
+    start = jax.tree.map(lambda x: jnp.ldexp(x, -exponent), start)
+    squared = optax.tree.norm(start, squared=True)
+    zero = optax.tree.full_like(start, jnp.where(jnp.isfinite(squared), 0.0, jnp.nan))
+    initial = (optax.tree.zeros_like(start), start, start, squared, zero, squared)
+    (*_, best, _), _ = jax.lax.scan(step, initial, jnp.arange(num_steps))
+    return optax.tree.cast_like(jax.tree.map(lambda x: jnp.ldexp(x, exponent), best), target)

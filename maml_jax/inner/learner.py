@@ -23,6 +23,7 @@ from maml_jax.types import (
     check_function,
     check_integer,
     check_model,
+    check_optimizer,
     check_query,
     check_support,
 )
@@ -68,9 +69,9 @@ def gradient_based(
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if a count is no integer in its range, `model` is no `Model`, a loss or `inner_grad` no function, or
-        microbatches are asked for of data per step; from `adapt`, if there are inner steps and no support example;
-        from the objective, if the query set is empty.
+      ValueError: if a count is no integer in its range, `model` is no `Model`, a loss, `rule`, `start`, `init` or
+        `inner_grad` no function, or microbatches are asked for of data per step; from `adapt`, if there are inner
+        steps and no support example, or `rule` returns no optimiser; from the objective, if the query set is empty.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
     num_microbatches = check_integer("num_microbatches", num_microbatches, at_least=1)
@@ -78,6 +79,10 @@ def gradient_based(
     check_function("loss_fn", loss_fn, "losses.cross_entropy")
     check_function("query_loss_fn", query_loss_fn or loss_fn, "losses.cross_entropy")
     check_function("inner_grad", inner_grad, "maml_jax.mixed_mode or maml_jax.first_order")
+    check_function("rule", rule, "lambda meta_params: optax.sgd(0.1)")
+    check_function("start", start, 'lambda meta_params: meta_params["start"]')
+    init = model.init if init is None else init
+    check_function("init", init, "model.init")
     if data_per_step and num_microbatches > 1:
         raise ValueError(
             f"num_microbatches={num_microbatches} divides a support set that all steps share; with data_per_step take "
@@ -93,9 +98,11 @@ def gradient_based(
         if num_inner_steps:
             check_support(support, axis=1 if data_per_step else 0)
         keys = step_keys(key, num_inner_steps) if model.stochastic else None
+        optimizer = rule(meta_params)
+        check_optimizer("what `rule` returns", optimizer)
         task_params, info = inner_loop(
             support_loss,
-            rule(meta_params),
+            optimizer,
             start(meta_params),
             None if data_per_step else support,
             num_steps=num_inner_steps,
@@ -114,7 +121,7 @@ def gradient_based(
         outputs = model.call(task_params, episode.query.inputs, query_key)
         return (query_loss_fn or loss_fn)(outputs, episode.query.targets), info
 
-    return MetaLearner(init or model.init, adapt, model.apply, objective)
+    return MetaLearner(init, adapt, model.apply, objective)
 
 
 def feed_forward(

@@ -48,8 +48,10 @@ def inner_loop(
         or the loss function (`value`, `grad`, `value_fn` of optax) gets them. The meta-gradient through a rule
         that takes the square root of a second moment is not finite where that moment is zero: `adam`, `adamw` and
         `nadam` need `eps_root=1e-8`, and `rmsprop` its default `eps_in_sqrt=True`. `radam` is not finite with
-        `eps_root` either. Reverse mode does not differentiate line searches, as of `lbfgs`. Safe as they are:
-        `sgd`, also with momentum, `lion`, `sign_sgd`, clipping, schedules and `polyak_sgd`.
+        `eps_root` either. Where a gradient is zero, as in a support set that is fitted, it is not finite through
+        `polyak_sgd` and clipping by a norm (`clip_by_global_norm`; `clip_by_block_rms` and `adaptive_grad_clip` at
+        one zero leaf). Reverse mode does not differentiate line searches, as of `lbfgs`. Safe as they are: `sgd`,
+        also with momentum, `lion`, `sign_sgd`, `clip` and schedules.
       params: θ, a pytree of floating arrays.
       support: usually a `Batch` [S, ...]; any pytree.
       num_steps: K ≥ 0. With K = 0, `params` come back unchanged.
@@ -62,7 +64,7 @@ def inner_loop(
         gradient of a step is the mean over the parts, computed one after another with the memory of one. A
         loss that is no mean over examples, as with batch statistics, changes by it.
       inner_grad: transform with the signature of `jax.value_and_grad`; says how ∇L_S is itself
-        differentiated. With `first_order`, ∂φ/∂θ = I.
+        differentiated. With `first_order`, ∂φ/∂θ = I, unless the rule uses more than the gradient.
       observe_fn: `(task_params) -> pytree`, evaluated at φ before the first and after every step.
       opt_state: the state that the rule starts from, such as `opt_state` of the info of an earlier call; by default
         that of `rule.init`.
@@ -89,9 +91,12 @@ def inner_loop(
         what = f"a multiple of num_microbatches={num_microbatches} examples"
         _check_leading_axis(support, "support", lambda size: size % num_microbatches == 0, what)
         support = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), support)
-    shape = getattr(jax.eval_shape(loss_fn, params, *_batch(support, per_step, num_microbatches)), "shape", None)
-    if shape != ():
-        raise ValueError(f"the inner loss must be a scalar, got shape {shape}; take the mean and return only that")
+    value = jax.eval_shape(loss_fn, params, *_batch(support, per_step, num_microbatches))
+    found = f"shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
+    if found != "shape ()":
+        raise ValueError(f"the inner loss must be a scalar, got {found}; take the mean and return only that")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise ValueError(f"the inner loss has dtype {value.dtype} and no gradient; return a floating number")
     rule = optax.with_extra_args_support(rule)
     adapting, fixed = select(params, where)
 
@@ -119,6 +124,10 @@ def inner_loop(
         return (optax.apply_updates(adapting, updates), opt_state), (loss, observed)
 
     start = (adapting, rule.init(adapting) if opt_state is None else opt_state)
+    if num_steps == 0:  # without jit, JAX runs no loop without a step
+        return params, InnerInfo(
+            jnp.zeros(0, value.dtype), jax.tree.map(lambda x: x[None], observe(adapting)), start[1]
+        )
     (adapting, opt_state), (losses, observed) = jax.lax.scan(step, start, per_step, length=num_steps)
     if observe_fn is not None:
         observed = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), observed, observe(adapting))

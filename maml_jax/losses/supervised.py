@@ -5,12 +5,26 @@ examples changes. (The code of the MAML paper sums the inner cross-entropy over 
 instead; its inner rates are N times larger in the units used here.)
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+
+from maml_jax.types import wide_integers
+
+
+def check_array(outputs: Any, name: str) -> None:
+    """Raises ValueError if the outputs of a model are several arrays; `name` is that of the function."""
+    if isinstance(outputs, tuple | list | dict):
+        raise ValueError(
+            f"{name} takes one array of outputs, got a {type(outputs).__name__}; choose an array of it in a loss of "
+            "your own, or let the model return only that"
+        )
 
 
 def check_class_scores(outputs: jax.Array, targets: jax.Array, name: str) -> None:
     """Raises ValueError unless outputs are [..., N] and targets integers [...]; `name` is that of the function."""
+    check_array(outputs, name)
     if not jnp.issubdtype(jnp.result_type(targets), jnp.integer):
         raise ValueError(
             f"{name} takes integer class indices as targets, got dtype {jnp.result_type(targets)}; "
@@ -37,6 +51,7 @@ def mean_squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     Raises:
       ValueError: if the shapes differ (a silent broadcast would average over pairs of examples).
     """
+    check_array(outputs, "mean_squared_error")
     if jnp.shape(outputs) != jnp.shape(targets):
         raise ValueError(
             f"mean_squared_error takes outputs and targets of one shape, got outputs {jnp.shape(outputs)} "
@@ -79,6 +94,7 @@ def masked_cross_entropy(outputs: jax.Array, targets: jax.Array, *, ignored: int
       ValueError: if the shapes do not fit or the targets are not integers.
     """
     check_class_scores(outputs, targets, "masked_cross_entropy")
+    targets = wide_integers(targets)
     counts = targets != ignored
     losses = _of_each(outputs, targets)
     # In float32, because the sum of many targets may be too large for half precision where their mean is not.
@@ -89,7 +105,7 @@ def masked_cross_entropy(outputs: jax.Array, targets: jax.Array, *, ignored: int
 def _of_each(outputs: jax.Array, targets: jax.Array) -> jax.Array:
     """The softmax cross-entropy of each target [...]."""
     # Compares instead of gathering: the derivative of a gather is a scatter, a loop over the examples on a CPU.
-    num_classes = outputs.shape[-1]
+    num_classes, targets = outputs.shape[-1], wide_integers(targets)
     is_target = targets[..., None] == jnp.arange(num_classes).reshape((1,) * targets.ndim + (-1,))
     of_target = jnp.sum(jnp.where(is_target, jax.nn.log_softmax(outputs), 0.0), -1)
     return -jnp.where((targets >= 0) & (targets < num_classes), of_target, jnp.nan)
@@ -110,6 +126,7 @@ def accuracy(outputs: jax.Array, targets: jax.Array) -> jax.Array:
       ValueError: if the shapes do not fit or the targets are not integers.
     """
     check_class_scores(outputs, targets, "accuracy")
+    targets = wide_integers(targets)
     dtype = jnp.promote_types(jnp.result_type(outputs), jnp.float32)
     is_right = (jnp.argmax(outputs, axis=-1) == targets).astype(dtype)
     is_wrong = jnp.isnan(outputs).any(axis=-1) | (targets < 0) | (targets >= outputs.shape[-1])

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maml_jax.losses.supervised import check_class_scores, cross_entropy
-from maml_jax.types import at_least_float32, check_not_negative, check_positive, holds_for
+from maml_jax.types import at_least_float32, check_not_negative, check_positive, holds_for, wide_integers
 
 VerificationLoss = Callable[[jax.Array, jax.Array], jax.Array]
 """`(outputs [B, C], targets [B]) -> scalar`, embeddings and the integer identities of B examples."""
@@ -163,7 +163,7 @@ def cross_domain_triplet(
     Returns:
       `(outputs [B, C], targets [B], metric_outputs [D, B', C], metric_targets [D, B']) -> scalar`, the embeddings and
       identities of the triplets, and those of the domains that give the distances. A domain without a positive or
-      without a negative pair gives the identity in its place.
+      without a negative pair gives the identity in its place, and so does one whose pairs differ by rounding only.
 
     Raises:
       ValueError: if the margin is negative or `shrinkage` not in [0, 1]; and when it is used, if the shapes do not fit.
@@ -178,7 +178,13 @@ def cross_domain_triplet(
     def metrics_of(outputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
         unit = _unit(outputs, targets)
         same, pairs = _same(targets), _pairs(len(targets))
-        return tuple(_shrunk(_covariance(unit, pairs & chosen), shrinkage) for chosen in (same, ~same))
+        # Differences do not change when a mean is taken off, but their products then round less.
+        of_identity = unit - same.astype(unit.dtype) @ unit / jnp.sum(same, 1, keepdims=True)
+        centred = unit - jnp.mean(unit, 0, keepdims=True)
+        return tuple(
+            _shrunk(_covariance(vectors, pairs & chosen), shrinkage)
+            for vectors, chosen in ((of_identity, same), (centred, ~same))
+        )
 
     def loss(outputs: jax.Array, targets: jax.Array, metric_outputs: jax.Array, metric_targets: jax.Array) -> jax.Array:
         if jnp.ndim(metric_outputs) != 3:
@@ -221,7 +227,7 @@ def large_margin_cosine(scale: float = 30.0, margin: float = 0.35) -> Verificati
     def loss(outputs: jax.Array, targets: jax.Array) -> jax.Array:
         check_class_scores(outputs, targets, "large_margin_cosine")
         classes = jnp.arange(outputs.shape[-1]).reshape((1,) * jnp.ndim(targets) + (-1,))
-        is_target = jnp.asarray(targets)[..., None] == classes
+        is_target = wide_integers(targets)[..., None] == classes
         return cross_entropy(scale * (outputs - margin * is_target), targets)
 
     return loss
@@ -281,10 +287,11 @@ def _covariance(unit: jax.Array, chosen: jax.Array) -> jax.Array:
 
 
 def _shrunk(covariance: jax.Array, shrinkage: float) -> jax.Array:
-    """The covariance [C, C] at the trace of the identity, mixed with the identity; the identity if it is zero."""
+    """The covariance [C, C] at the trace of the identity, mixed with the identity; the identity if it is rounding."""
     size, trace = len(covariance), jnp.trace(covariance)
     identity = jnp.eye(size, dtype=covariance.dtype)
-    scaled = jnp.where(trace > 0, covariance * (size / jnp.where(trace > 0, trace, 1.0)), identity)
+    is_positive = trace > (8 * jnp.finfo(covariance.dtype).eps) ** 2  # of vectors of unit length
+    scaled = jnp.where(is_positive, covariance * (size / jnp.where(is_positive, trace, 1.0)), identity)
     return (1.0 - shrinkage) * scaled + shrinkage * identity
 
 

@@ -59,7 +59,16 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
         arguments = {"train": training, "training": training, "deterministic": not training}
         return {argument: value for argument, value in arguments.items() if argument in accepted}
 
-    required = {name for name, argument in accepted.items() if argument.default is inspect.Parameter.empty}
+    required = {
+        name
+        for name, argument in accepted.items()
+        if argument.default is argument.empty and argument.kind not in (argument.VAR_POSITIONAL, argument.VAR_KEYWORD)
+    }
+    if others := [name for name in required - mode(training=False).keys() if name != next(iter(accepted))]:
+        raise ValueError(
+            f"{name} has the arguments {sorted(others)} beside its inputs, and a model is called as module(inputs); "
+            "let it take one pytree of inputs"
+        )
 
     def evaluate(method, *args, **kwargs):
         if not rngs and not frozen:

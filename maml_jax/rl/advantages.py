@@ -97,8 +97,9 @@ def generalised_advantages(
 def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array, *, ridge: float = 1e-5) -> jax.Array:
     """The values of a ridge regression of the returns on features of observation and time.
 
-    The features are the numbers of the observation, their squares, t/100, its square and its cube, and 1. The
-    regression is fitted to the trajectories whose values it returns.
+    The features are the numbers of the observation less their mean, their squares, t/100, its square and its cube, and
+    1. The regression is fitted to the trajectories whose values it returns. Without the mean it would span the same
+    values, but float32 would not tell the numbers, their squares and 1 apart where the mean is large.
 
     Args:
       observation: a pytree of arrays [H, N, ...].
@@ -115,13 +116,14 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     horizon, num_trajectories = mask.shape
     parts = [leaf.reshape(horizon, num_trajectories, -1) for leaf in jax.tree.leaves(observation)]
     seen = jnp.concatenate(parts, -1).astype(returns.dtype)
+    seen -= jnp.sum(seen * mask[..., None], (0, 1), keepdims=True) / jnp.maximum(jnp.sum(mask), 1.0)
     time = jnp.arange(horizon, dtype=returns.dtype)[:, None, None] / 100.0
     time = jnp.broadcast_to(time, (horizon, num_trajectories, 1))
     features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)
-    # Columns of one size, because float32 loses the small ones beside the square of a large number.
-    valid = mask[..., None] * jnp.square(features)
-    size = jnp.sqrt(jnp.sum(valid, (0, 1), keepdims=True) / jnp.maximum(jnp.sum(mask), 1.0))
-    size = jnp.where(size > 0, size, 1.0)
+    # Columns of one size, because float32 loses the small ones beside the square of a large number. The penalty counts
+    # too: a number that hardly changes would otherwise have one beside which the others are lost.
+    squares = jnp.sum(mask[..., None] * jnp.square(features), (0, 1), keepdims=True) + ridge
+    size = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
     features = features / size
     valid = features * mask[..., None]
     gram = jnp.einsum("tnd,tne->de", valid, features) + jnp.diag(ridge / jnp.square(size.reshape(-1)))
@@ -132,9 +134,13 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
 
 
 def standardised(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """Values [H, N] with mean 0 and standard deviation 1 over the time steps of the mask, and 0 elsewhere."""
-    count = jnp.maximum(jnp.sum(mask), 1.0)
-    centred = (values - jnp.sum(values * mask) / count) * mask
+    """Values [H, N] with mean 0 and standard deviation 1 over the time steps of the mask, and 0 elsewhere.
+
+    Equal values give 0.
+    """
+    count, centred = jnp.maximum(jnp.sum(mask), 1.0), values * mask
+    for _ in range(2):  # again, because the rounding of the first mean would be all that is left of equal values
+        centred = (centred - jnp.sum(centred) / count) * mask
     return centred / (jnp.sqrt(jnp.sum(jnp.square(centred)) / count) + 1e-8)
 
 

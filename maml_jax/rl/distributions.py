@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maml_jax.types import PRNGKey
+from maml_jax.types import PRNGKey, wide_integers
 
 
 class Categorical(NamedTuple):
@@ -24,7 +24,7 @@ class Categorical(NamedTuple):
     def log_prob(self, action: jax.Array) -> jax.Array:
         """The log-probabilities [...] of actions [...]; not a number for an action out of range."""
         # Compares instead of gathering, whose derivative is a scatter, a loop over the entries on a CPU.
-        num_actions = self.logits.shape[-1]
+        num_actions, action = self.logits.shape[-1], wide_integers(action)
         chosen = action[..., None] == jnp.arange(num_actions).reshape((1,) * action.ndim + (-1,))
         of_action = jnp.sum(jnp.where(chosen, jax.nn.log_softmax(self.logits), 0.0), -1)
         return jnp.where((action >= 0) & (action < num_actions), of_action, jnp.nan)

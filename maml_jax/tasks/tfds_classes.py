@@ -68,6 +68,8 @@ def load(
     cache_dir = default_cache_dir() if cache_dir is None else as_path("cache_dir", cache_dir)
     if isinstance(parts, str) or not isinstance(parts, Sequence):
         raise ValueError(f"parts must be a list of names such as ['train', 'test'], got {parts!r}")
+    if len(set(parts)) < len(parts):
+        raise ValueError(f"parts={list(parts)} names one twice, whose images would be in a class twice; name each once")
     builder = _find(name, data_dir)
     image, label = _features(builder)
     names = _names(builder, label)

@@ -9,7 +9,18 @@ import optax
 import pytest
 from jax.test_util import check_grads
 
-from maml_jax import Batch, Episode, Model, hypergradient, init_meta_state, losses, make_train_loop, models
+from maml_jax import (
+    Batch,
+    Episode,
+    Model,
+    evaluate,
+    evaluate_objective,
+    hypergradient,
+    init_meta_state,
+    losses,
+    make_train_loop,
+    models,
+)
 from maml_jax.algorithms.hypergradient import Hyperparameters, default_segments, training_run
 from maml_jax.inner.steps import mini_batches
 from maml_jax.parallel import task_mesh
@@ -181,8 +192,40 @@ def test_a_run_without_a_key_is_refused():
     support = Batch(jnp.zeros((4, 5)), jnp.zeros(4, jnp.int32))
     with pytest.raises(ValueError, match="a training run needs a key"):
         learner.adapt(None, support)
-    with pytest.raises(ValueError, match="takes no observe_fn"):
-        learner.adapt(None, support, key=jax.random.key(0), observe_fn=lambda params: 0.0)
+
+
+def test_a_run_is_evaluated_once_at_its_end():
+    def initial(layers):
+        strengths = dict.fromkeys(layers, jnp.float32(-9.0))
+        return Hyperparameters(dict.fromkeys(layers, jnp.zeros(2)), jnp.zeros(2), strengths)
+
+    learner = hypergradient(
+        models.mlp(features=(3,)), losses.cross_entropy, initial=initial, num_inner_steps=2, batch_size=5
+    )
+
+    def sample(key):
+        inputs = jax.random.normal(key, (9, 4))
+        batch = Batch(inputs, jnp.arange(9) % 3)
+        return Episode(batch, batch, key)
+
+    hyperparameters = learner.init(jax.random.key(0), jnp.zeros((9, 4)))
+    settings = {"metric_fn": losses.cross_entropy, "num_episodes": 2}
+    found = evaluate(learner, hyperparameters, sample, jax.random.key(1), stochastic=True, **settings)
+    chex.assert_shape(found.mean, (1,))
+    objective = evaluate_objective(learner, hyperparameters, sample, jax.random.key(1), num_episodes=2)
+    chex.assert_trees_all_close(found.mean[0], objective.mean[0], rtol=1e-5)
+
+
+def test_what_is_learned_and_trained_has_the_right_form():
+    def build(model, initial):
+        learner = hypergradient(model, losses.cross_entropy, initial=initial, num_inner_steps=2, batch_size=2)
+        return learner.init(jax.random.key(0), jnp.zeros((4, 5)))
+
+    with pytest.raises(ValueError, match=r"initial must return Hyperparameters\(.*\), got a dict"):
+        build(models.mlp(features=(3,)), lambda layers: {"log_rates": 0.0})
+    flat = Model(lambda key, inputs: jnp.zeros((5, 3)), lambda params, inputs: inputs @ params)
+    with pytest.raises(ValueError, match="must be a dictionary of layers, got a ShapeDtypeStruct"):
+        build(flat, lambda layers: None)
 
 
 def test_mini_batches_are_drawn_from_all_examples_whatever_the_targets():

@@ -182,3 +182,13 @@ def test_batches_and_a_stochastic_model_draw_with_different_keys():
 def test_a_wrong_name_of_the_inner_optimiser_is_refused():
     with pytest.raises(ValueError, match="got 'SGD'"):
         ReptileDescent(inner_lr=0.1, num_inner_steps=1, inner_optimizer="SGD")
+
+
+def test_a_long_way_is_finite_in_half_precision():
+    episode = jax.tree.map(lambda x: x.astype(jnp.float16), make_episode(jax.random.key(0)))
+    learner = reptile(linear_model, half_mse, inner_optimizer=optax.sgd(jnp.float16(300.0)), num_inner_steps=1)
+    (value, _), grad = jax.value_and_grad(learner.objective, has_aux=True)(jnp.ones(4, jnp.float16), episode)
+    assert grad.dtype == jnp.float16
+    square = jnp.sum(jnp.square(grad.astype(jnp.float32)))
+    assert square > jnp.finfo(jnp.float16).max
+    chex.assert_trees_all_close(value, square / 2, rtol=1e-3)

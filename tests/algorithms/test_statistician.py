@@ -149,6 +149,11 @@ def test_alpha_is_halved_by_the_half_life():
     settings = SetStatistics(initial_alpha=2.0, alpha_half_life=10)
     steps = jnp.array([0, 9, 10, 19, 20, 35])
     np.testing.assert_allclose(jax.jit(settings.alpha)(steps), [2, 2, 1, 1, 0.5, 0.25])
+    # 41 times the float32 nearest to 1/41 is below one.
+    multiples = jnp.arange(60)
+    chex.assert_trees_all_equal(
+        jax.jit(jax.vmap(SetStatistics(alpha_half_life=41).alpha))(41 * multiples), jnp.float32(0.5) ** multiples
+    )
 
 
 def test_finite_differences_of_the_objective(x64):

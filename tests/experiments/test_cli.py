@@ -327,3 +327,14 @@ def test_a_package_that_is_missing_ends_in_one_paragraph(capsys):
     with pytest.raises(SystemExit, match=r"^2$"), cli.mistakes_in_one_paragraph():
         raise ModuleNotFoundError("install it with `pip install pillow`")
     assert "error: install it with `pip install pillow`" in capsys.readouterr().err
+
+
+def test_a_home_that_does_not_exist_is_named():
+    with pytest.raises(ValueError, match=r"--run-dir ~nosuchuser/run: .*; name the directory without ~"):
+        dataclasses.replace(omniglot.METHODS["maml"], run_dir=Path("~nosuchuser/run"))
+
+
+def test_help_may_be_cut_off():
+    line = f"{sys.executable} -m experiments.sinusoid maml --help | true"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.stderr == ""

@@ -474,3 +474,43 @@ def test_a_narrow_terminal_shows_every_number(monkeypatch):
     for part in ("12000/60000", "123.4/s", "loss 1.2345", "validation 0.9123", "GB"):
         assert part in text
     assert "…" not in text
+
+
+def finish(run_dir, trained, config=Config()):
+    results = {"experiment": "other", "config": dataclasses.asdict(config), "seed": 0, "meta_steps": 12}
+    runs.write_json(run_dir / "results.json", results)
+
+
+def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_again(tmp_path):
+    finish(tmp_path, train(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = logged(tmp_path)
+    with pytest.raises(runs.RunError, match="holds the results after 12 meta-steps, and no undamaged checkpoint"):
+        train(tmp_path)
+    assert logged(tmp_path) == before
+
+
+def test_a_state_before_that_of_the_results_is_not_loaded(tmp_path):
+    whole = train(tmp_path)
+    finish(tmp_path, whole)
+    shutil.rmtree(tmp_path / "checkpoints" / "12")
+    with pytest.raises(runs.RunError, match="results after 12 meta-steps, and its newest undamaged checkpoint is of 8"):
+        common.load_params(tmp_path, Config(), LEARNER, np.zeros((3, 1), np.float32))
+    chex.assert_trees_all_equal(train(tmp_path).params, whole.params)
+    loaded = common.load_params(tmp_path, Config(), LEARNER, np.zeros((3, 1), np.float32))
+    chex.assert_trees_all_equal(loaded, whole.params)
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_is_obeyed(tmp_path, monkeypatch):
+    save = checkpoint.save
+
+    def terminate(directory, step, tree):
+        save(directory, step, tree)
+        if step == 12:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save", terminate)
+    with pytest.raises(SystemExit) as stopped:
+        train(tmp_path)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert checkpoint.latest(tmp_path / "checkpoints") == 12

@@ -454,3 +454,17 @@ def test_of_other_experiments_settings_and_numbers_are_shown(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert re.search(r"run1 .* rate .* 101\.000 ± 1\.500", printed)
     assert "Runs of experiments.faces are not tested on the same episodes here." in printed
+
+
+def test_the_seeds_of_a_directory_are_those_of_one_command(waves, tmp_path):
+    for seed in (0, 1):
+        shutil.copytree(waves["maml"], tmp_path / "several" / f"seed-{seed}")
+    file = tmp_path / "several" / "seed-1" / "config.json"
+    settings = json.loads(file.read_text()) | {"seed": 1}
+    file.write_text(json.dumps(settings | {"outer_lr": 0.5}))
+    with pytest.raises(RunError, match=r"seed-0 and several/seed-1 are no seeds of one command: outer_lr is"):
+        run(tmp_path / "several", waves["other"], "--episodes", 0)
+    file.write_text(json.dumps(settings))
+    shutil.copytree(waves["maml"], tmp_path / "several" / "seed-0-backup")
+    compared = run(tmp_path / "several", waves["other"], "--episodes", 0)
+    assert len(compared["runs"]) == 3

@@ -84,7 +84,7 @@ def test_a_method_runs(algorithm, tmp_path):
 def test_paths_are_drawn(finished, tmp_path):
     config, _ = finished
     files = show.run(show.Config(run_dir=config.run_dir, episodes=2, out=tmp_path))
-    assert [file.name for file in files] == ["behaviour.png", "behaviour.pdf"]
+    assert [file.name for file in files] == ["behaviour_0_2.png", "behaviour_0_2.pdf"]
     assert all(file.stat().st_size > 5000 for file in files)
 
 

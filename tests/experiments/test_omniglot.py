@@ -145,7 +145,7 @@ def test_a_classifier_is_tested_in_all_settings(algorithm, drawings, pretrained,
     chex.assert_trees_all_close(together[:1], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, pretrained, tmp_path):
+def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, pretrained, tmp_path, monkeypatch):
     shutil.copytree(pretrained[0], tmp_path / "pretrained")
     settings = {"network": "features", "train_way": 2, "query_shot": 2, "pretrained_run": tmp_path / "pretrained"}
     results = run_in_settings(tmp_path / "leo", "leo", ((2, 1), (3, 1)), **settings)
@@ -161,6 +161,11 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, pretrained, tm
     learner, params = omniglot.load(tmp_path / "leo")
     support = Batch(examples[:2], np.arange(2))
     assert learner.predict(learner.adapt(params, support)[0], examples[:5]).shape == (5, 2)
+    load = classification.load
+    with monkeypatch.context() as patch:  # the pretrained network was trained further meanwhile
+        patch.setattr(classification, "load", lambda *args: (None, jax.tree.map(lambda leaf: 2 * leaf, load(*args)[1])))
+        with pytest.raises(runs.RunError, match=r"leo was made with other data; .* must not be trained further"):
+            load(omniglot.DATA, tmp_path / "leo")
     with pytest.raises(runs.RunError, match=r"there is no run in nowhere; make it with `python -m experiments\.omni"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=Path("nowhere")))
     with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):

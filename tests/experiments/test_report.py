@@ -513,3 +513,20 @@ def test_accuracies_that_are_not_finite_are_named_in_the_tables_of_domains():
     table = report.domain_table([result("mldg", None), result("erm", 0.5)])
     assert "not finite" in table
     assert "50.0" in table
+
+
+def test_a_seed_is_in_a_row_once():
+    result = {"experiment": "sinusoid", "algorithm": "maml", "config": {}, "seed": 3}
+    evaluation = {"way": 5, "shot": 1}
+    few_shot_report.check_seeds_differ([(result, evaluation), (result, evaluation), (result, {"way": 5, "shot": 5})])
+    few_shot_report.check_seeds_differ([(result, evaluation), (result | {"seed": 4}, evaluation)])
+    with pytest.raises(runs.RunError, match=r"two results of one row have the seed 3: `python -m experiments\.sinus"):
+        few_shot_report.check_seeds_differ([(result, evaluation), (dict(result), evaluation)])
+
+
+def test_seeds_are_averaged_over_the_steps_that_all_have_logged():
+    direct = [{"step": step, "loss": float(step)} for step in (10, 20, 30, 40)]
+    continued = [{"step": step, "loss": None if step == 40 else 3.0 * step} for step in (10, 15, 25, 40)]
+    steps, values = figures.of_common_steps([direct, [*continued, {"step": 40, "val": 1.0}]], "loss")
+    assert steps == [10, 40]
+    np.testing.assert_array_equal(values, [[10.0, 40.0], [30.0, np.nan]])

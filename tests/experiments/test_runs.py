@@ -62,14 +62,21 @@ def test_a_length_that_was_a_slip_may_be_taken_back_before_the_training_passes_i
     claim(tmp_path, Config())
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "results.json").write_text(json.dumps(results))
-    for slip in (Config(num_meta_steps=100), Config(eval_episodes=60), Config(100, 60)):
+    with pytest.raises(
+        runs.RunError, match=r"is validated on 6 episodes, .* give --eval-episodes 6 while it is trained"
+    ):
+        claim(tmp_path, Config(100, 60))
+    for slip in (Config(num_meta_steps=100), Config(eval_episodes=60)):
         claim(tmp_path, slip)
         assert runs.read_results(tmp_path) is None
         claim(tmp_path, Config())
         assert runs.read_results(tmp_path) == results
     with pytest.raises(runs.RunError, match="eval_episodes is 6 there and 5 here"):
         claim(tmp_path, Config(eval_episodes=5))
-    claim(tmp_path, Config(num_meta_steps=100))
+    claim(tmp_path, Config(eval_episodes=60))
+    with pytest.raises(runs.RunError, match="give --eval-episodes 6 while it is trained"):
+        claim(tmp_path, Config(100, 60))
+    claim(tmp_path, Config(num_meta_steps=100))  # from 60 episodes of the test back to the 6 of the validations
     (tmp_path / "checkpoints" / "11").mkdir()
     with pytest.raises(runs.RunError, match="num_meta_steps is 100 there and 10 here"):
         claim(tmp_path, Config())
@@ -266,3 +273,42 @@ def test_a_run_with_a_schedule_is_not_continued_with_more_steps(tmp_path):
         expectation = contextlib.nullcontext() if message is None else pytest.raises(runs.RunError, match=message)
         with expectation, runs.open_run(tmp_path / schedule, Config(9, schedule)):
             pass
+
+
+def test_only_directories_named_after_a_seed_are_seeds(tmp_path):
+    for name in ("seed-0", "seed-12", "seed-0-backup", "seed-x"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+    assert runs.seed_directories(tmp_path) == ["seed-0", "seed-12"]
+
+
+def test_a_run_inside_of_another_does_not_lock_it_out(tmp_path):
+    claim(tmp_path)
+    with pytest.raises(runs.RunError, match="has the name of a seed, and the directory around it is one run"):
+        claim(tmp_path / "seed-3")
+    claim(tmp_path / "inside")
+    (tmp_path / "seed-4").mkdir()
+    (tmp_path / "seed-4" / "config.json").write_text("{}")
+    claim(tmp_path)
+
+
+@pytest.mark.parametrize("value", ["10min", "0", "-1", "nan", "inf"])
+def test_a_time_limit_that_is_none_is_named(value, monkeypatch, capsys):
+    monkeypatch.setenv("LIMIT", value)
+    assert runs._seconds_of_environment("LIMIT", 600.0) == 600.0
+    assert f"LIMIT='{value}' is no positive number of seconds; 600 is taken" in capsys.readouterr().err
+    monkeypatch.setenv("LIMIT", "2.5")
+    assert runs._seconds_of_environment("LIMIT", 600.0) == 2.5
+
+
+def test_a_program_goes_on_when_nobody_reads_its_output():
+    code = "from experiments.runs import console\nfor _ in range(2000): console.print('x' * 70)\nprint('end')"
+    line = f'{sys.executable} -c "$CODE" | head -c 10'
+    done = subprocess.run(
+        ["bash", "-c", f"{line}; echo status ${{PIPESTATUS[0]}}"],
+        env=os.environ | {"CODE": code},
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == "x" * 10 + "status 0\n"
+    assert done.stderr == "nobody reads the output any more; going on without printing\n"

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
@@ -641,3 +642,23 @@ def test_a_rule_that_hides_a_custom_vjp_is_named_and_checkpointed_takes_it(x64):
         of_gradient(mixed_mode, tanh)
     expected = of_gradient(jax.value_and_grad, jnp.tanh)
     chex.assert_trees_all_close(of_gradient(checkpointed, tanh), expected, rtol=1e-10)
+
+
+def test_a_loss_may_have_a_check(x64):
+    def checked(params, batch):
+        checkify.check(jnp.all(params < 2.0), "a parameter is too large")
+        return jnp.mean(jnp.square(batch @ params))
+
+    def outer(params):
+        return inner_loop(checked, optax.sgd(0.1), params, jnp.ones((3, 4)), num_steps=2)[0].sum()
+
+    error, found = jax.jit(checkify.checkify(jax.grad(outer)))(jnp.ones(4))
+    error.throw()
+    plain = jax.grad(
+        lambda p: inner_loop(
+            lambda p, batch: jnp.mean(jnp.square(batch @ p)), optax.sgd(0.1), p, jnp.ones((3, 4)), num_steps=2
+        )[0].sum()
+    )(jnp.ones(4))
+    chex.assert_trees_all_close(found, plain, rtol=1e-12)
+    # JAX itself loses a check where it differentiates a gradient, so it is found without the outer derivative.
+    assert "too large" in checkify.checkify(outer)(jnp.full(4, 3.0))[0].get()

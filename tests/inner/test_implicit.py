@@ -230,3 +230,24 @@ def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_eigenvalues(x64
     chex.assert_trees_all_equal(
         conjugate_gradients(operator, jax.tree.map(jnp.zeros_like, target), 3), jax.tree.map(jnp.zeros_like, target)
     )
+
+
+@pytest.mark.parametrize(
+    ("scale", "dtype"),
+    [(1e20, jnp.float32), (3e38, jnp.float32), (1e-23, jnp.float32), (200.0, jnp.float16), (1e-4, jnp.float16)],
+)
+def test_squares_in_conjugate_gradients_neither_overflow_nor_vanish(scale, dtype):
+    target = jnp.array([1.0, -0.5, 0.25], dtype) * jnp.asarray(scale, dtype)
+    solution = conjugate_gradients(lambda u: 2 * u, target, 3)
+    assert solution.dtype == dtype
+    chex.assert_trees_all_close(solution, target / 2, rtol=1e-3)
+
+
+def test_what_is_not_finite_is_no_zero_after_conjugate_gradients():
+    bad = jnp.array([jnp.nan, 1.0])
+    for operator, target in (
+        (lambda u: u, bad),
+        (lambda u: u, jnp.array([jnp.inf, 1.0])),
+        (lambda u: u * bad, jnp.ones(2)),
+    ):
+        assert not jnp.isfinite(conjugate_gradients(operator, target, 3)).all()

@@ -253,3 +253,31 @@ def test_one_pass_reads_the_support_set_and_has_two_keys(x64):
     for episode_key, noise in ((None, 0.0), (key, of_read + of_query)):
         loss, _ = learner.objective(theta, episode._replace(key=episode_key))
         np.testing.assert_allclose(loss, half_mse(total + noise + inputs[:, 0], targets), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rule": optax.sgd(0.1)}, "rule must be a function"),
+        ({"start": THETA}, "start must be a function"),
+        ({"init": THETA}, "init must be a function"),
+    ],
+)
+def test_parts_that_are_no_functions_are_refused_when_the_learner_is_built(wrong, message):
+    settings = {"rule": lambda params: optax.sgd(0.1), "num_inner_steps": 1} | wrong
+    with pytest.raises(ValueError, match=message):
+        gradient_based(linear_model, half_mse, **settings)
+
+
+def test_a_rule_returns_an_optimiser():
+    learner = gradient_based(linear_model, half_mse, rule=lambda params: 0.1, num_inner_steps=1)
+    with pytest.raises(ValueError, match=r"what `rule` returns must be an optax transformation .*, got 0\.1"):
+        learner.adapt(THETA, make_episode(jax.random.key(0)).support)
+
+
+def test_sets_without_inputs_and_targets_are_refused():
+    learner = maml(linear_model, half_mse, inner_optimizer=optax.sgd(0.1), num_inner_steps=1)
+    episode = make_episode(jax.random.key(0))
+    for name in ("support", "query"):
+        with pytest.raises(ValueError, match=rf"the {name} set is a tuple without inputs and targets; make it"):
+            learner.objective(THETA, episode._replace(**{name: tuple(getattr(episode, name))}))

@@ -98,7 +98,7 @@ def test_a_loss_that_is_no_scalar_is_refused(episode):
 
 @pytest.mark.parametrize("returned", [lambda value: (value, value), lambda value: None, lambda value: {"loss": value}])
 def test_a_loss_that_is_no_array_is_refused(episode, returned):
-    with pytest.raises(ValueError, match=r"must be a scalar, got shape None"):
+    with pytest.raises(ValueError, match=r"must be a scalar, got a (tuple|dict|NoneType)"):
         inner_loop(
             lambda params, batch: returned(loss(params, batch)), optax.sgd(0.1), THETA, episode.support, num_steps=1
         )
@@ -357,9 +357,8 @@ SAFE = {
     "momentum": optax.sgd(0.1, momentum=0.9, nesterov=True),
     "lion": optax.lion(0.1),
     "sign_sgd": optax.sign_sgd(0.1),
-    "clipping": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "clip": optax.chain(optax.clip(1.0), optax.sgd(0.1)),
     "schedule": optax.sgd(optax.cosine_decay_schedule(0.1, 10)),
-    "polyak_sgd": optax.polyak_sgd(0.5),
     "adam with eps_root": optax.adam(0.1, eps_root=1e-8),
     "adamw with eps_root": optax.adamw(0.1, eps_root=1e-8),
     "nadam with eps_root": optax.nadam(0.1, eps_root=1e-8),
@@ -373,6 +372,25 @@ UNSAFE = {
     "radam with eps_root": optax.radam(0.1, eps_root=1e-8),
     "rmsprop without eps_in_sqrt": optax.rmsprop(0.1, eps_in_sqrt=False),
 }
+
+
+# Their derivative is 0 / 0 where the whole gradient is zero.
+UNSAFE_WHERE_ALL_IS_ZERO = {
+    "clip_by_global_norm": optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)),
+    "clip_by_block_rms": optax.chain(optax.clip_by_block_rms(1.0), optax.sgd(0.1)),
+    "adaptive_grad_clip": optax.chain(optax.adaptive_grad_clip(0.1), optax.sgd(0.1)),
+    "polyak_sgd": optax.polyak_sgd(0.5),
+}
+
+
+@pytest.mark.parametrize("name", [*SAFE, *UNSAFE_WHERE_ALL_IS_ZERO])
+def test_the_docstring_says_which_rules_are_safe_where_the_support_set_is_fitted(name):
+    def fitted(params, batch):
+        return jnp.mean(jnp.square(batch.inputs @ params))
+
+    rule, support = (SAFE | UNSAFE_WHERE_ALL_IS_ZERO)[name], make_episode(jax.random.key(1)).support
+    grads = jax.grad(lambda p: inner_loop(fitted, rule, p, support, num_steps=2)[0].sum())(jnp.zeros(4))
+    assert bool(jnp.isfinite(grads).all()) == (name in SAFE)
 
 
 @pytest.mark.parametrize("name", [*SAFE, *UNSAFE])
@@ -405,3 +423,30 @@ def test_the_loss_function_that_a_rule_gets_is_that_of_all_microbatches():
         for n in (1, 3)
     )
     chex.assert_trees_all_close(parts, whole, rtol=1e-5)
+
+
+def test_no_steps_need_no_loop(episode):
+    with jax.disable_jit():
+        params, info = adapt(episode, 0, observe_fn=lambda params: params["head"])
+    chex.assert_trees_all_equal(params, THETA)
+    chex.assert_trees_all_equal((info.support_loss, info.observed), (jnp.zeros(0), THETA["head"][None]))
+    assert jax.tree.structure(info.opt_state) == jax.tree.structure(optax.sgd(ALPHA).init(THETA))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (
+            lambda params, batch: (loss(params, batch), {}),
+            "must be a scalar, got a tuple; take the mean and return only",
+        ),
+        (lambda params, batch: jnp.zeros(3), r"must be a scalar, got shape \(3,\)"),
+        (
+            lambda params, batch: jnp.int32(0),
+            "the inner loss has dtype int32 and no gradient; return a floating number",
+        ),
+    ],
+)
+def test_an_inner_loss_without_a_gradient_is_named(episode, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        inner_loop(wrong, optax.sgd(ALPHA), THETA, episode.support, num_steps=1)

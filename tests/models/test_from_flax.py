@@ -461,3 +461,13 @@ def test_nnx_models_are_pure():
     module.variable[...] = jnp.full((), 2.0)
     chex.assert_trees_all_equal(model.apply(params, None), before)
     assert module.first.count[...] == 0
+
+
+def test_a_linen_module_that_takes_more_than_its_inputs_is_refused():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, inputs, mask, *others, train, **more):
+            return nn.Dense(1)(inputs * mask)
+
+    with pytest.raises(ValueError, match=r"Masked has the arguments \['mask'\] beside its inputs"):
+        from_linen(Masked())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maml_jax import rl
-from maml_jax.rl import Normal, Trajectories
+from maml_jax.rl import Normal, Trajectories, advantages
 
 H, N = 6, 3
 rng = np.random.default_rng(0)
@@ -54,9 +54,10 @@ def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
     observation, returns = rng.normal(size=(H, N, 2)), rng.normal(size=(H, N))
     found = rl.linear_baseline(jnp.asarray(observation), jnp.asarray(returns), jnp.asarray(MASK), ridge=0.1)
     rows, targets = [], []
+    centred = observation - np.sum(observation * MASK[..., None], (0, 1)) / MASK.sum()
     for t in range(H):
         for n in range(N):
-            rows.append([*observation[t, n], *observation[t, n] ** 2, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1.0])
+            rows.append([*centred[t, n], *centred[t, n] ** 2, t / 100, (t / 100) ** 2, (t / 100) ** 3, 1.0])
             targets.append(returns[t, n])
     rows, targets, valid = np.array(rows), np.array(targets), MASK.reshape(-1).astype(bool)
     penalised = np.concatenate([rows[valid], np.sqrt(0.1) * np.eye(8)])
@@ -141,3 +142,21 @@ def test_without_rewards_there_is_no_advantage():
 def test_numbers_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         rl.linear_advantages(**settings)
+
+
+@pytest.mark.parametrize("offset", [5.0, 50.0])
+def test_an_offset_of_the_observations_does_not_matter_in_float32(offset):
+    observation = 0.05 * np.cumsum(np.random.default_rng(1).normal(size=(100, 20, 2)), 0).astype(np.float32)
+    mask = jnp.ones((100, 20))
+    returns = advantages.discounted_returns(-jnp.abs(observation).sum(-1), 0.99)
+
+    def unexplained(offset):
+        return jnp.std(returns - advantages.linear_baseline(jnp.asarray(observation + offset), returns, mask))
+
+    assert unexplained(0.0) < 0.7 * jnp.std(returns)
+    np.testing.assert_allclose(unexplained(offset), unexplained(0.0), rtol=1e-3)
+
+
+@pytest.mark.parametrize("value", [0.1, 3.7, 100.1])
+def test_equal_values_are_standardised_to_zero(value):
+    np.testing.assert_allclose(advantages.standardised(jnp.full((100, 20), value), jnp.ones((100, 20))), 0, atol=1e-3)

@@ -74,3 +74,10 @@ def test_an_action_out_of_range_has_no_probability():
     of = Categorical(jnp.zeros(3))
     values = jax.vmap(of.log_prob)(jnp.array([-1, 0, 2, 3]))
     np.testing.assert_array_equal(np.isnan(values), [True, False, False, True])
+
+
+def test_narrow_actions_are_those_of_int32():
+    policy = Categorical(jax.random.normal(jax.random.key(0), (3, 256)))
+    action = jnp.array([0, 5, 255])
+    np.testing.assert_array_equal(policy.log_prob(action.astype(jnp.uint8)), policy.log_prob(action))
+    assert jnp.isfinite(policy.log_prob(action)).all()

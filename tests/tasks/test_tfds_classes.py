@@ -137,6 +137,8 @@ def test_parts_are_chosen_and_small_classes_refused(data_dir, tmp_path):
         load("small", "train", **options, min_images=2)
     with pytest.raises(ValueError, match=r"has none of the parts \['val'\]; it has \['"):
         load("small", "train", **options, parts=["val"])
+    with pytest.raises(ValueError, match=r"parts=\['test', 'test'\] names one twice"):
+        load("small", "train", **options, parts=["test", "test"])
     with pytest.raises(ValueError, match=r"parts must be a list of names"):
         load("small", "train", **options, parts="train")
 
