@@ -531,16 +531,17 @@ def load_params(
     optimizer = outer_optimizer(config) if optimizer is None else optimizer
     blank = blank_state(learner, optimizer, inputs)
     record = load_state(run_dir / "checkpoints", blank, getattr(config, "ensemble", 1))
-    best, step, results = record["best"], int(record["state"].step), read_results(run_dir)
-    if results is not None and step < results.get("meta_steps", 0):
-        raise RunError(
-            f"{run_dir} holds the results after {results['meta_steps']} meta-steps, and its newest undamaged "
-            f"checkpoint is of {step}; repeat the command of the run, which goes on from there"
-        )
+    best = record["best"]
     if not np.isfinite(best["score"][0]):
         raise RunError(
             f"{run_dir} holds no checkpoint of a validated state; train longer, up to the first validation after "
             "--val-every meta-steps, or name another directory"
+        )
+    step, results = int(record["state"].step), read_results(run_dir)
+    if results is not None and step < results.get("meta_steps", 0):
+        raise RunError(
+            f"{run_dir} holds the results after {results['meta_steps']} meta-steps, and its newest undamaged "
+            f"checkpoint is of {step}; repeat the command of the run, which goes on from there"
         )
     return selected(best)
 

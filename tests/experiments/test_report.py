@@ -412,6 +412,7 @@ def test_a_classifier_has_a_row_with_all_settings_for_every_head_and_training():
             "metrics": evaluations[0]["metrics"],
             "evaluations": evaluations,
             "seconds": {"train": 60.0},
+            "seed": 0,
             "device": "AMD EPYC, 2 cores",
             "meta_steps": 1000,
             "execution": {"flops": 2_500_000_000},

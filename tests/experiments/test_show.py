@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import common, omniglot, pictures, retest, runs, show, sinusoid
+from experiments import classification, common, omniglot, pictures, retest, runs, show, sinusoid
 from experiments.cli import parse
 from experiments.runs import RunError
 from maml_jax import checkpoint
@@ -141,7 +141,8 @@ def test_figures_are_written_as_png_and_pdf(saved, tmp_path):
         assert sorted((tmp_path / algorithm).iterdir()) == sorted(files)
 
 
-def test_embeddings_are_shown_as_the_images_that_they_are_of(drawings):
+def test_embeddings_are_shown_as_the_images_that_they_are_of(drawings, monkeypatch):
+    monkeypatch.setattr(classification, "digest_of", lambda data, config: "")  # there is no pretrained network
     # What a network with --network features sees are the embeddings of all rotations; here, the pixels themselves.
     config = dataclasses.replace(
         omniglot.METHODS["leo"], network="features", pretrained_run=Path("a-run"), way=4, shot=2, query_shot=3,
