@@ -90,6 +90,7 @@ def advantages(observation: np.ndarray, reward: np.ndarray, mask: np.ndarray, di
     for time in reversed(range(len(reward))):
         following = reward[time] + discount * following
         to_go[time] = following
+    observation = observation - (observation * mask[..., None]).sum((0, 1)) / mask.sum()
     time = np.broadcast_to(np.arange(len(reward))[:, None, None] / 100.0, (*mask.shape, 1))
     features = [observation, observation**2, time, time**2, time**3, np.ones_like(time)]
     rows = (np.concatenate(features, -1) * mask[..., None]).reshape(-1, 8)

@@ -322,7 +322,8 @@ def digest_of(data: DataSet, config: Any) -> str:
     checksum = runs.digest(data.examples(config, split) for split in ("train", "val", "test"))
     if config.network != "features":
         return checksum
-    _, params = load(data, Path(config.pretrained_run))
+    # As they are stored: the statistics of the normalisation are computed, and round differently on another device.
+    params = selected_params(data, stored_config(data.methods, Path(config.pretrained_run)))
     return f"{checksum} {runs.digest([[np.asarray(leaf)[None] for leaf in jax.tree.leaves(params)]])}"
 
 
@@ -581,23 +582,31 @@ def normalisation(config: Any) -> str:
     return "each query with the support set" if config.inductive else "transductive"
 
 
+def selected_params(data: DataSet, config: Any) -> ArrayTree:
+    """The selected parameters of a run as they are stored, without what `with_statistics` adds.
+
+    Raises:
+      RunError: as `common.load_params`, and with `--network features` as `features_of`.
+    """
+    inputs = np.zeros((config.way * config.shot, *data.input_shape(config)), np.float32)
+    if config.network == "features":
+        sampler = make_sampler(data, config, "val", config.way, config.shot)
+        inputs = jax.eval_shape(sampler, jax.random.key(0)).support.inputs
+    return common.load_params(config.run_dir, config, make_learner(config), inputs)
+
+
 def load(data: DataSet, run_dir: str | Path) -> tuple[MetaLearner, ArrayTree]:
     """The learner of the test protocol and the selected parameters of a run; an ensemble if the run has one.
 
     Raises:
       RunError: if the run has --population and the images are not those of its training, or `--network features` and
-        the run that embeds the images has other parameters than in its training.
+        the run that embeds the images is not there or has other parameters than in its training.
     """
     config = stored_config(data.methods, Path(run_dir))
+    learner, params = make_tester(config), selected_params(data, config)
     # The statistics of its normalisation are those of its training images, and so are the embeddings.
     if config.population or config.network == "features":
         runs.check_data(Path(run_dir), digest_of(data, config))
-    learner = make_tester(config)
-    inputs = np.zeros((config.way * config.shot, *data.input_shape(config)), np.float32)
-    if config.network == "features":
-        sampler = make_sampler(data, config, "val", config.way, config.shot)
-        inputs = jax.eval_shape(sampler, jax.random.key(0)).support.inputs
-    params = common.load_params(config.run_dir, config, make_learner(config), inputs)
     return ensemble(learner) if config.ensemble > 1 else learner, with_statistics(data, config)(params)
 
 

@@ -466,7 +466,10 @@ def check_devices() -> None:
 
 @contextlib.contextmanager
 def mistakes_in_one_paragraph() -> Iterator[None]:
-    """Ends the process with a paragraph and the code 2 where a mistake was found, or 130 after Ctrl-C; see `main`."""
+    """Ends the process with a paragraph and the code 2 where a mistake was found; see `main`.
+
+    After Ctrl-C the code is 130, and 141 where nobody reads the output any more.
+    """
     try:
         with _interrupts():
             yield
@@ -476,6 +479,8 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
         Console(stderr=True).print("stopped; a training goes on from its last checkpoint with the same command")
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:  # nobody reads the output any more, as behind `| head`
+        if os.environ.get("MAML_JAX_TRACEBACK"):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except (

@@ -26,6 +26,7 @@ from experiments.runs import (
     console,
     metrics_log,
     on_signal,
+    read_record,
     read_results,
     streams,
 )
@@ -157,7 +158,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     mesh = devices.mesh_for(config.meta_batch_size // minibatches if is_alone else len(members))
     optimizer = training.optimizer(config, mesh if is_alone else None)
     now = starting_point(members, training, optimizer, mesh)
-    processes.on_process_zero(lambda: check_not_lost(members, now.step))
+    with processes.watchdog("the look at earlier results", PROCESS_TIMEOUT_SECONDS):
+        processes.on_process_zero(lambda: [check_not_lost(member.run_dir, now.step) for member in members] and None)
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
     programs: dict[int, Program] = {}
     saved_at = time.monotonic() if now.step else -math.inf  # the first finite state is kept at once
@@ -216,9 +218,11 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 goes_on = "resumes from there" if now.step < config.num_meta_steps else "does the test"
                 console.print(f"stopped after step {now.step}; the same command {goes_on}")
                 raise SystemExit(128 + signalled)
-        if requested and jax.process_count() == 1:  # while the last checkpoint was written
+        with processes.watchdog("the end of training", PROCESS_TIMEOUT_SECONDS):
+            signalled = processes.largest(requested[0] if requested else 0)
+        if signalled:  # while the last checkpoint was written
             console.print(f"stopped after step {now.step}; the same command does the test")
-            raise SystemExit(128 + requested[0])
+            raise SystemExit(128 + signalled)
     if now.step == 0:
         now.keep_initial()
     for index, (member, best) in enumerate(zip(members, now.best, strict=True)):
@@ -233,15 +237,13 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     return [Trained(selected(best), int(best["step"][0]), dict(now.seconds), dict(execution)) for best in now.best]
 
 
-def check_not_lost(members: Sequence[Member], step: int) -> None:
-    """Raises RunError if a run would start anew beside the results that it has; `step` is where it starts."""
-    for member in members:
-        results = read_results(member.run_dir)
-        if step == 0 and results is not None and results.get("meta_steps", 0) > 0:
+def check_not_lost(run_dir: Path, step: int) -> None:
+    """Raises RunError if a run would start anew beside results that it has; `step` is where it starts."""
+    for file in () if step else (run_dir / "results.json", *sorted(run_dir.glob("results_*_*.json"))):
+        if file.exists() and (found := read_record(file).get("meta_steps", 0)) > 0:
             raise RunError(
-                f"{member.run_dir} holds the results after {results['meta_steps']} meta-steps, and no undamaged "
-                "checkpoint. They stay as they are in results.json; put the checkpoints back, or choose another "
-                "--run-dir to train again"
+                f"{file} has the results after {found} meta-steps, and there is no checkpoint of them. Put the "
+                "checkpoints back; to train again, choose another --run-dir or move the results away"
             )
 
 

@@ -238,10 +238,7 @@ def draw_curves(file: Path, opened: Sequence[Run]) -> None:
     for run in opened:
         label = f"{run.group or run.name} ({figures.title(run.config.algorithm)})"
         logs.setdefault(label, []).append(runs.read_log(run.run_dir))
-    # The log of a seed that is being trained may be a line ahead of the others.
-    shortest = {label: min(map(len, of_seeds)) for label, of_seeds in logs.items()}
-    cut = {label: [log[: shortest[label]] for log in of_seeds] for label, of_seeds in logs.items()}
-    figures.learning_curves(file, cut)
+    figures.learning_curves(file, logs)
 
 
 def metric_of(name: str) -> Metric:
@@ -259,8 +256,8 @@ def over_seeds(pairs: Sequence[Mapping[str, Any]], groups: Mapping[str, str | No
     Returns:
       For each pair of directories and each task that two or more seeds of both were tested on: "a", "b", "task",
       "metric", "seeds" (how many), the mean "difference", its "ci95", "p" (Student's t over seeds), "p_holm" (adjusted
-      for the number of records) and "sentence". If a score of a seed is not finite, there is "num_nonfinite" (of the
-      seeds) in place of the four numbers, because the mean of the other seeds would hide it.
+      for the number of records that have one) and "sentence". If a score of a seed is not finite, there is
+      "num_nonfinite" (of the seeds) in place of the four numbers, because the mean of the other seeds would hide it.
     """
     found: dict[tuple[str, str, str, str], list[float | None]] = {}
     for pair in pairs:

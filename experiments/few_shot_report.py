@@ -260,10 +260,12 @@ def all_methods(results: list[dict]) -> list[dict]:
         trained = f"{result['config']['train_shot']}-shot" if is_episodic else ""
         for evaluation in evaluations(result):
             flags = tuple(variation(result))
-            key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"]
+            # A training of such a method is tested in several settings; others have one for each.
+            shot = result["config"]["shot"] if CATALOGUE[result["algorithm"]].classifies else None
+            key = result["algorithm"], evaluation.get("head", ""), trained, flags, result["meta_steps"], shot
             groups[key].append((result, evaluation))
     records = []
-    for (_, head, trained, flags, _), group in groups.items():
+    for (_, head, trained, flags, *_), group in groups.items():
         check_seeds_differ(group)
         first, accuracy, paper = group[0][0], defaultdict(list), {}
         trainings, minutes = defaultdict(list), defaultdict(list)

@@ -293,8 +293,9 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
             onto, back = (np.log, np.exp) if name == "loss" and is_log else (np.asarray, np.asarray)
             shown = back(onto(values).mean(0))
             (lines[text],) = axes.plot(steps, shown, markevery=max(1, len(steps) // 12), **style)
-            if name == "val" and (of_training := _means(seeds, "train")):
-                axes.plot(*zip(*of_training, strict=True), color=style["color"], linestyle=":", linewidth=1.2)
+            steps_of_training, of_training = of_common_steps(seeds, "train")
+            if name == "val" and steps_of_training:
+                axes.plot(steps_of_training, of_training.mean(0), color=style["color"], linestyle=":", linewidth=1.2)
                 is_compared = True
             if len(seeds) > 1 and steps:
                 mean, half = (np.array(part) for part in mean_and_interval(onto(values)).values())
@@ -312,12 +313,6 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
     columns = min(3 if is_validated else 2, len(lines))
     figure.legend(lines.values(), lines, loc="outside upper center", ncols=columns, frameon=False)
     save(figure, file)
-
-
-def _means(seeds: Sequence[Sequence[Mapping[str, Any]]], name: str) -> list[tuple[int, float]]:
-    """Meta-steps and means over the seeds of what was logged under a name; NaN where it was not finite."""
-    logged = [{record["step"]: record[name] for record in of_seed if name in record} for of_seed in seeds]
-    return [(step, float(np.mean([np.array(of_seed.get(step), float) for of_seed in logged]))) for step in logged[0]]
 
 
 def schedules(file: Path, methods: dict[str, dict]) -> None:

@@ -453,7 +453,7 @@ def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[st
     if of["translation"]:
         translation_report.draw(directory / "translation.png", of["translation"], flags_but_seed)
     if of["hyperparameters"]:
-        learned = next(iter(by_command(of["hyperparameters"]).values()))  # the defaults, if they were run
+        learned = min(by_command(of["hyperparameters"]).values(), key=lambda group: len(flags_but_seed(group[0])))
         figures.schedules(directory / "hyperparameters.png", over_seeds(learned))
         figures.memory(directory / "hyperparameters_memory.png", learned[0]["memory"])
 

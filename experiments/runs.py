@@ -35,8 +35,10 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Goes on without printing."""
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("nobody reads the output any more; going on without printing", file=sys.stderr)
+        stream = sys.stderr if self.stderr else sys.stdout
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        with contextlib.suppress(OSError):  # nobody reads this one either, as behind `2>&1 | head`
+            print("nobody reads the output any more; going on without printing", file=sys.stderr, flush=True)
 
 
 console = _Console(soft_wrap=True)
@@ -77,6 +79,8 @@ DATA_FILE = "data.json"
 """The file of a run directory with the checksum of its data."""
 CONFIG_REMEDY = "restore it from a copy, because nothing else says what its checkpoints are of"
 """The remedy for a damaged config.json."""
+MOST_VALIDATED = {"omniglot": math.inf, "images": math.inf, "bandits": 2000, "mdps": 2000, "mazes": 2000}
+"""Experiments whose validations have --eval-episodes, up to this number of them."""
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed, and go back; see `_may_change`."""
 _OF_SEED = re.compile(r"seed-\d+")
@@ -237,8 +241,9 @@ def load(run_dir: str | Path) -> Loaded:
 
     Raises:
       CheckpointError: if every checkpoint is damaged.
-      RunError: if there is no such run, it has no checkpoint, or it has --population, which needs the images of its
-        training, and these are others.
+      RunError: if there is no such run, it has no checkpoint, or results of more meta-steps than its newest one; or it
+        has --population or --network features, which need the images and the network of its training, and these are
+        others.
     """
     run_dir = Path(run_dir).expanduser()
     module = experiment_of(run_dir)
@@ -459,7 +464,9 @@ def _claim(run_dir: Path, config: Any, data_digest: str | None) -> Iterator[None
                 f"{run_dir} holds several seeds ({', '.join(several)}); give --seeds to go on with them, or choose "
                 "another --run-dir"
             )
-        if _OF_SEED.fullmatch(run_dir.resolve().name) and (run_dir.resolve().parent / "config.json").exists():
+        is_new = not config_file.exists()
+        place = run_dir.resolve()
+        if is_new and _OF_SEED.fullmatch(place.name) and (place.parent / "config.json").exists():
             raise RunError(
                 f"{run_dir} has the name of a seed, and the directory around it is one run; choose another --run-dir"
             )
@@ -497,8 +504,8 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     """Those of `EXTENDABLE` that may be as wanted.
 
     The number of meta-steps may be any that the training has not passed, if the outer rate does not depend on it. The
-    episodes of the test of a finished training may become more. Its validations have as many, so a training that goes
-    on has those of before.
+    episodes of the test of a finished training may become more. In some experiments its validations have as many, so a
+    training that goes on has those of before.
     """
     if not all(isinstance(settings.get("num_meta_steps"), int) for settings in (found, wanted)):
         return []
@@ -510,7 +517,10 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     if not isinstance(old, int):
         return may_change
     of_training = min([old, *(int(file.stem.split("_")[2]) for file in run_dir.glob("results_*_*.json"))])
-    if steps and is_ahead and wanted["num_meta_steps"] not in steps and new > of_training:
+    most = MOST_VALIDATED.get(str(wanted.get("experiment")), 0)
+    goes_on = bool(steps) and is_ahead and wanted["num_meta_steps"] not in steps
+    is_changed = (old, found["num_meta_steps"]) != (new, wanted["num_meta_steps"])
+    if goes_on and is_changed and min(new, most) > min(of_training, most):
         raise RunError(
             f"{run_dir} is validated on {of_training} episodes, and would not compare its states on other numbers of "
             f"them; give --eval-episodes {of_training} while it is trained, and more when it is finished"
@@ -543,7 +553,10 @@ def _set_aside_results(run_dir: Path, wanted: dict[str, Any]) -> None:
 def check_data(run_dir: Path, data_digest: str | None) -> None:
     """Raises RunError if a run was made with other data; a run that kept no checksum passes."""
     file = run_dir / DATA_FILE
-    if data_digest is not None and file.exists() and read_record(file).get("sha256") != data_digest:
+    if data_digest is None or not file.exists():
+        return
+    # A run made before the network that embeds its images was part of the checksum has that of the images alone.
+    if read_record(file).get("sha256") not in (data_digest, data_digest.split()[0]):
         raise RunError(
             f"the run directory {run_dir} was made with other data; give the data that it was begun with (--data-dir "
             "or an environment variable names them, and the network of --pretrained-run must not be trained further), "

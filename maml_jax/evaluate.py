@@ -19,6 +19,7 @@ from maml_jax.types import (
     check_function,
     check_integer,
     check_learner,
+    check_pair,
     draw_episode,
     function_and_data,
     predict_beside_support,
@@ -68,7 +69,7 @@ def evaluate(
 
     Raises:
       ValueError: if a count is wrong, `metric_fn` is no function or returns no number, `num_episodes` does not divide
-        over `mesh`, or the learner's `adapt` ignores `observe_fn`.
+        over `mesh`, the learner's `adapt` ignores `observe_fn`, or `stochastic` is set and an episode has no key.
     """
     check_function("metric_fn", metric_fn, "losses.accuracy")
     score = (_query_scores, metric_fn, one_query_at_a_time, stochastic)
@@ -139,7 +140,7 @@ def _query_scores(learner, params, episode, metric_fn, one_query_at_a_time, stoc
 
 
 def _objective(learner, params, episode) -> tuple[jax.Array, ArrayTree]:
-    return learner.objective(params, episode)
+    return check_pair(learner.objective(params, episode))
 
 
 def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, chunk_size, mesh) -> Evaluation:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from maml_jax.types import ArrayTree, Episode, MetaLearner, as_floating, at_least_float32, check_integer
+from maml_jax.types import ArrayTree, Episode, MetaLearner, as_floating, at_least_float32, check_integer, check_pair
 
 CPU_CHUNK_BYTES = 256 * 1024
 """CPU only: the largest intermediate result of one chunk, in bytes, so that it fits in a core's cache.
@@ -88,8 +88,8 @@ def count_tasks(episodes: Episode) -> int:
         raise ValueError(
             "every leaf of a meta-batch has the number of tasks as its leading axis, and targets are [T, S, ...], got "
             + ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
-            + ". Add the axis to a single episode with jax.tree.map(lambda x: x[None], episode). Repeat for every "
-            "example what a task has only once"
+            + ". Add the axis to a single episode with jax.tree.map(lambda x: x[None], episode). A leaf that "
+            "a task has only once must be repeated for every example"
         )
     if (0,) in sizes:
         raise ValueError("the meta-batch has no task; give it one or more")
@@ -107,8 +107,8 @@ def meta_gradient(
       episodes: leaves [T, ...].
       chunk_size: tasks that are vmapped together. The chunks are scanned and their gradients summed; the last
         one may be smaller. With 1 there is no `vmap`. Only rounding depends on it: sums over chunks are in float32 or
-        more, and those within a chunk in the dtype of the parameters, which overflow first in float16. None picks a
-        size, see `default_chunk_size`.
+        more. Sums within a chunk are in the dtype of the parameters; in float16 they may overflow. None picks a size,
+        see `default_chunk_size`.
 
     Returns:
       `((loss, info), grads)`: the mean objective, a scalar; the objective's info, averaged over the tasks; both as
@@ -124,9 +124,9 @@ def meta_gradient(
 
     def chunk_loss(params, chunk):
         if chunk_size == 1:  # a vmap over one task would turn plain products into batched ones
-            loss, info = _check_pair(learner.objective(params, chunk))
+            loss, info = check_pair(learner.objective(params, chunk))
             return at_least_float32((_check_scalar(loss, 0), as_floating(info)))
-        losses, info = _check_pair(jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk))
+        losses, info = check_pair(jax.vmap(learner.objective, in_axes=(None, 0))(params, chunk))
         return jax.tree.map(lambda x: jnp.sum(x, 0), at_least_float32((_check_scalar(losses, 1), as_floating(info))))
 
     chunk_gradient = jax.value_and_grad(chunk_loss, has_aux=True)
@@ -150,15 +150,6 @@ def meta_gradient(
             total = jax.tree.map(jnp.add, total, chunk_gradient(params, last))
     value, grads = jax.tree.map(lambda x: x / num_tasks, total)
     return value, jax.tree.map(lambda x, like: x.astype(jnp.result_type(like)), grads, params)
-
-
-def _check_pair(value: Any) -> tuple[jax.Array, ArrayTree]:
-    """Returns what an objective has returned."""
-    if not isinstance(value, tuple) or len(value) != 2:
-        raise ValueError(
-            f"the objective must return (scalar, info), got {type(value).__name__}; return (loss, ()) without an info"
-        )
-    return value
 
 
 def _check_scalar(loss: jax.Array, num_axes: int) -> jax.Array:

@@ -171,7 +171,8 @@ class InnerInfo(NamedTuple):
 
     Attributes:
       support_loss: [K], the support loss before each inner step.
-      observed: the values of `observe_fn`, stacked to [K+1, ...]; None without one.
+      observed: the values of `observe_fn`, stacked to [K+1, ...]; [1, ...] for a learner that observes only its end;
+        None without one.
       opt_state: the state of the inner optimiser after the last step, from `inner_loop`; learners leave it out.
     """
 
@@ -410,6 +411,15 @@ def all_examples(episode: Episode) -> Batch:
     return jax.tree.map(lambda s, q: jnp.concatenate([s, q]), episode.support, episode.query)
 
 
+def check_pair(value: Any) -> tuple[jax.Array, ArrayTree]:
+    """Returns what an objective has returned; raises ValueError if it is not two values."""
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(
+            f"the objective must return (scalar, info), got {type(value).__name__}; return (loss, ()) without an info"
+        )
+    return tuple(value)
+
+
 def as_floating(info: ArrayTree) -> ArrayTree:
     """`info` without its keys, and with numbers that are not floating as float32."""
 
@@ -429,7 +439,8 @@ def at_least_float32(tree: ArrayTree) -> ArrayTree:
 def wide_integers(labels: jax.Array) -> jax.Array:
     """Integers of fewer than 32 bits as int32: JAX casts what they are compared with to their dtype, where it wraps."""
     labels = jnp.asarray(labels)
-    return labels.astype(jnp.int32) if jnp.iinfo(labels.dtype).bits < 32 else labels
+    is_narrow = jnp.issubdtype(labels.dtype, jnp.integer) and jnp.iinfo(labels.dtype).bits < 32
+    return labels.astype(jnp.int32) if is_narrow else labels
 
 
 def task_keys(key: PRNGKey, num_tasks: int) -> PRNGKey:
@@ -467,7 +478,7 @@ def predict_beside_support(
     No output depends on another input then, whatever statistics of a batch the network uses.
 
     Raises:
-      ValueError: if an input has another shape than an example of the support set.
+      ValueError: if an input has another shape than an example of the support set, or a leaf no axis of examples.
     """
     if any(jnp.ndim(leaf) == 0 for leaf in jax.tree.leaves((support_inputs, inputs))):
         raise ValueError("inputs hold a number without an axis of examples; repeat it for every example")
@@ -521,8 +532,10 @@ def leaf_names(tree: ArrayTree) -> list[str]:
 
     names = []
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        names += [name] * len(jax.tree.leaves(node))
+        parts = jax.tree_util.tree_leaves_with_path(node)
+        for part, _ in parts:
+            full = (*path, *(part if len(parts) > 1 or not is_variable(node) else ()))
+            names.append(jax.tree_util.keystr(full, simple=True, separator="/"))
     return names
 
 

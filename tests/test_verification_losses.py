@@ -265,6 +265,6 @@ def test_domains_whose_pairs_nearly_coincide_give_the_metric_of_float64(spread, 
         return float(loss(*arrays))
 
     with jax.enable_x64(True):
-        # Pairs that differ by rounding only have no direction; the identity takes their place.
         expected = value(jnp.float64)
+    # Equal pairs have no direction in either precision; the identity takes their place.
     np.testing.assert_allclose(value(jnp.float32), expected, rtol=1e-2)

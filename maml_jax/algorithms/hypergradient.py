@@ -29,6 +29,7 @@ from maml_jax.types import (
     LossFn,
     MetaLearner,
     Model,
+    at_least_float32,
     check_integer,
     check_model,
     check_query,
@@ -156,7 +157,8 @@ def training_run(
 
     def mini_batch_loss(weights: Weights, training_set: Batch, step: Steps) -> jax.Array:
         inputs, targets = jax.tree.map(lambda x: x[step.chosen], training_set)
-        norms = {name: optax.tree.norm(layer, squared=True) for name, layer in weights.network.items()}
+        network = at_least_float32(weights.network)
+        norms = {name: optax.tree.norm(layer, squared=True) for name, layer in network.items()}
         return loss_fn(model.apply(weights.network, inputs), targets) + 0.5 * optax.tree.vdot(step.l2, norms)
 
     def segment(weights: Weights, steps: Steps) -> tuple[Weights, jax.Array]:

@@ -28,6 +28,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    at_least_float32,
     check_classes,
     check_integer,
     check_model,
@@ -283,7 +284,7 @@ def _penalties(
     return (
         settings.kl_weight * kl_to_standard(code)
         + settings.encoder_penalty_weight * jnp.mean(jnp.square(jax.lax.stop_gradient(latents) - start))
-        + settings.l2_weight * 0.5 * sum(jnp.sum(jnp.square(kernel)) for kernel in kernels)
+        + settings.l2_weight * 0.5 * optax.tree.norm(at_least_float32(kernels), squared=True)
         + settings.orthogonality_weight * orthogonality_penalty(meta_params["decoder"])
     )
 

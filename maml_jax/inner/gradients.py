@@ -81,9 +81,9 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
 
     The result is exact if ∇f is the gradient of a scalar function, because its Jacobian is then symmetric. A custom
     rule that is not the derivative of its function, such as gradient reversal, breaks this. A function that
-    contains a `jax.custom_vjp`, a collective over a mapped axis or a `checkify.check` is therefore differentiated as by
-    `checkpointed`. A rule of `jax.custom_jvp` that is no derivative is not noticed; `check_inner_grad` compares a
-    few products.
+    contains a `jax.custom_vjp` is therefore differentiated as by `checkpointed`, and so is one with a collective over a
+    mapped axis or a `checkify.check`. A rule of `jax.custom_jvp` that is no derivative is not noticed;
+    `check_inner_grad` compares a few products.
 
     The result may be differentiated any number of times, in both modes (`jax.grad`, `jax.jvp`, `jax.hessian`). From
     the second outer derivative on, the memory is that of `jax.value_and_grad`. Forward mode through a function with a
@@ -225,7 +225,7 @@ def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:
     Returns:
       `(*args, closed_over) -> fun(*args)`; the closed-over values; whether `fun` can be differentiated forward over
       reverse: it contains no `jax.custom_vjp`, no collective over a mapped axis, whose name is not bound in a custom
-      rule, and no `checkify.check`, which that transform does not find in one.
+      rule, and no `checkify.check`, which `checkify` does not find in a custom rule.
     """
     closed, shapes = jax.make_jaxpr(fun, return_shape=True)(*args)
 

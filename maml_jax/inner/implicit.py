@@ -72,7 +72,7 @@ def proximal_solution(
     num_cg_steps = check_integer("num_cg_steps", num_cg_steps, at_least=1)
 
     def penalty(phi):
-        return 0.5 * strength * optax.tree.norm(optax.tree.sub(phi, params), squared=True)
+        return 0.5 * strength * optax.tree.norm(at_least_float32(optax.tree.sub(phi, params)), squared=True)
 
     def objective(phi):
         return loss_fn(phi, support) + penalty(phi)
@@ -138,7 +138,7 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
 
     A step that finds a zero residual changes nothing. The residual may grow for a while. If the operator is not
     positive definite, or nearly singular, one step may multiply residual and solution by any factor. The iterates are
-    float32 or more, for a target that is scaled by a power of two, so no square overflows or vanishes.
+    float32 or more, of a target that is scaled by a power of two, so no square overflows or vanishes.
 
     Args:
       operator: linear, symmetric and positive definite; it gets and returns arrays of the dtypes of `target`.
@@ -167,16 +167,19 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
         ratio = jnp.where(squared > 0, next_squared / jnp.where(squared > 0, squared, 1), 0)
         direction = add_scale(residual, ratio, direction)
         best = optax.tree.where(next_squared < least, solution, best)
-        # Later products may overflow where the iterates diverge; a first one does only if the operator is not finite.
+        # Later products may overflow where the iterates diverge, and then an earlier iterate is the best one.
         best = optax.tree.where((number > 0) | jnp.isfinite(curvature), best, optax.tree.full_like(best, jnp.nan))
         return (solution, residual, direction, next_squared, best, jnp.fmin(next_squared, least)), None
 
     start = at_least_float32(target)
     largest = optax.tree.max(jax.tree.map(jnp.abs, start))
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
-    start = jax.tree.map(lambda x: jnp.ldexp(x, -exponent), start)
+    # Squares of float16 fit into float32, and a scaled product may not fit into float16.
+    is_narrow = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(target))
+    scale = jnp.ldexp(jnp.ones_like(largest), 0 if is_narrow else -jnp.clip(exponent, -126, 126))
+    start = jax.tree.map(lambda x: scale * x, start)
     squared = optax.tree.norm(start, squared=True)
     zero = optax.tree.full_like(start, jnp.where(jnp.isfinite(squared), 0.0, jnp.nan))
     initial = (optax.tree.zeros_like(start), start, start, squared, zero, squared)
     (*_, best, _), _ = jax.lax.scan(step, initial, jnp.arange(num_steps))
-    return optax.tree.cast_like(jax.tree.map(lambda x: jnp.ldexp(x, exponent), best), target)
+    return optax.tree.cast_like(jax.tree.map(lambda x: x / scale, best), target)

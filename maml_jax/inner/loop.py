@@ -125,9 +125,8 @@ def inner_loop(
 
     start = (adapting, rule.init(adapting) if opt_state is None else opt_state)
     if num_steps == 0:  # without jit, JAX runs no loop without a step
-        return params, InnerInfo(
-            jnp.zeros(0, value.dtype), jax.tree.map(lambda x: x[None], observe(adapting)), start[1]
-        )
+        observed = jax.tree.map(lambda x: x[None], observe(adapting))
+        return jax.tree.map(jnp.array, params), InnerInfo(jnp.zeros(0, value.dtype), observed, start[1])
     (adapting, opt_state), (losses, observed) = jax.lax.scan(step, start, per_step, length=num_steps)
     if observe_fn is not None:
         observed = jax.tree.map(lambda old, new: jnp.concatenate([old, new[None]]), observed, observe(adapting))

@@ -42,7 +42,8 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
       ValueError: if `module` is no linen module, `rngs` is a string, or `frozen` holds "params". `init` raises it if
         the module keeps variables that are not frozen, such as the running averages of `nn.BatchNorm`, which are state
         that an inner loop would have to carry; if `frozen` lacks one of a collection, or has another shape; if the
-        module changes a frozen variable; if it draws from a stream that `rngs` does not name, or without a key; and if
+        module changes a frozen variable; if it needs more arguments than its inputs; if it draws from a stream that
+        `rngs` does not name, or without a key; and if
         a given parameter has a name or a shape that the module does not have.
     """
     if not isinstance(module, nn.Module):

@@ -98,8 +98,8 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     """The values of a ridge regression of the returns on features of observation and time.
 
     The features are the numbers of the observation less their mean, their squares, t/100, its square and its cube, and
-    1. The regression is fitted to the trajectories whose values it returns. Without the mean it would span the same
-    values, but float32 would not tell the numbers, their squares and 1 apart where the mean is large.
+    1. The regression is fitted to the trajectories whose values it returns. Taking the mean off changes the values only
+    by the penalty. Without it, float32 would not tell the numbers, their squares and 1 apart where the mean is large.
 
     Args:
       observation: a pytree of arrays [H, N, ...].
@@ -120,8 +120,8 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     time = jnp.arange(horizon, dtype=returns.dtype)[:, None, None] / 100.0
     time = jnp.broadcast_to(time, (horizon, num_trajectories, 1))
     features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)
-    # Columns of one size, because float32 loses the small ones beside the square of a large number. The penalty counts
-    # too: a number that hardly changes would otherwise have one beside which the others are lost.
+    # Columns of one size, because float32 loses the small ones beside the square of a large number. The penalty is part
+    # of the size. Otherwise a number that hardly changes would get a large penalty, and float32 would lose the others.
     squares = jnp.sum(mask[..., None] * jnp.square(features), (0, 1), keepdims=True) + ridge
     size = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
     features = features / size
@@ -147,7 +147,7 @@ def standardised(values: jax.Array, mask: jax.Array) -> jax.Array:
 def linear_advantages(*, discount: float = 0.99, decay: float = 1.0, ridge: float = 1e-5) -> AdvantageFn:
     """Builds standardised generalised advantages over `linear_baseline`, as the code of the MAML paper has them.
 
-    That code bounds observations at ±10 first. Here they are as they are.
+    That code bounds observations at ±10 first. Here they are not bounded, and their mean is taken off.
 
     Args:
       discount: γ.

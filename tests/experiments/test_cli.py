@@ -335,6 +335,6 @@ def test_a_home_that_does_not_exist_is_named():
 
 
 def test_help_may_be_cut_off():
-    line = f"{sys.executable} -m experiments.sinusoid maml --help | true"
+    line = f"{sys.executable} -m experiments.sinusoid maml --help | true; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.stderr == ""
+    assert (done.stdout, done.stderr) == (f"{128 + signal.SIGPIPE}\n", "")

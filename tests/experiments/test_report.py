@@ -3,7 +3,6 @@
 import dataclasses
 import errno
 import json
-import math
 import re
 import shutil
 from collections import defaultdict
@@ -488,14 +487,6 @@ def test_a_figure_on_a_full_disk_is_named_and_leaves_no_part(full, tmp_path, mon
     with pytest.raises(OSError, match=rf"the figure .*curve\{full} cannot be written: .*No space left"):
         figures.learning_curves(tmp_path / "curve.png", {"maml": [[{"step": n, "loss": 1.0} for n in (1, 2)]]})
     assert sorted(file.name for file in tmp_path.iterdir()) == (["curve.png"] if full == ".pdf" else [])
-
-
-def test_the_mean_over_seeds_of_what_was_logged():
-    logs = [[{"step": 2, "train": 0.5}, {"step": 3}, {"step": 4, "train": None}], [{"step": 2, "train": 0.7}]]
-    (first, mean), (last, missing) = figures._means(logs, "train")
-    assert (first, last) == (2, 4)
-    assert mean == pytest.approx(0.6)
-    assert math.isnan(missing)
 
 
 def test_a_table_of_instances_ends_with_the_sequence():

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -54,6 +55,7 @@ def test_what_does_not_change_the_results_may_change_and_the_length_may_grow(tmp
 def test_a_length_that_was_a_slip_may_be_taken_back_before_the_training_passes_it(tmp_path):
     @dataclasses.dataclass(frozen=True)
     class Config:
+        experiment: ClassVar[str] = "omniglot"
         num_meta_steps: int = 10
         eval_episodes: int = 6
         outer_schedule: str = "constant"
@@ -303,12 +305,18 @@ def test_a_time_limit_that_is_none_is_named(value, monkeypatch, capsys):
 
 def test_a_program_goes_on_when_nobody_reads_its_output():
     code = "from experiments.runs import console\nfor _ in range(2000): console.print('x' * 70)\nprint('end')"
-    line = f'{sys.executable} -c "$CODE" | head -c 10'
-    done = subprocess.run(
-        ["bash", "-c", f"{line}; echo status ${{PIPESTATUS[0]}}"],
-        env=os.environ | {"CODE": code},
-        capture_output=True,
-        text=True,
-    )
-    assert done.stdout == "x" * 10 + "status 0\n"
-    assert done.stderr == "nobody reads the output any more; going on without printing\n"
+    said = "nobody reads the output any more; going on without printing\n"
+    for errors, expected in (("", said), ("2>&1", "")):
+        line = f'{sys.executable} -c "$CODE" {errors} | head -c 10; echo status ${{PIPESTATUS[0]}}'
+        done = subprocess.run(["bash", "-c", line], env=os.environ | {"CODE": code}, capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("x" * 10 + "status 0\n", expected)
+
+
+def test_data_without_the_network_that_embeds_them_are_those_of_an_older_run(tmp_path):
+    runs.write_json(tmp_path / runs.DATA_FILE, {"sha256": "images"})
+    runs.check_data(tmp_path, "images")
+    runs.check_data(tmp_path, "images network")
+    for stored, wanted in (("images old", "images new"), ("images old", "images"), ("images", "others new")):
+        runs.write_json(tmp_path / runs.DATA_FILE, {"sha256": stored})
+        with pytest.raises(runs.RunError, match="was made with other data"):
+            runs.check_data(tmp_path, wanted)

@@ -243,6 +243,13 @@ def test_squares_in_conjugate_gradients_neither_overflow_nor_vanish(scale, dtype
     chex.assert_trees_all_close(solution, target / 2, rtol=1e-3)
 
 
+def test_a_product_of_conjugate_gradients_fits_into_float16_if_the_operator_does():
+    target = jnp.array([1e-4, -5e-5], jnp.float16)
+    solution = conjugate_gradients(lambda u: (2e5 * u.astype(jnp.float32)).astype(jnp.float16), target, 1)
+    chex.assert_trees_all_close(solution.astype(jnp.float32), target.astype(jnp.float32) / 2e5, atol=1e-7)
+    assert jnp.isfinite(solution).all()
+
+
 def test_what_is_not_finite_is_no_zero_after_conjugate_gradients():
     bad = jnp.array([jnp.nan, 1.0])
     for operator, target in (
