@@ -161,11 +161,13 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, pretrained, tm
     learner, params = omniglot.load(tmp_path / "leo")
     support = Batch(examples[:2], np.arange(2))
     assert learner.predict(learner.adapt(params, support)[0], examples[:5]).shape == (5, 2)
-    load = classification.load
+    stored = classification.selected_params
     with monkeypatch.context() as patch:  # the pretrained network was trained further meanwhile
-        patch.setattr(classification, "load", lambda *args: (None, jax.tree.map(lambda leaf: 2 * leaf, load(*args)[1])))
+        patch.setattr(
+            classification, "selected_params", lambda *args: jax.tree.map(lambda leaf: 2 * leaf, stored(*args))
+        )
         with pytest.raises(runs.RunError, match=r"leo was made with other data; .* must not be trained further"):
-            load(omniglot.DATA, tmp_path / "leo")
+            omniglot.load(tmp_path / "leo")
     with pytest.raises(runs.RunError, match=r"there is no run in nowhere; make it with `python -m experiments\.omni"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=Path("nowhere")))
     with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):
