@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from experiments.devices import set_up_jax
-from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, flag, typed
+from experiments.runs import PROCESS_TIMEOUT_SECONDS, RunError, console, discard, flag, typed
 from experiments.tracking import Tracking
 from maml_jax import CATALOGUE, processes
 from maml_jax.types import check_integer, check_not_negative, check_positive
@@ -481,7 +481,7 @@ def mistakes_in_one_paragraph() -> Iterator[None]:
     except BrokenPipeError:  # nobody reads the output any more, as behind `| head`
         if os.environ.get("MAML_JAX_TRACEBACK"):
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard(sys.stdout)
         sys.exit(128 + signal.SIGPIPE)
     except (
         RunError,

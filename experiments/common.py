@@ -159,7 +159,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     optimizer = training.optimizer(config, mesh if is_alone else None)
     now = starting_point(members, training, optimizer, mesh)
     with processes.watchdog("the look at earlier results", PROCESS_TIMEOUT_SECONDS):
-        processes.on_process_zero(lambda: [check_not_lost(member.run_dir, now.step) for member in members] and None)
+        processes.on_process_zero(lambda: check_not_lost([member.run_dir for member in members], now.step))
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
     programs: dict[int, Program] = {}
     saved_at = time.monotonic() if now.step else -math.inf  # the first finite state is kept at once
@@ -237,9 +237,10 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     return [Trained(selected(best), int(best["step"][0]), dict(now.seconds), dict(execution)) for best in now.best]
 
 
-def check_not_lost(run_dir: Path, step: int) -> None:
-    """Raises RunError if a run would start anew beside results that it has; `step` is where it starts."""
-    for file in () if step else (run_dir / "results.json", *sorted(run_dir.glob("results_*_*.json"))):
+def check_not_lost(run_dirs: Sequence[Path], step: int) -> None:
+    """Raises RunError if a run would start anew beside results that it has; `step` is where all of them start."""
+    files = [file for run_dir in run_dirs for file in (run_dir / "results.json", *run_dir.glob("results_*_*.json"))]
+    for file in () if step else sorted(files):
         if file.exists() and (found := read_record(file).get("meta_steps", 0)) > 0:
             raise RunError(
                 f"{file} has the results after {found} meta-steps, and there is no checkpoint of them. Put the "

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TextIO, get_args, get_origin, get_type_hints
 
 import jax
 import numpy as np
@@ -29,14 +29,18 @@ from maml_jax import checkpoint, processes
 from maml_jax.types import ArrayTree, Evaluation, MetaLearner
 
 
+def discard(stream: TextIO) -> None:
+    """Sends to nowhere what is still written to a stream that nobody reads any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 class _Console(Console):
     """A console that a training outlives if nobody reads it any more, as behind `| head`."""
 
     def on_broken_pipe(self) -> None:
         """Goes on without printing."""
         self.quiet = True
-        stream = sys.stderr if self.stderr else sys.stdout
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        discard(sys.stderr if self.stderr else sys.stdout)
         with contextlib.suppress(OSError):  # nobody reads this one either, as behind `2>&1 | head`
             print("nobody reads the output any more; going on without printing", file=sys.stderr, flush=True)
 

@@ -102,7 +102,7 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             if training.keep is not None:
                 training.keep(of_seed.run_dir)
         for of_seed in configs:  # a seed that is tested is not trained, and its test needs a checkpoint
-            check_not_lost(of_seed.run_dir, checkpoint.latest(of_seed.run_dir / "checkpoints") or 0)
+            check_not_lost([of_seed.run_dir], checkpoint.latest(of_seed.run_dir / "checkpoints") or 0)
         members = _unfinished([Member(c.run_dir, c, t) for c, t in zip(configs, trainings, strict=True)])
         # A seed without a checkpoint may be the only one whose initial parameters are still needed.
         steps = [checkpoint.latest(member.run_dir / "checkpoints") for member in members]

@@ -476,13 +476,14 @@ def test_a_narrow_terminal_shows_every_number(monkeypatch):
     assert "…" not in text
 
 
-def finish(run_dir, trained, config=Config()):
-    results = {"experiment": "other", "config": dataclasses.asdict(config), "seed": 0, "meta_steps": 12}
+def finish(run_dir):
+    results = {"experiment": "other", "config": dataclasses.asdict(Config()), "seed": 0, "meta_steps": 12}
     runs.write_json(run_dir / "results.json", results)
 
 
 def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_again(tmp_path):
-    finish(tmp_path, train(tmp_path))
+    train(tmp_path)
+    finish(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     before = logged(tmp_path)
     for name in ("results.json", "results_6_2.json"):
@@ -496,7 +497,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_again(tmp_path
 
 def test_a_state_before_that_of_the_results_is_not_loaded(tmp_path):
     whole = train(tmp_path)
-    finish(tmp_path, whole)
+    finish(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints" / "12")
     with pytest.raises(runs.RunError, match="results after 12 meta-steps, and its newest undamaged checkpoint is of 8"):
         common.load_params(tmp_path, Config(), LEARNER, np.zeros((3, 1), np.float32))

@@ -433,20 +433,6 @@ def test_no_steps_need_no_loop(episode):
     assert jax.tree.structure(info.opt_state) == jax.tree.structure(optax.sgd(ALPHA).init(THETA))
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (
-            lambda params, batch: (loss(params, batch), {}),
-            "must be a scalar, got a tuple; take the mean and return only",
-        ),
-        (lambda params, batch: jnp.zeros(3), r"must be a scalar, got shape \(3,\)"),
-        (
-            lambda params, batch: jnp.int32(0),
-            "the inner loss has dtype int32 and no gradient; return a floating number",
-        ),
-    ],
-)
-def test_an_inner_loss_without_a_gradient_is_named(episode, wrong, message):
-    with pytest.raises(ValueError, match=message):
-        inner_loop(wrong, optax.sgd(ALPHA), THETA, episode.support, num_steps=1)
+def test_an_inner_loss_of_integers_is_refused(episode):
+    with pytest.raises(ValueError, match="the inner loss has dtype int32 and no gradient; return a floating number"):
+        inner_loop(lambda params, batch: jnp.int32(0), optax.sgd(ALPHA), THETA, episode.support, num_steps=1)
