@@ -267,4 +267,5 @@ def test_domains_whose_pairs_nearly_coincide_give_the_metric_of_float64(spread, 
     with jax.enable_x64(True):
         expected = value(jnp.float64)
     # Equal pairs have no direction in either precision; the identity takes their place.
+    # Unit vectors in float32 differ by 1e-7 from those in float64, a thousandth of the smallest spread.
     np.testing.assert_allclose(value(jnp.float32), expected, rtol=1e-2)
