@@ -60,6 +60,16 @@ def _is_tested(member: Member) -> bool:
     return results is not None and results["meta_steps"] >= member.config.num_meta_steps
 
 
+def _other_results(config: Any, seeds: range) -> list[dict]:
+    """The results of seeds in the directory that this call does not train and whose training is as long."""
+    found = [read_results(config.run_dir / name) for name in seed_directories(config.run_dir)]
+    return [
+        result
+        for result in found
+        if result is not None and result["seed"] not in seeds and result["meta_steps"] == config.num_meta_steps
+    ]
+
+
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:
     """Trains `config.seeds` seeds in one program, tests each, and reports means over them.
 
@@ -74,7 +84,8 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
 
     Returns:
       The content of seeds.json in the run directory: "seeds", their "results", "metrics" with the mean over seeds and
-      its 95 % interval (Student's t), lists of K+1 numbers, and the "execution" of the common program.
+      its 95 % interval (Student's t), lists of K+1 numbers, and the "execution" of the common program. Other seeds that
+      the directory has from an earlier call are among them.
     """
     if jax.process_count() > 1:
         raise RunError(f"--seeds {config.seeds} trains in one process; start a job with its own --seed for each seed")
@@ -108,18 +119,21 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         steps = [checkpoint.latest(member.run_dir / "checkpoints") for member in members]
         behind = members[steps.index(None) if None in steps else 0]
         together = train_together(members, trainings[seeds.index(behind.config.seed)])
-    results = [run(of_seed) for of_seed in configs]
+    results = [run(of_seed) for of_seed in configs] + _other_results(config, seeds)
+    results.sort(key=lambda result: result["seed"])
     # null, which stands for a number that is not finite, becomes NaN
     metrics = {
         name: mean_and_interval(np.array([result["metrics"][name]["mean"] for result in results], float))
         for name in results[0]["metrics"]
     }
     execution = together[0].execution
-    summary = finite({"seeds": list(seeds), "metrics": metrics, "execution": execution, "results": results})
+    all_seeds = [result["seed"] for result in results]
+    summary = finite({"seeds": all_seeds, "metrics": metrics, "execution": execution, "results": results})
     write_json(config.run_dir / "seeds.json", summary)
     if jax.process_index() == 0:
         figures.learning_curves(
-            config.run_dir / "figures" / "learning_curve.png", {config.algorithm: [curve(c.run_dir) for c in configs]}
+            config.run_dir / "figures" / "learning_curve.png",
+            {config.algorithm: [curve(config.run_dir / f"seed-{seed}") for seed in all_seeds]},
         )
     table = Table(
         ROWS.get(config.experiment, "inner steps"),

@@ -104,7 +104,8 @@ def leo(
       orthogonality_weight: λ₂. The defaults of these four are the published ones for 1-shot miniImageNet; those of
         other settings differ by orders of magnitude.
       dropout_rate: the probability that an entry of an embedding is dropped in the objective; published is 0.307651.
-      train_embedding: whether the embedding learns too. Otherwise its gradient is zero.
+      train_embedding: whether the embedding learns too. Otherwise its gradient is zero; an outer optimiser with weight
+        decay needs a mask that leaves it out.
       inner_grad: how the inner gradients are differentiated.
 
     Returns:

@@ -56,7 +56,8 @@ def maml_plus_plus(
       query_loss_fn: the same for the query set; by default `loss_fn`.
       inner_lr: the initial value of all rates.
       num_inner_steps: K ≥ 0. A learner with more steps than the trained one uses the last rates and parameters.
-      learn_rates: whether the rate of each parameter array and step is learned.
+      learn_rates: whether the rate of each parameter array and step is learned. Otherwise its gradient is zero; an
+        outer optimiser with weight decay needs a mask that leaves it out.
       step_weights: w [K], the weights of the query losses after each step, such as `multi_step_weights` gives; None
         for only the last one.
       per_step: `(name) -> bool`, parameters of which every φ_k has its own, such as scales and offsets of
@@ -67,8 +68,8 @@ def maml_plus_plus(
       inner_grad: how the inner gradient is differentiated.
 
     Returns:
-      A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}. Leaves of α are [K], and None for parameters
-      that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
+      A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}. Leaves of α are [max(1, K)], and None for
+      parameters that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
 
     Raises:
       ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, a count no integer in its range, or
@@ -180,8 +181,9 @@ def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_step
     """
     check_integer("num_inner_steps", num_inner_steps, at_least=1)
     check_integer("num_annealing_steps", num_annealing_steps, at_least=1)
-    progress = jnp.clip(step / num_annealing_steps, 0.0, 1.0)
-    early = jnp.where(progress < 1, jnp.maximum(1.0 - progress, 0.03), 0.0) / num_inner_steps
+    remaining = 1.0 - step / num_annealing_steps
+    # A compiled quotient may round to below one at the end.
+    early = jnp.where(step < num_annealing_steps, jnp.maximum(remaining, 0.03), 0.0) / num_inner_steps
     weights = jnp.full(num_inner_steps, early)
     return weights.at[-1].set(1.0 - early * (num_inner_steps - 1))
 

@@ -13,6 +13,8 @@ def step_keys(key: PRNGKey | None, num_steps: int) -> PRNGKey | None:
 def mini_batches(key: PRNGKey, num_examples: int, num_steps: int, batch_size: int) -> jax.Array:
     """Passes through a set of examples, each in another order and without a gap between them.
 
+    A mini-batch that ends one pass and begins the next may hold an example twice.
+
     Args:
       key: the randomness of the orders.
       num_examples: S.

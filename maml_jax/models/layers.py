@@ -130,9 +130,8 @@ class Conv(nn.Module):
 def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     """Maximum over windows that do not overlap, NaN if one value is. A remainder at the border is dropped.
 
-    It is a chain of comparisons, whose second derivative is cheap on every backend. Of equal values in a window the
-    first gets the derivative. The derivative of `jnp.max` would compare the maximum with its operands. If a compiler
-    computes these a second time, with another rounding, none may be equal, and the derivative is not finite.
+    It is a chain of `larger`, whose second derivative is cheap on every backend. Of equal values in a window the first
+    gets the derivative.
 
     Args:
       inputs: [B, H, W, C].
@@ -146,5 +145,13 @@ def max_pool(inputs: jax.Array, window: Sequence[int] = (2, 2)) -> jax.Array:
     cropped = inputs[:, : rows * window[0], : columns * window[1]]
     tiles = cropped.reshape(batch, rows, window[0], columns, window[1], channels)
     parts = [tiles[:, :, row, :, column] for row in range(window[0]) for column in range(window[1])]
-    # A part that is NaN is taken, and a largest one that is NaN is kept.
-    return functools.reduce(lambda kept, part: jnp.where((part > kept) | jnp.isnan(part), part, kept), parts)
+    return functools.reduce(larger, parts)
+
+
+def larger(first: jax.Array, second: jax.Array) -> jax.Array:
+    """The larger of two values, NaN if one is. Of equal values the first gets the derivative.
+
+    The derivative of `jnp.maximum` would compare the maximum with its operands. If a compiler computes these a second
+    time, with another rounding, none may be equal, and the derivative is lost.
+    """
+    return jnp.where((second > first) | jnp.isnan(second), second, first)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype
 
 from maml_jax.models.from_flax import from_linen
-from maml_jax.models.layers import Conv, max_pool
+from maml_jax.models.layers import Conv, larger, max_pool
 from maml_jax.models.normalisation import BatchStatNorm
 from maml_jax.types import Model, check_integer
 
@@ -42,8 +42,8 @@ class MultiScale(nn.Module):
 
 def _overlapping_pool(inputs: jax.Array) -> jax.Array:
     """The maximum over windows 2x2 at stride 1: [B, H, W, C] -> [B, H - 1, W - 1, C]."""
-    rows = jnp.maximum(inputs[:, 1:], inputs[:, :-1])
-    return jnp.maximum(rows[:, :, 1:], rows[:, :, :-1])
+    rows = larger(inputs[:, :-1], inputs[:, 1:])
+    return larger(rows[:, :, :-1], rows[:, :, 1:])
 
 
 def multi_scale(

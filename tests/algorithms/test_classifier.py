@@ -9,7 +9,7 @@ import pytest
 from classes import WAY, draw_episode, embedding, permuted
 from jax.test_util import check_grads
 
-from maml_jax import Model, PretrainedHead, losses, pretrained_classifier
+from maml_jax import Episode, Model, PretrainedHead, losses, pretrained_classifier
 
 NUM_CLASSES = 7
 
@@ -45,6 +45,9 @@ def test_the_objective_is_the_loss_on_all_training_classes(drawn):
     chex.assert_shape(logits, (6, NUM_CLASSES))
     expected = losses.cross_entropy(logits, episode.support.targets)
     chex.assert_trees_all_close(built().objective(params, batch)[0], expected, rtol=1e-12)
+    # Both sets are training examples alike: one example of the support set may as well be a query.
+    moved = Episode(*(jax.tree.map(lambda x, part=part: x[part], episode.support) for part in (slice(5), slice(5, 6))))
+    chex.assert_trees_all_close(built().objective(params, moved)[0], expected, rtol=1e-12)
 
 
 def test_neighbours_and_centroids_by_hand(drawn):
@@ -148,3 +151,26 @@ def test_the_key_of_an_adaptation_reaches_the_embedding(drawn, head):
         for key in (None, jax.random.key(1), jax.random.key(2))
     ]
     assert all(np.abs(a - b).max() > 1e-4 for a, b in itertools.combinations(scores, 2))
+
+
+def test_every_step_of_fine_tuning_has_a_key_of_its_own(drawn):
+    used = set()
+
+    def apply(params, inputs, *, key=None):
+        if key is not None:
+            jax.debug.callback(lambda data: used.add(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        return embedding.apply(params, inputs)
+
+    params, episode = drawn
+    learner = pretrained_classifier(
+        Model(embedding.init, apply, stochastic=True),
+        losses.cross_entropy,
+        num_classes=NUM_CLASSES,
+        way=WAY,
+        head="fine-tuned",
+        inner_optimizer=optax.sgd(0.1),
+        num_inner_steps=5,
+    )
+    jax.block_until_ready(learner.adapt(params, episode.support, key=jax.random.key(1))[0])
+    jax.effects_barrier()
+    assert len(used) == 5

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from key_use import keys_by_use
 
 from maml_jax import (
     CATALOGUE,
@@ -371,6 +372,8 @@ def noisy_model():
     return Model(affine.init, apply, stochastic=True)
 
 
+WITHOUT_WHERE = {"anil", "cavia", "pretrained-classifier"}
+"""What adapts is the head, the context, or a new last layer."""
 ADAPT_WITHOUT_CHANCE = {"imaml", "mldg", "erm"}
 """The inner problem of iMAML is one problem; MLDG and ERM do not adapt."""
 
@@ -429,6 +432,43 @@ def test_passes_over_different_examples_draw_with_different_keys(name):
     keys = [key for key, _ in drawn]
     assert keys
     assert len(set(keys)) == len(keys), "one key was used for two batches"
+
+
+@EVERY_ALGORITHM
+@pytest.mark.parametrize("part", ["objective", "adapt"])
+def test_no_two_random_choices_of_a_learner_depend_on_each_other(name, part):
+    affine, of_model = affine_model(Affine), set()
+
+    def apply(params, inputs, *, key=None):
+        if key is not None:
+            jax.debug.callback(lambda data: of_model.add(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
+        return affine.apply(params, inputs)
+
+    settings = {"batch_size": 2} if name == "reptile" else {"dropout_rate": 0.5} if name == "leo" else {}
+    learner = build(name, Model(affine.init, apply, stochastic=True), **settings)
+    given = episode(name)
+    meta_params = learner.init(jax.random.key(0), given.support.inputs)
+    if part == "objective":
+        drawn, divided = keys_by_use(lambda: learner.objective(meta_params, given._replace(key=jax.random.key(1)))[0])
+    else:
+        drawn, divided = keys_by_use(lambda: learner.adapt(meta_params, given.support, key=jax.random.key(1))[0])
+    assert len(set(drawn)) == len(drawn), "the learner draws from one key twice"
+    assert not set(drawn) & of_model, "the learner and the model draw from one key"
+    assert not (set(drawn) | of_model) & divided, "a key is drawn from and divided"
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if iterates(name) and name not in WITHOUT_WHERE])
+def test_only_the_parameters_that_the_problem_names_adapt(name):
+    entry, given = CATALOGUE[name], episode(name)
+    settings = {"num_inner_steps": NUM_STEPS} | ({"per_step_norm": False} if name == "maml++" else {})
+    model = affine_model(STRUCTURES["nested dictionary"])
+    # BOIL adapts all but the head, here the bias.
+    problem = Problem(model, loss_of(name), head=lambda name: name == "none", where=lambda name: name.endswith("bias"))
+    learner = learner_at(entry.build(problem, entry.hyperparameters(**settings)), jnp.int32(0))
+    meta_params = learner.init(jax.random.key(0), given.support.inputs)
+    _, info = learner.adapt(meta_params, given.support, observe_fn=lambda params: params["layer"])
+    chex.assert_trees_all_equal(info.observed["weight"][0], info.observed["weight"][-1])
+    assert jnp.all(info.observed["bias"][0] != info.observed["bias"][-1])
 
 
 def test_inner_gradients_of_the_networks_are_differentiated_exactly(x64):

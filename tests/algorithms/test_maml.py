@@ -157,6 +157,32 @@ def test_dropout_draws_anew_in_every_inner_step_and_in_the_query_pass(x64):
     chex.assert_trees_all_close(meta_gradient(learner, theta, episode), expected, rtol=1e-11)
 
 
+def test_all_microbatches_of_a_step_draw_with_the_key_of_the_step(x64):
+    key, theta = jax.random.key(9), jnp.array([0.5, -1.0, 2.0, 0.1])
+    support = jax.tree.map(lambda x: x[:4], make_episode(jax.random.key(0)).support)
+    learner = maml(dropout_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2, num_microbatches=2)
+    phi = theta
+    for k in range(2):
+        of_step = jax.random.fold_in(key, k)
+        parts = [jax.tree.map(lambda x, part=part: x[part], support) for part in (slice(2), slice(2, 4))]
+        masked = [Quadratic.of(part._replace(inputs=drop(of_step, part.inputs))) for part in parts]
+        phi = phi - ALPHA * (masked[0].gradient(phi) + masked[1].gradient(phi)) / 2
+    chex.assert_trees_all_close(learner.adapt(theta, support, key=key)[0], phi, rtol=1e-12)
+
+
+def test_steps_with_data_of_their_own_draw_with_their_own_keys(x64):
+    key, theta = jax.random.key(9), jnp.array([0.5, -1.0, 2.0, 0.1])
+    batches = [make_episode(jax.random.key(seed)).support for seed in (0, 1)]
+    learner = maml(dropout_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2, data_per_step=True)
+    phi = theta
+    for k, batch in enumerate(batches):
+        phi = Quadratic.of(batch._replace(inputs=drop(jax.random.fold_in(key, k), batch.inputs))).descend_once(
+            phi, ALPHA
+        )
+    support = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    chex.assert_trees_all_close(learner.adapt(theta, support, key=key)[0], phi, rtol=1e-12)
+
+
 def test_a_stochastic_model_is_deterministic_without_a_key(x64):
     episode, theta = make_episode(jax.random.key(0)), jnp.array([0.5, -1.0, 2.0, 0.1])
     kwargs = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": 2}

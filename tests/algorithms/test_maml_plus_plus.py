@@ -30,6 +30,7 @@ from maml_jax import (
     multi_step_weights,
     switch_at,
 )
+from maml_jax.cost import temporary_bytes
 from maml_jax.tasks import sinusoid
 from maml_jax.types import learner_at
 
@@ -94,6 +95,9 @@ def test_weights_are_annealed_to_the_last_step():
     for late in (100, 10_000):
         np.testing.assert_array_equal(multi_step_weights(late, 5, 100), [0, 0, 0, 0, 1])
     np.testing.assert_allclose(multi_step_weights(7, 1, 100), [1.0])
+    for end in (41, 47, 55):  # a compiled quotient of 41 and 41 is less than one
+        late = jax.jit(lambda step, end=end: multi_step_weights(step, 5, end))(jnp.int32(end))
+        np.testing.assert_array_equal(late, [0, 0, 0, 0, 1])
 
 
 def test_each_step_has_parameters_of_its_own(x64):
@@ -163,6 +167,46 @@ def test_the_order_of_the_derivative_changes_within_one_program():
     assert not np.allclose(annealed.params["dense_0"]["kernel"], train(exact, 6).params["dense_0"]["kernel"], rtol=1e-5)
 
 
+def test_of_two_learners_only_the_present_one_is_computed():
+    computed = []
+
+    def learner(number):
+        def apply(params, inputs):
+            jax.debug.callback(lambda: computed.append(number))
+            return inputs @ params
+
+        return maml(Model(linear_model.init, apply), half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=0)
+
+    episode = make_episode(jax.random.key(0))
+    both = jax.jit(lambda step: switch_at(3, step, learner(1), learner(2)).objective(THETA, episode)[0])
+    for step in (2, 3):
+        both(jnp.int32(step)).block_until_ready()
+        jax.effects_barrier()
+    assert computed == [1, 2]
+
+
+def test_losses_after_every_step_need_no_more_memory_with_more_steps():
+    model = models.mlp(features=(64, 64, 1))
+    queries = Batch(jnp.ones((500, 1)), jnp.ones((500, 1)))
+    episode = Episode(jax.tree.map(lambda x: x[:2], queries), queries)
+
+    def temporaries(num_steps):
+        learner = maml_plus_plus(
+            model,
+            losses.mean_squared_error,
+            inner_lr=0.01,
+            num_inner_steps=num_steps,
+            step_weights=jnp.ones(num_steps) / num_steps,
+        )
+        params = learner.init(jax.random.key(0), episode.support.inputs)
+        return temporary_bytes(jax.grad(learner.objective, has_aux=True), params, episode)
+
+    # The activations of a query pass would be 2 · 500 · 64 numbers a step, 20 times the parameters of a step.
+    few, many = temporaries(4), temporaries(24)
+    activations = 2 * 500 * 64 * 4
+    assert many - few < 0.5 * 20 * activations
+
+
 def test_the_order_may_be_that_of_the_inner_gradient(x64):
     episode = make_episode(jax.random.key(5))
     learner = maml_plus_plus(linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=3, inner_grad=first_order)
@@ -201,6 +245,23 @@ def test_an_ensemble_predicts_the_mean_of_its_members():
     assert float(loss) == pytest.approx(sum(float(learner.objective(p, episode)[0]) for p in members) / 3, rel=1e-5)
     same = jax.tree.map(lambda x: jnp.stack([x, x]), members[0])
     chex.assert_trees_all_close(error(ensemble(learner), same), error(learner, members[0]), rtol=1e-5)
+
+
+def test_every_member_of_an_ensemble_gets_the_key():
+    model = Model(
+        linear_model.init,
+        lambda params, inputs, *, key=None: (
+            inputs @ params if key is None else inputs @ params + jax.random.uniform(key)
+        ),
+        stochastic=True,
+    )
+    learner = maml(model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
+    members, key = jnp.array([[0.5, -1.0, 2.0, 0.1], [0.1, 0.2, 0.3, 0.4]]), jax.random.key(3)
+    support = make_episode(jax.random.key(0)).support
+    adapted, _ = ensemble(learner).adapt(members, support, key=key)
+    expected = jnp.stack([learner.adapt(params, support, key=key)[0] for params in members])
+    chex.assert_trees_all_close(adapted, expected, rtol=1e-5)
+    assert jnp.max(jnp.abs(adapted - ensemble(learner).adapt(members, support)[0])) > 1e-3
 
 
 @pytest.mark.parametrize(("num_steps", "shape"), [(5, (1,)), (5, ()), (5, (4,)), (0, (0,)), (0, (1,))])

@@ -30,8 +30,8 @@ def test_meta_gradient_on_linear_regression(x64, inner_grad):
     chex.assert_trees_all_close(grads, expected, rtol=1e-12)
 
 
-def test_with_identities_it_is_maml():
-    model = models.conv4(way=3, features=4)
+def test_with_identities_it_is_maml(x64):
+    model = models.conv4(way=3, features=4, param_dtype=jnp.float64)
     batch_key, label_key = jax.random.split(jax.random.key(0))
     images = jax.random.normal(batch_key, (6, 8, 8, 1))
     batch = Batch(images, jax.random.randint(label_key, (6,), 0, 3))
@@ -42,11 +42,11 @@ def test_with_identities_it_is_maml():
     assert shapes["conv_1"] == {"bias": [(4, 4)], "kernel": [(9, 9), (4, 4), (4, 4)]}
     assert shapes["head"] == {"bias": [(3, 3)], "kernel": [(4, 4), (3, 3)]}
     expected, _ = plain.adapt(meta_params["params"], batch)
-    chex.assert_trees_all_close(learner.adapt(meta_params, batch)[0], expected, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(learner.adapt(meta_params, batch)[0], expected, rtol=1e-9, atol=1e-12)
     episode = Episode(batch, batch._replace(inputs=images[::-1]))
     found, _ = jax.jit(jax.grad(learner.objective, has_aux=True))(meta_params, episode)
     expected, _ = jax.jit(jax.grad(plain.objective, has_aux=True))(meta_params["params"], episode)
-    chex.assert_trees_all_close(found["params"], expected, rtol=1e-3, atol=1e-4)
+    chex.assert_trees_all_close(found["params"], expected, rtol=1e-9, atol=1e-12)
 
 
 def test_a_kernel_is_multiplied_along_each_axis(x64):

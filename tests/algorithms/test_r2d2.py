@@ -1,3 +1,5 @@
+import re
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,13 @@ def test_its_gradient_is_that_of_the_explicit_inverse(x64, num_examples):
         return jax.grad(lambda *args: jnp.sum(weight * solve(*args) ** 2), argnums=(0, 1, 2))(inputs, targets, 0.7)
 
     chex.assert_trees_all_close(gradient(ridge_regression), gradient(explicit), rtol=1e-9)
+
+
+@pytest.mark.parametrize("num_examples", [3, 9])
+def test_the_smaller_matrix_is_factorised(num_examples):
+    program = jax.make_jaxpr(ridge_regression)(jnp.ones((num_examples, 5)), jnp.ones((num_examples, 2)), 0.7)
+    factorised = re.findall(r"f32\[(\d+),\1\] = cholesky", str(program))
+    assert factorised == [str(min(num_examples, 5))]
 
 
 def test_a_learned_strength_starts_at_its_value_and_has_a_gradient(x64):

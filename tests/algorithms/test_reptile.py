@@ -6,7 +6,7 @@ import optax
 import pytest
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import MetaState, ReptileDescent, init_meta_state, make_meta_step, replace_inner_state, reptile
+from maml_jax import MetaState, Model, ReptileDescent, init_meta_state, make_meta_step, replace_inner_state, reptile
 from maml_jax.inner.steps import mini_batches
 
 
@@ -99,6 +99,30 @@ def test_the_state_of_the_inner_optimiser_is_carried_from_task_to_task():
         theta = theta + step_size * (phi - theta)
     chex.assert_trees_all_close(state.params["params"], theta, rtol=1e-4, atol=1e-5)
     assert opt_state[0].count == state.params["inner_state"][0].count == 12
+
+
+def test_the_state_that_is_carried_is_that_of_the_parameters_that_adapt(x64):
+    model = Model(
+        lambda key, inputs: {"weight": jnp.ones(inputs.shape[-1:]), "offset": jnp.zeros(())},
+        lambda params, inputs: inputs @ params["weight"] + params["offset"],
+    )
+    rule = optax.adam(0.1, b1=0.0)
+    learner = reptile(
+        model, half_mse, inner_optimizer=rule, num_inner_steps=2, carry_state=True, where=lambda name: name == "weight"
+    )
+    optimizer, episodes = replace_inner_state(optax.sgd(0.5)), make_episodes(jax.random.key(0), 1)
+    state = init_meta_state(learner, optimizer, jax.random.key(9), episodes.support.inputs[0])
+    meta_step, weight = make_meta_step(learner, optimizer), jnp.ones(4)
+    adam, support = rule.init(weight), Quadratic.of(jax.tree.map(lambda x: x[0], episodes.support))
+    for _ in range(2):
+        state, _ = meta_step(state, episodes)
+        phi = weight
+        for _ in range(2):
+            updates, adam = rule.update(support.gradient(phi), adam)
+            phi = phi + updates
+        weight = weight + 0.5 * (phi - weight)
+    chex.assert_trees_all_close(state.params["params"], {"weight": weight, "offset": jnp.zeros(())}, rtol=1e-10)
+    assert state.params["inner_state"][0].nu["offset"] is None
 
 
 def test_with_several_tasks_the_next_state_is_the_mean_of_theirs(x64):

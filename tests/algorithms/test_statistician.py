@@ -232,6 +232,24 @@ def test_pixels_are_drawn_with_their_probabilities():
     np.testing.assert_allclose(jnp.mean(ones), 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 2000))
 
 
+def test_a_stochastic_decoder_gets_a_key():
+    def apply(params, codes, *, key=None):
+        logits = jnp.zeros((len(codes), 3, 1))
+        return logits if key is None else logits + jax.random.uniform(key)
+
+    decoder = Model(lambda key, codes: {}, apply, stochastic=True)
+    learner = neural_statistician(FLAT, decoder, way=1, **SMALL)
+    episode = Episode(Batch(jnp.ones((2, 3, 1)), jnp.zeros(2, int)), None)
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+    found = [
+        float(learner.objective(params, episode._replace(key=jax.random.key(seed)))[1].reconstruction)
+        for seed in (0, 0, 1)
+    ]
+    # All pixels are one, and the logits are no less than zero.
+    assert found[0] == found[1] != found[2]
+    assert min(found) > -3 * np.log(2)
+
+
 def test_examples_that_are_left_out_do_not_enter_the_mean(x64):
     # With almost all left out, one of every set stays. The divergence of the contexts shows which.
     episode = make_episode(targets=(0, 0, 0, 1), shape=(2, 2))

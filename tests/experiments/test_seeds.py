@@ -147,6 +147,17 @@ def test_more_seeds_leave_those_that_are_finished_as_they_are(together, tmp_path
     assert [step for step, _ in logged(tmp_path / "seed-7")] == [2, 4, 6]
 
 
+def test_the_summary_has_the_tested_seeds_of_an_earlier_call_too(together, tmp_path):
+    for name in ("seed-5", "seed-6"):
+        shutil.copytree(together[0] / name, tmp_path / name)
+    (tmp_path / "seed-6" / "results.json").unlink()
+    summary = sinusoid.run(config_of(tmp_path, seeds=2))
+    assert summary["seeds"] == [3, 4, 5]
+    assert summary["results"][2] == together[1]["results"][2]
+    final = [result["metrics"]["mse"]["mean"][-1] for result in summary["results"]]
+    assert summary["metrics"]["mse"]["mean"][-1] == pytest.approx(np.mean(final))
+
+
 def test_seeds_that_are_far_apart_are_not_trained_together(together, tmp_path):
     shutil.copytree(together[0] / "seed-3", tmp_path / "seed-3")
     with pytest.raises(runs.RunError, match=r"seed-3 is at meta-step 6 and .*seed-4 at 0: .* --seed 4 --run-dir"):

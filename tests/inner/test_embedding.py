@@ -30,6 +30,14 @@ def test_long_vectors_of_half_precision_have_unit_length():
     chex.assert_trees_all_close(unit_length(vectors), jnp.array([[0.6, 0.8], [0.0, 0.0]], jnp.float32))
 
 
+def test_a_zero_vector_has_a_derivative():
+    def last(vectors):
+        return jnp.sum(unit_length(vectors)[:, -1])
+
+    # ∂/∂v of v / √(|v|² + ε) at zero is ε^(-1/2), one million.
+    chex.assert_trees_all_close(jax.grad(last)(jnp.zeros((1, 3))), jnp.array([[0.0, 0.0, 1e6]]), rtol=1e-5)
+
+
 def adapted(build, dtype, **settings):
     """Outputs for 20 classes whose embeddings are alike, of one example each."""
     inputs = jnp.asarray(1.0 + 0.05 * np.random.default_rng(0).normal(size=(WAY, 64)), jnp.bfloat16)

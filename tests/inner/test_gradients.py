@@ -457,6 +457,16 @@ def test_the_largest_difference_counts(product):
         check_inner_grad(lambda x: x**3, 2.0, inner_grad=wrong_once, rtol=1e-3)
 
 
+def test_the_derivative_in_the_data_is_compared_too():
+    def constant_data(fun):
+        return lambda params, data: jax.value_and_grad(fun)(params, jax.lax.stop_gradient(data))
+
+    with pytest.raises(ValueError, match="differs from reverse over reverse"):
+        check_inner_grad(
+            lambda params, data: jnp.sum(params**2 * data), jnp.ones(3), jnp.ones(3), inner_grad=constant_data
+        )
+
+
 @pytest.mark.parametrize("context", [lambda f: f, jax.jit])
 def test_a_mean_over_a_mapped_axis_inside_the_loss(x64, context):
     def outer(transform):

@@ -156,10 +156,16 @@ def test_the_support_set_is_cut_into_the_microbatches_asked_for(builder):
     chex.assert_trees_all_close(*adapted, rtol=1e-5)
 
 
-@pytest.mark.parametrize("builder", WITH_A_QUERY_LOSS, ids=by_name)
-def test_the_query_set_may_have_a_loss_of_its_own(builder):
+@pytest.mark.parametrize(
+    ("builder", "settings"),
+    [(builder, {}) for builder in WITH_A_QUERY_LOSS] + [(maml_plus_plus, {"step_weights": jnp.array([0.3, 0.7])})],
+)
+def test_the_query_set_may_have_a_loss_of_its_own(builder, settings):
     episode = make_episode(jax.random.key(0))
-    one, other = built(builder), built(builder, lambda outputs, targets: 3.0 * half_mse(outputs, targets))
+    one, other = (
+        built(builder, query_loss_fn, **settings)
+        for query_loss_fn in (None, lambda outputs, targets: 3.0 * half_mse(outputs, targets))
+    )
     params = one.init(jax.random.key(1), episode.support.inputs)
     losses = [float(learner.objective(params, episode)[0]) for learner in (one, other)]
     assert losses[0] > 0

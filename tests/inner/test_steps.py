@@ -24,6 +24,6 @@ def test_every_step_has_a_key_of_its_own(num_steps):
     assert step_keys(None, num_steps) is None
 
 
-def test_a_mini_batch_has_no_example_twice():
+def test_a_mini_batch_is_no_larger_than_the_set():
     with pytest.raises(ValueError, match="mini-batches of 7 exceed the 3 examples"):
         mini_batches(jax.random.key(0), 3, num_steps=2, batch_size=7)

@@ -130,7 +130,9 @@ def test_how_the_convolution_is_computed_does_not_matter(x64, pooling):
 def test_the_head_sees_the_mean_or_all_positions():
     # 64 -> 4 in both geometries: the mean leaves 8 features for the head, and flattening 4 · 4 · 8.
     assert shapes(models.conv4(way=2, features=8), 1, 64, 64, 1)["head/kernel"] == (8, 2)
-    assert shapes(models.conv4(way=2, features=8, pooling=True), 1, 64, 64, 1)["head/kernel"] == (4 * 4 * 8, 2)
+    for pooling, flatten, size in ((True, None, 4 * 4 * 8), (True, False, 8), (False, True, 4 * 4 * 8)):
+        network = models.conv4(way=2, features=8, pooling=pooling, flatten=flatten)
+        assert shapes(network, 1, 64, 64, 1)["head/kernel"] == (size, 2)
 
 
 @pytest.mark.parametrize("block", [0, 2, 3])

@@ -1,11 +1,14 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from maml_jax import models
+from maml_jax.models.multi_scale import _overlapping_pool
 
 NORM = functools.partial(models.BatchStatNorm, scale=True)
 
@@ -19,8 +22,8 @@ def test_the_geometry_of_the_paper():
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 9 * 64 + 3 * 9 * 64 * 64 + 4 * 3 * 64
 
 
-def test_a_forward_pass_by_hand():
-    model = models.multi_scale(features=(2, 3, 2, 2), norm=NORM)
+def test_a_forward_pass_by_hand(x64):
+    model = models.multi_scale(features=(2, 3, 2, 2), norm=NORM, param_dtype=jnp.float64)
     images = jax.random.normal(jax.random.key(0), (3, 20, 20, 1))
     params = model.init(jax.random.key(1), images)
     params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(2), x.shape), params)
@@ -50,7 +53,21 @@ def test_a_forward_pass_by_hand():
         hidden = np.where(hidden > 0, hidden, 0.1 * hidden)
         kept.append(hidden)
     expected = np.concatenate([windows(kept[2], 1).reshape(3, -1), kept[3].reshape(3, -1)], 1)
-    np.testing.assert_allclose(model.apply(params, images), expected, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(model.apply(params, images), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_finite_differences_of_both_scales(x64):
+    model = models.multi_scale(features=(2, 2, 2, 2), norm=NORM, param_dtype=jnp.float64)
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 1))
+    params = model.init(jax.random.key(1), images)
+    for scale in (slice(0, 2), slice(2, 4)):  # features of the third and of the fourth block
+        outputs = jax.jit(lambda params, scale=scale: jnp.sum(model.apply(params, images)[:, scale] ** 2))
+        check_grads(outputs, (params,), order=1, modes=["rev"], eps=1e-6)
+
+
+def test_of_equal_values_the_first_gets_the_derivative_in_windows_that_overlap():
+    gradient = jax.grad(lambda x: _overlapping_pool(x).sum())(jnp.ones((1, 2, 3, 1)))
+    chex.assert_trees_all_equal(gradient[0, :, :, 0], jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]]))
 
 
 def test_wrong_filters_are_refused():

@@ -179,6 +179,43 @@ def test_the_transformer_is_that_of_the_equations(x64):
     np.testing.assert_allclose(found[2], expected, atol=1e-10)
 
 
+def affine(p, x):
+    return x @ p["kernel"] + p.get("bias", 0.0)
+
+
+def sigmoid(x):
+    return 1.0 / (1.0 + np.exp(-x))
+
+
+def gru_states(p, inputs, state):
+    """The states after each input: a reset and an update gate, and the reset gate within the candidate."""
+    states = []
+    for x in inputs:
+        reset, update = (sigmoid(affine(p["i" + gate], x) + affine(p["h" + gate], state)) for gate in "rz")
+        candidate = np.tanh(affine(p["in"], x) + reset * affine(p["hn"], state))
+        state = (1 - update) * candidate + update * state
+        states.append(state)
+    return np.stack(states)
+
+
+def test_the_gru_translator_is_that_of_the_equations(x64):
+    translator = gru_translator(**SIZES)
+    params = noisy(translator, False)
+    p = jax.tree.map(np.asarray, params)
+    vectors = p["source"]["tokens"]["embedding"][SOURCE[1, :3]] * np.sqrt(8)  # with filling after it
+    forwards = gru_states(p["forwards"]["cell"], vectors, np.zeros(8))
+    backwards = gru_states(p["backwards"]["cell"], vectors[::-1], np.zeros(8))[::-1]
+    memory = affine(p["memory"], np.concatenate([forwards, backwards], 1))
+    first = np.tanh(affine(p["first"], memory.mean(0)))
+    expected = []
+    for state in gru_states(p["cell"], p["target"]["embedding"][TARGET[1]] * np.sqrt(8), first):
+        weights = np.exp(memory @ state / np.sqrt(8))
+        joined = np.concatenate([state, weights / weights.sum() @ memory])
+        expected.append(np.tanh(affine(p["join"], joined)) @ p["target"]["embedding"].T)
+    found = translator.model.apply(params, (sentences(SOURCE, False), jnp.asarray(TARGET)))
+    np.testing.assert_allclose(found[1], expected, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("name", "lexical"), [("transformer", True), pytest.param("gru", False, marks=pytest.mark.slow)]
 )
