@@ -209,8 +209,14 @@ def make_learner(
 
 
 def make_tester(config: Any, way: int | None = None, **hyperparameters: Any) -> MetaLearner:
-    """The learner of validation and test, which does not depend on the meta-step."""
-    hyperparameters = {"num_inner_steps": config.eval_inner_steps} | hyperparameters
+    """The learner of validation and test, which does not depend on the meta-step; one for all seeds."""
+    config = dataclasses.replace(config, seed=0, seeds=1, run_dir=None)
+    return _make_tester(config, way, tuple(hyperparameters.items()))
+
+
+@functools.lru_cache(maxsize=16)
+def _make_tester(config: Any, way: int | None, hyperparameters: tuple[tuple[str, Any], ...]) -> MetaLearner:
+    hyperparameters = {"num_inner_steps": config.eval_inner_steps} | dict(hyperparameters)
     learner = make_learner(config, way=way or config.way, population=config.population, **hyperparameters)
     learner = learner_at(learner, config.num_meta_steps)
     return observed_at_the_end(learner) if config.algorithm == "pretrained-classifier" else learner
@@ -311,10 +317,13 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
         images = [np.rot90(of_class, turns, (1, 2)) for turns in range(4) for of_class in images]
 
     @jax.jit
-    def embed_class(params, of_class):
-        return unit_length(network.apply(params["embedding"], scale_pixels(of_class)))
+    def embed_batch(params, batch):
+        return unit_length(network.apply(params["embedding"], scale_pixels(batch)))
 
-    return [np.asarray(embed_class(params, of_class)) for of_class in images]
+    # In batches of one size, because classes may have many.
+    together = np.concatenate(images)
+    parts = [np.asarray(embed_batch(params, together[i : i + 500])) for i in range(0, len(together), 500)]
+    return np.split(np.concatenate(parts), np.cumsum([len(of_class) for of_class in images])[:-1])
 
 
 def digest_of(data: DataSet, config: Any) -> str:
@@ -460,7 +469,7 @@ def monitored_tasks(
     Args:
       data: the data set.
       config: the settings.
-      training: the task distribution of the training, which is returned if it is the same.
+      training: the task distribution of the training, whose images are used.
       say: is told why there are none.
     """
     if not config.train_episodes:
@@ -470,8 +479,8 @@ def monitored_tasks(
     except RunError as error:
         say(f"the accuracy on training classes is not logged: {error}")
         return None
-    # Samplers of equal settings draw the same episodes, so one copy of the images is enough.
-    return training if tasks.func == training.func else tasks
+    # All that a sampler holds is the images of the training classes: one copy is enough.
+    return jax.tree.structure(tasks).unflatten(jax.tree.leaves(training))
 
 
 def check_trainable(data: DataSet, config: Any) -> None:

@@ -59,6 +59,10 @@ _READ_WITH: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("filters", "network", ("conv4", "multi-scale", "resnet12")),
     ("pooling", "network", ("conv4",)),
     ("flatten", "network", ("conv4",)),
+    ("flatten", "pooling", (False,)),
+    ("inductive", "network", ("conv4", "multi-scale", "resnet12", "mlp")),
+    ("population", "network", ("conv4", "multi-scale", "resnet12", "mlp")),
+    ("stream", "network", ("conv4", "multi-scale", "resnet12", "mlp", "pixels")),
     ("norm_scale", "network", ("conv4", "multi-scale", "mlp")),
     ("rotations", "network", ("conv4", "multi-scale", "mlp", "pixels")),
     ("rotations", "rotated_classes", (False,)),
@@ -89,6 +93,12 @@ _IGNORED_BY: dict[str, set[str]] = {
     "num_inner_steps": {"pretrained-classifier", "pretrained", "oracle"},
     "inner_lr": {"pretrained", "oracle"},
     "surrogate": {"navigation oracle"},
+    "outer_rule": {"navigation random"},
+    "max_kl": {"navigation random"},
+    "metric_stride": {"navigation random"},
+    "clip": {"navigation random"},
+    "epochs": {"navigation random"},
+    "meta_batch_size": {"navigation random"},
     "later_lr": {"navigation oracle"},
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
@@ -223,7 +233,7 @@ def check_outer_lr_end(end: float, start: float, schedule: str) -> None:
 
 
 def methods(experiment: str, config_type: type[ConfigT]) -> dict[str, ConfigT]:
-    """The settings of every algorithm of the catalogue that fits an experiment, at the published hyperparameters."""
+    """The settings of every algorithm of the catalogue that fits an experiment, at the hyperparameters for it."""
     return {
         name: config_type(algorithm=name, hyperparameters=entry.settings[experiment])
         for name, entry in CATALOGUE.items()

@@ -28,6 +28,7 @@ from experiments.runs import (
     on_signal,
     read_record,
     read_results,
+    results_before,
     streams,
 )
 from experiments.tracking import OFF, profiled, trackers
@@ -239,7 +240,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
 
 def check_not_lost(run_dirs: Sequence[Path], step: int) -> None:
     """Raises RunError if a run would start anew beside results that it has; `step` is where all of them start."""
-    files = [file for run_dir in run_dirs for file in (run_dir / "results.json", *run_dir.glob("results_*_*.json"))]
+    files = [file for run_dir in run_dirs for file in (run_dir / "results.json", *results_before(run_dir))]
     for file in () if step else sorted(files):
         if file.exists() and (found := read_record(file).get("meta_steps", 0)) > 0:
             raise RunError(

@@ -417,13 +417,24 @@ def run(config: Config) -> dict:
                 )
             show(results)
             return results
-        start = time.perf_counter()
-        found = {name: measure(config, name, data, selectors[name], methods) for name, data in data_sets.items()}
+        found, seconds = {}, 0.0
+        for name, data in data_sets.items():
+            file = run_dir / f"measured_{name}.json"
+            kept = runs.read_record(file) if file.exists() else {}
+            if kept.get("learners_sha256") != learners:
+                start = time.perf_counter()
+                accuracies = measure(config, name, data, selectors[name], methods)
+                kept = {"learners_sha256": learners, "seconds": time.perf_counter() - start}
+                kept["accuracies"] = {str(index): values.tolist() for index, values in accuracies.items()}
+                runs.write_json(file, kept)
+            found[name] = {int(index): np.asarray(values) for index, values in kept["accuracies"].items()}
+            seconds += kept["seconds"]
         results = summary(config, methods, data_sets, selectors, found)
-        results |= {"learners_sha256": learners, "versions": runs.versions()}
-        results |= {"seconds": {"eval": time.perf_counter() - start}}
+        results |= {"learners_sha256": learners, "versions": runs.versions(), "seconds": {"eval": seconds}}
         results = runs.finite(results | {"device": runs.device_name()})
         runs.write_json(run_dir / "results.json", results)
+        for name in data_sets:
+            (run_dir / f"measured_{name}.json").unlink()
         draw(run_dir / "figures" / "accuracy.png", results)
     show(results)
     return results

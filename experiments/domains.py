@@ -254,7 +254,7 @@ def training_of(config: Config, examples: Examples | None = None) -> Training:
 
 def digest_of(examples: Examples) -> str:
     """The checksum of the data of a run."""
-    return runs.digest([batch.inputs] for batch in (*examples.train, *examples.val, examples.test))
+    return runs.digest_of_batches((*examples.train, *examples.val, examples.test))
 
 
 def joined(batches: list[Batch]) -> Batch:

@@ -344,12 +344,17 @@ def make_learner(config: Config) -> MetaLearner:
     )
 
 
+def images_per_identity(identities: Sequence[np.ndarray]) -> int:
+    """The images of every identity in a test: as many as the one with the fewest has, at most `MAX_TEST_IMAGES`."""
+    return min(MAX_TEST_IMAGES, *map(len, identities))
+
+
 def embed(learner: MetaLearner | None, params: ArrayTree, identities: Sequence[np.ndarray]) -> np.ndarray:
     """[I, n, C], the embeddings of as many images of every identity; the pixels without a learner.
 
     The images are chosen at random, and are the same in every call.
     """
-    count = min(MAX_TEST_IMAGES, *map(len, identities))
+    count = images_per_identity(identities)
     # Drawings of a character are stored in the order of their pixels, and the first ones would be too much alike.
     rng = np.random.default_rng(SPLIT_SEED)
     images = np.stack([images[rng.permutation(len(images))[:count]] for images in identities])
@@ -401,6 +406,7 @@ def test(config: Config, learner: MetaLearner, params: ArrayTree, examples: Exam
         for domain, people in examples.test.items():
             pairs = verification.pairs_of(embed(of_method, params, people))
             row = verification.tested(pairs, float(np.mean(thresholds)))
+            row |= {"images_per_identity": images_per_identity(people)}
             found["evaluations"].append({"by": name, "domain": domain, "identities": len(people)} | row)
     first = found["evaluations"][0]["metrics"]
     return {"metrics": {name: first[name] for name in ("tar_at_0.01", "tar_at_0.001")}} | found

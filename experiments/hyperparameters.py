@@ -446,7 +446,7 @@ def run(config: Config) -> dict[str, Any]:
     """Learns the hyperparameters, compares them with others, and returns the content of results.json."""
     config = with_paper_defaults(config)
     digits = load_digits(config)
-    with runs.open_run(config.run_dir, config, runs.digest([batch.inputs] for batch in digits.values())) as run_dir:
+    with runs.open_run(config.run_dir, config, runs.digest_of_batches(digits.values())) as run_dir:
         learner, sampler = make_learner(config), make_sampler(digits["training"], digits["heldout"])
 
         def validate(hyperparameters: Hyperparameters) -> float:

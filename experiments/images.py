@@ -76,7 +76,7 @@ class Config(ClassificationConfig):
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
         check_integer("--size", self.size, at_least=8)
-        if self.network == "conv4" and self.pooling and self.size < 16:
+        if self.size < 16 and (self.pooling or self.network != "conv4"):
             raise ValueError(f"--size {self.size} cannot be halved four times; choose at least 16")
 
 
@@ -175,6 +175,7 @@ def with_paper_defaults(config: Config) -> Config:
             **recipe_of(config, METHODS),
             "train_way": config.way,
             "train_shot": config.shot,
+            "query_shot": 15,
             "meta_batch_size": 4 if config.shot == 1 else 2,
             "eval_inner_steps": _steps_of_test(config, learned_steps),
             "run_dir": Path(f"runs/images-{config.algorithm}-{config.way}w{config.shot}s-{config.seed}"),

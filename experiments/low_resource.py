@@ -74,11 +74,13 @@ def evaluate(
     )
     firsts = every(per_size, tuned.params), every(per_size, jobs)
     before, after = translate_all(*untuned, 1), translate_all(tuned.params, jobs, 1)
-    before_wide, after_wide = (translate_all(*of, beam) if beam > 1 else None for of in (untuned, firsts))
+    # A lexical representation is aligned by pairs, so it has no zero shots.
+    before_wide = translate_all(*untuned, beam) if beam > 1 and text.keys is None else None
+    after_wide = translate_all(*firsts, beam) if beam > 1 else None
     rows, examples = [], []
     for place, (name, language) in enumerate(zip(protocol.languages, languages, strict=True)):
         score = functools.partial(_scores, language.references)
-        if text.keys is None:  # a lexical representation is aligned by pairs, so it has no zero shots
+        if text.keys is None:
             zero_shot = tuned.losses[place * num_sizes * per_size, :1].tolist()
             wide = None if before_wide is None else before_wide[place]
             rows.append({"language": name, "pairs": 0, "nll": zero_shot} | score([before[place]], wide))

@@ -204,6 +204,7 @@ def with_paper_defaults(config: Config) -> Config:
             "train_way": config.way,
             "train_shot": config.shot,
             "query_shot": config.shot,
+            "num_meta_steps": METHODS[config.algorithm].num_meta_steps,
             "meta_batch_size": 16 if many else 32,
             "num_inner_steps": 5 if many else 1,
             "eval_inner_steps": 5 if many else 3,

@@ -26,7 +26,7 @@ from rich.console import Console
 from scipy.special import stdtrit
 
 from maml_jax import checkpoint, processes
-from maml_jax.types import ArrayTree, Evaluation, MetaLearner
+from maml_jax.types import ArrayTree, Batch, Evaluation, MetaLearner
 
 
 def discard(stream: TextIO) -> None:
@@ -64,7 +64,7 @@ TEST_TIMEOUT_SECONDS = 20 * PROCESS_TIMEOUT_SECONDS
 """The same for a validation and for the test, which are many compiled calls."""
 LOCATION = ("run_dir", "distributed", "tracking", "seeds")
 """Settings that say where a run is kept, made and watched, and beside which seeds. They are not stored."""
-IRRELEVANT = ("data_dir", "chunk_size", "stream", "train_episodes")
+IRRELEVANT = ("data_dir", "packs_dir", "chunk_size", "stream", "train_episodes")
 """Stored settings that do not change the results, but for rounding. A run may be resumed with others."""
 EXPERIMENTS = (
     "sinusoid",
@@ -88,6 +88,7 @@ MOST_VALIDATED = {"omniglot": math.inf, "images": math.inf, "bandits": 2000, "md
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed, and go back; see `_may_change`."""
 _OF_SEED = re.compile(r"seed-\d+")
+_SET_ASIDE = re.compile(r"results_\d+_\d+\.json")
 
 
 class Streams(NamedTuple):
@@ -408,6 +409,17 @@ def read_log(run_dir: Path) -> list[dict[str, Any]]:
     return records
 
 
+def digest_of_batches(batches: Iterable[Batch]) -> str:
+    """`digest` of splits or domains of labelled examples; it is also of all labels."""
+
+    def classes(batch: Batch) -> Iterator[np.ndarray]:
+        yield batch.targets[None]
+        for label in np.unique(batch.targets):
+            yield batch.inputs[batch.targets == label]
+
+    return digest(map(classes, batches))
+
+
 def digest(examples: Iterable[Iterable[np.ndarray]]) -> str:
     """A checksum of data that tells one data set from another without reading all of it.
 
@@ -520,7 +532,7 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     old, new = (settings.get("eval_episodes") for settings in (found, wanted))
     if not isinstance(old, int):
         return may_change
-    of_training = min([old, *(int(file.stem.split("_")[2]) for file in run_dir.glob("results_*_*.json"))])
+    of_training = min([old, *(int(file.stem.split("_")[2]) for file in results_before(run_dir))])
     most = MOST_VALIDATED.get(str(wanted.get("experiment")), 0)
     goes_on = bool(steps) and is_ahead and wanted["num_meta_steps"] not in steps
     is_changed = (old, found["num_meta_steps"]) != (new, wanted["num_meta_steps"])
@@ -531,6 +543,11 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         )
     is_known = _set_aside(run_dir, wanted).exists() and is_ahead
     return [*may_change, "eval_episodes"] if old < new or is_known or (is_ahead and new == of_training) else may_change
+
+
+def results_before(run_dir: Path) -> list[Path]:
+    """The files with the results of a run that has grown since, which are results_STEPS_EPISODES.json."""
+    return sorted(file for file in run_dir.glob("results_*.json") if _SET_ASIDE.fullmatch(file.name))
 
 
 def _set_aside(run_dir: Path, settings: Mapping[str, Any]) -> Path:

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from experiments.runs import (
     CONFIG_REMEDY,
     RunError,
     as_json,
+    check_data,
     console,
     curve,
     differing_settings,
@@ -24,6 +26,7 @@ from experiments.runs import (
     open_run,
     read_record,
     read_results,
+    results_before,
     seed_directories,
     write_json,
 )
@@ -33,41 +36,39 @@ ROWS = {"mazes": "walk", "navigation": "updates"}
 """What a metric has an entry for, if it has several, in the experiments without inner steps."""
 
 
-def _unfinished(members: list[Member]) -> list[Member]:
+def _unfinished(configs: Sequence[Any]) -> list[int]:
     """The seeds that are still to be trained; all of them if none is.
 
     A seed at the end whose test is missing may have been there first when the process was killed. It is trained again
     with the others, from where they are, because a program of fewer seeds rounds in another way.
 
     Raises:
-      RunError: if they are so far apart that those ahead have no checkpoint where the last one is.
+      RunError: if they are so far apart that those ahead have no checkpoint where the last one is, or would start anew
+        beside their results.
     """
-    found = [(checkpoint.latest(member.run_dir / "checkpoints") or 0, member) for member in members]
-    found = [(step, member) for step, member in found if not _is_tested(member)] or found
+    found = [(checkpoint.latest(config.run_dir / "checkpoints") or 0, config) for config in configs]
+    found = [(step, config) for step, config in found if not _is_tested(config)] or found
     (least, last), (most, first) = (choose(found, key=lambda pair: pair[0]) for choose in (min, max))
-    if most - least > last.config.val_every:
+    has_results = any(read_results(config.run_dir) or results_before(config.run_dir) for _, config in found)
+    if most - least > last.val_every or (least == 0 < most and has_results):
         raise RunError(
             f"{first.run_dir} is at meta-step {most} and {last.run_dir} at {least}: too far apart to train together. "
-            f"Bring the latter forward by the same command with --seed {last.config.seed} --run-dir {last.run_dir} and "
+            f"Bring the latter forward by the same command with --seed {last.seed} --run-dir {last.run_dir} and "
             "without --seeds"
         )
-    return [member for _, member in found]
+    return [config.seed for _, config in found]
 
 
-def _is_tested(member: Member) -> bool:
+def _is_tested(config: Any) -> bool:
     """Whether the results of a seed are those of its whole training, after which no seed is trained further."""
-    results = read_results(member.run_dir)
-    return results is not None and results["meta_steps"] >= member.config.num_meta_steps
+    results = read_results(config.run_dir)
+    return results is not None and results["meta_steps"] >= config.num_meta_steps
 
 
-def _other_results(config: Any, seeds: range) -> list[dict]:
-    """The results of seeds in the directory that this call does not train and whose training is as long."""
-    found = [read_results(config.run_dir / name) for name in seed_directories(config.run_dir)]
-    return [
-        result
-        for result in found
-        if result is not None and result["seed"] not in seeds and result["meta_steps"] == config.num_meta_steps
-    ]
+def _other_results(others: Sequence[Path], num_meta_steps: int) -> list[dict]:
+    """The results of seeds whose training is as long."""
+    found = map(read_results, others)
+    return [result for result in found if result is not None and result["meta_steps"] == num_meta_steps]
 
 
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:
@@ -96,37 +97,43 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
             f"{config.run_dir} holds one run; leave --seeds out to go on with it, or choose another --run-dir"
         )
     seeds = range(config.seed, config.seed + config.seeds)
-    for name in set(seed_directories(config.run_dir)) - {f"seed-{seed}" for seed in seeds}:
-        stored = read_record(config.run_dir / name / "config.json", CONFIG_REMEDY)
+    names = set(seed_directories(config.run_dir)) - {f"seed-{seed}" for seed in seeds}
+    others = [config.run_dir / name for name in sorted(names)]
+    for other in others:
+        stored = read_record(other / "config.json", CONFIG_REMEDY)
         if differing := differing_settings(stored, as_json(config), ("seed",)):
             raise RunError(
-                f"{config.run_dir} holds {name} of another configuration: {'; '.join(differing)}. Choose another "
+                f"{config.run_dir} holds {other.name} of another configuration: {'; '.join(differing)}. Choose another "
                 "--run-dir, or give the flags of the other seeds"
             )
     configs = [
         dataclasses.replace(config, seed=seed, seeds=1, run_dir=config.run_dir / f"seed-{seed}") for seed in seeds
     ]
+    unfinished = _unfinished(configs)
     with contextlib.ExitStack() as stack:
         trainings = [training_of(of_seed) for of_seed in configs]
+        for other in others:
+            check_data(other, trainings[0].data_digest)
         for of_seed, training in zip(configs, trainings, strict=True):
             stack.enter_context(open_run(of_seed.run_dir, of_seed, training.data_digest))
             if training.keep is not None:
                 training.keep(of_seed.run_dir)
         for of_seed in configs:  # a seed that is tested is not trained, and its test needs a checkpoint
             check_not_lost([of_seed.run_dir], checkpoint.latest(of_seed.run_dir / "checkpoints") or 0)
-        members = _unfinished([Member(c.run_dir, c, t) for c, t in zip(configs, trainings, strict=True)])
+        members = [Member(c.run_dir, c, t) for c, t in zip(configs, trainings, strict=True) if c.seed in unfinished]
         # A seed without a checkpoint may be the only one whose initial parameters are still needed.
         steps = [checkpoint.latest(member.run_dir / "checkpoints") for member in members]
         behind = members[steps.index(None) if None in steps else 0]
         together = train_together(members, trainings[seeds.index(behind.config.seed)])
-    results = [run(of_seed) for of_seed in configs] + _other_results(config, seeds)
+        execution = together[0].execution
+        del trainings, members, behind, together  # the images of every seed
+    results = [run(of_seed) for of_seed in configs] + _other_results(others, config.num_meta_steps)
     results.sort(key=lambda result: result["seed"])
     # null, which stands for a number that is not finite, becomes NaN
     metrics = {
         name: mean_and_interval(np.array([result["metrics"][name]["mean"] for result in results], float))
         for name in results[0]["metrics"]
     }
-    execution = together[0].execution
     all_seeds = [result["seed"] for result in results]
     summary = finite({"seeds": all_seeds, "metrics": metrics, "execution": execution, "results": results})
     write_json(config.run_dir / "seeds.json", summary)

@@ -80,11 +80,11 @@ def run(config: Config) -> list[Path]:
     out = config.out or config.run_dir / "figures"
     written = []
     for index in range(config.episodes):
-        files = [out / f"adaptation_{index}{suffix}" for suffix in (".png", ".pdf")]
+        files = [out / f"adaptation_{config.seed}_{index}{suffix}" for suffix in (".png", ".pdf")]
         words = draw(files, shown, learner, params, index, jax.random.fold_in(key, index))
         console.print(f"episode {index}: {words}", highlight=False)
         written += files
-    console.print(f"figures: {escape(str(out))}/adaptation_*.png and .pdf", highlight=False)
+    console.print(f"figures: {escape(str(out))}/adaptation_{config.seed}_*.png and .pdf", highlight=False)
     return written
 
 

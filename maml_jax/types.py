@@ -84,10 +84,10 @@ class SampleEpisodeFn(Protocol):
 
 
 class Environment(NamedTuple):
-    """A distribution of Markov decision processes: three pure functions. A task is any pytree, and nothing else says
-    which process it is, so `jax.vmap` over tasks is all that batches them.
+    """A distribution of Markov decision processes: three pure functions.
 
-    No function starts a new trajectory by itself. The shapes and dtypes of state and observation never change.
+    A task is a pytree that determines the process completely. Several tasks are batched by `jax.vmap` over it. No
+    function starts a new trajectory by itself. The shapes and dtypes of state and observation never change.
 
     Attributes:
       sample_task: `(key) -> task`.

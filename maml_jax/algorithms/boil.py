@@ -27,7 +27,8 @@ def boil(
 ) -> MetaLearner:
     """Builds BOIL ("body only update in inner loop"): MAML whose inner loop changes everything but the head.
 
-    It is the complement of `anil`. If `head` is false for every parameter, it is MAML.
+    It is the complement of `anil`. If `head` is false for every parameter, it is MAML. In the authors' code scales and
+    offsets of normalisations adapt too.
 
     Args:
       model: the network.

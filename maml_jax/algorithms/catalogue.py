@@ -70,8 +70,8 @@ class Entry(NamedTuple):
       reference: authors and year.
       build: `(problem, hyperparameters) -> MetaLearner`, or a function from the meta-step to one.
       hyperparameters: a frozen dataclass; its fields become the flags of the algorithm.
-      settings: the published hyperparameters by experiment ("sinusoid", "omniglot", "images", "domains"). An
-        experiment offers the algorithms that have settings for it.
+      settings: the hyperparameters by experiment ("sinusoid", "omniglot", "images", "domains"): the published ones
+        where a paper has the experiment, else ours. An experiment offers the algorithms that have settings for it.
       classifies: whether it is for classification only; then its problem has an `embedding` and a `way`.
       any_way: whether the parameters do not depend on the number of classes, so that one training can be tested with
         any number.
@@ -261,7 +261,7 @@ CATALOGUE: Mapping[str, Entry] = MappingProxyType(
             {
                 "sinusoid": MAMLPlusPlus(),
                 "omniglot": MAMLPlusPlus(inner_lr=0.1, num_inner_steps=5),
-                "images": MAMLPlusPlus(inner_lr=0.01, num_inner_steps=5),
+                "images": MAMLPlusPlus(inner_lr=0.01, num_inner_steps=5, num_multi_step=7500),
             },
         ),
         "imaml": Entry(

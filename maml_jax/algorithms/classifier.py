@@ -62,7 +62,8 @@ def pretrained_classifier(
       embedding: a network from inputs [S, ...] to embeddings [S, D].
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch, such as `losses.cross_entropy`.
       num_classes: C, the number of training classes.
-      way: N, the number of new classes. Every class has at least one support example.
+      way: N, the number of new classes. Every class has at least one support example; if labels are traced this is not
+        checked, and a class without one has the output NaN ("centroid") or −∞ ("neighbour").
       head: one of the four.
       inner_optimizer: the rule that trains a new last layer, for "linear" and "fine-tuned".
       num_inner_steps: K ≥ 0, its steps. With K = 0 all outputs are zero.

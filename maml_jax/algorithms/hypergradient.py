@@ -268,7 +268,7 @@ def hypergradient(
             model,
             loss_fn,
             hyperparameters,
-            model.init(weight_key, support.inputs[:1]),
+            model.init(weight_key, jax.tree.map(lambda x: x[:1], support.inputs)),
             support,
             mini_batches(order_key, len(jax.tree.leaves(support)[0]), num_inner_steps, batch_size),
             num_segments=num_segments,

@@ -124,7 +124,8 @@ class ImplicitDescent(InnerDescent):
     num_cg_steps: int = 5
     """Conjugate-gradient steps of the meta-gradient."""
     damping: float = 0.0
-    """Added to λ in the conjugate gradients, for stability: 0 in the paper, in effect 22 in the authors' code."""
+    """Added to λ in the conjugate gradients, for stability: 0 in the paper. In effect it is λ + 20 in the authors'
+    code, 22 for λ = 2, and the meta-gradient is half of this one."""
     penalty_last: bool = False
     """Whether the inner steps leave out the proximal term, and one step on only that term follows, as in the authors'
     code."""

@@ -121,7 +121,7 @@ def mann(
         `init` gives {}.
       loss_fn: `(outputs, targets) -> scalar`, the mean loss of a set, such as `losses.cross_entropy`. In the objective
         it gets all steps of the sequence, outputs [S + M, N] and targets [S + M].
-      way: N, the number of classes. The parameters depend on it.
+      way: N, the number of classes. The parameters depend on it. If labels are traced, their values are not checked.
       num_units: H, the size of the state of the LSTM.
       num_slots: rows of the memory, at least `num_reads`.
       slot_size: columns of the memory.
@@ -194,7 +194,7 @@ def lstm(embedding: Model, loss_fn: LossFn, *, way: int, num_units: int = 200) -
     Args:
       embedding: a network from inputs [S, ...] to [S, D], as for `mann`.
       loss_fn: `(outputs, targets) -> scalar`, the mean loss of a set, as for `mann`.
-      way: N, the number of classes. The parameters depend on it.
+      way: N, the number of classes. The parameters depend on it. If labels are traced, their values are not checked.
       num_units: H, the size of the state.
 
     Returns:

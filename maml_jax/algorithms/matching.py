@@ -45,7 +45,8 @@ def matching_networks(
     Args:
       embedding: a network from inputs [S, ...] to embeddings [S, D].
       loss_fn: `(outputs, targets) -> scalar` on the query set; `losses.cross_entropy` is the paper's.
-      way: N, the number of classes. Every class has at least one support example.
+      way: N, the number of classes. Every class has at least one support example; if labels are traced this is not
+        checked, and a class without one has the output −∞.
       scale: the initial value of the learned factor of the cosines; None for plain cosines.
       num_reads: R ≥ 0, the steps of the LSTM that reads a query; 0 for plain embeddings.
 

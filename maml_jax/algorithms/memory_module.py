@@ -64,12 +64,15 @@ def memory_module(
     to them. For a class without a key it takes 0 for q·p, so that its loss pushes q away from the nearest key; the
     paper defines none, and here it is zero. It also keeps 16 episodes with disjoint labels in one memory and updates
     the parameters after every step; here each episode has a memory of its own, and the parameters are constant along
-    it. The noise that the paper adds to the ages, against conflicts of parallel writers, is left out.
+    it. The noise that the paper adds to the ages, against conflicts of parallel writers, is left out. In training that
+    code drops 70 % of the entries of an embedding, as a stochastic `embedding` can. In its test every query is written
+    with its label too.
 
     Args:
       embedding: a network from inputs [S, ...] to [S, D], such as `models.conv4(way=None)`.
-      way: N, the number of classes. The parameters do not depend on it.
-      key_size: the size of q and of the keys. The authors' code has 128, and 256 for 20 classes.
+      way: N, the number of classes. The parameters do not depend on it. If labels are traced, their values are not
+        checked.
+      key_size: the size of q and of the keys. The authors' code has 128; an author names 256 for the published results.
       num_slots: slots of the memory. The arrays hold no more slots than there are examples; the others stay empty.
       num_neighbours: the number of nearest keys among which p and n are looked for.
       margin: of the loss, in units of the cosine.

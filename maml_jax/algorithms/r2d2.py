@@ -5,10 +5,12 @@ https://arxiv.org/abs/1805.08136
 """
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.scipy.linalg import cho_factor, cho_solve
 
 from maml_jax.inner.embedding import embed
@@ -107,9 +109,10 @@ def ridge_regression(inputs: jax.Array, targets: jax.Array, strength: float | ja
     def solve(gram, right):
         return cho_solve(cho_factor(gram + strength * jnp.eye(len(gram), dtype=gram.dtype)), right)
 
+    product = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)  # float32 on every device
     if num_examples <= size:
-        return inputs.T @ solve(inputs @ inputs.T, targets)
-    return solve(inputs.T @ inputs, inputs.T @ targets)
+        return product(inputs.T, solve(product(inputs, inputs.T), targets))
+    return solve(product(inputs.T, inputs), product(inputs.T, targets))
 
 
 @dataclasses.dataclass(frozen=True)

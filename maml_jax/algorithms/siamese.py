@@ -26,7 +26,8 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
 
     Args:
       embedding: a network from inputs [S, ...] to embeddings [S, D].
-      way: N, the number of classes of a support set. Every class has at least one support example.
+      way: N, the number of classes of a support set. Every class has at least one support example; if labels are traced
+        this is not checked, and a class without one has the output NaN.
 
     Returns:
       A `MetaLearner` with meta-parameters {"embedding": θ, "weights": w [D], "offset": c}. The weights start at -8/D

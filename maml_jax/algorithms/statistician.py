@@ -22,6 +22,7 @@ from maml_jax.types import (
     MetaLearner,
     Model,
     PRNGKey,
+    at_least_float32,
     check_classes,
     check_integer,
     check_model,
@@ -50,8 +51,9 @@ def neural_statistician(
 
     The objective is −(1 + α) R + (C + L) / (1 + α), estimated with one sample of the contexts and of the latents,
     summed over the sets and divided by the number of images: with α = 0 it is the negative bound, in nats per image.
-    Pixels are drawn anew as 0 or 1 each time, with the probabilities that `inputs` holds. The query set is not used,
-    and labels only form the sets: train with as many shots as a set shall have, 5 in the paper.
+    Pixels are drawn anew as 0 or 1 each time, with the probabilities that `inputs` holds. Values outside of [0, 1] are
+    drawn as 0 or 1. The query set is not used. Labels only group the images into sets, so the number of shots in
+    training is the size of a set; the paper has 5.
 
     The statistic network is a layer on the embeddings, a mean over the set, to which the size of the set is appended,
     and two more layers. `adapt` infers q(c | D) for every class, from the probabilities of the pixels. The outputs of
@@ -65,7 +67,8 @@ def neural_statistician(
       embedding: a network from images [S, ...] to embeddings [S, D], shared by q(c | D) and q(z | x, c).
       decoder: a network from [S, num_latent + num_context], z beside c, to the logits of the pixels, [S, ...] of any
         shape with as many entries as an image; by default dense, with two hidden layers.
-      way: N, the number of classes. Classes may have different numbers of support examples.
+      way: N, the number of classes. Classes may have different numbers of support examples, at least one. If labels are
+        traced this is not checked.
       num_context: the size of c.
       num_latent: the size of z.
       num_hidden: units of the hidden layers.
@@ -148,7 +151,8 @@ def neural_statistician(
         inputs, targets = episode.support
         check_classes(way, targets)
         _check_images(inputs)
-        images = jax.random.bernoulli(pixel_key, inputs).astype(inputs.dtype)
+        # Uniform numbers of half precision are multiples of 2⁻⁷ or 2⁻¹⁰.
+        images = jax.random.bernoulli(pixel_key, at_least_float32(inputs)).astype(inputs.dtype)
         embedded = read(meta_params, images, embedding_key)
         members = jax.nn.one_hot(targets, way, dtype=embedded.dtype)
 
@@ -213,7 +217,7 @@ def infer_contexts(meta_params: ArrayTree, embedded: jax.Array, members: jax.Arr
     hidden = jax.nn.elu(_mlp(meta_params["pooled"], embedded))
     sizes = jnp.ones((len(hidden), 1), hidden.dtype)
     if members is not None:
-        sizes = jnp.sum(members, 0)[:, None]
+        sizes = jnp.maximum(jnp.sum(members, 0), 1)[:, None]  # a NaN of an empty set would reach the others
         hidden = members.T @ hidden / sizes
     return _gaussian(_mlp(meta_params["statistic"], jnp.concatenate([hidden, sizes], -1)))
 

@@ -49,10 +49,11 @@ def proximal_solution(
       support: any pytree.
       strength: λ > 0. Without the proximal term, the solution would not depend on θ.
       num_steps: K, steps of `rule`.
-      num_cg_steps: steps of the conjugate gradients. They are exact if H has as many different eigenvalues.
+      num_cg_steps: steps of the conjugate gradients. But for rounding they are exact if H has no more distinct
+        eigenvalues than that.
       damping: δ ≥ 0. The system that is solved is (I + H/(λ + δ)) u = v, so the derivative is exact only for δ = 0.
-      penalty_last: whether the K steps minimise L_S alone, and one more, with a fresh state of `rule`, then minimises
-        the proximal term alone. The result solves no problem; its derivative is computed as if it solved this one.
+      penalty_last: whether the K steps minimise L_S alone, and one more, with a fresh state of `rule`, is then taken on
+        the proximal term alone. The result is not the minimiser φ*; its derivative is computed as if it were.
       observe_fn: as in `inner_loop`. Its values are constants to the outer gradient; integers are exact up to 2²⁴.
         With `penalty_last`, the last of them is after the additional step.
 

@@ -1,10 +1,12 @@
 """Returns, generalised advantages, and a baseline that is linear in features of the observations."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from maml_jax.rl.distributions import Distribution
 from maml_jax.types import ArrayTree, check_not_negative, check_positive
@@ -126,11 +128,12 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     size = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
     features = features / size
     valid = features * mask[..., None]
-    gram = jnp.einsum("tnd,tne->de", valid, features) + jnp.diag(ridge / jnp.square(size.reshape(-1)))
+    exactly = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # float32 on every device
+    gram = exactly("tnd,tne->de", valid, features) + jnp.diag(ridge / jnp.square(size.reshape(-1)))
     # Least squares, because an observation that never changes makes the features collinear, and then the ridge is lost
     # in the rounding of float32.
-    coefficients, *_ = jnp.linalg.lstsq(gram, jnp.einsum("tnd,tn->d", valid, returns))
-    return features @ coefficients
+    coefficients, *_ = jnp.linalg.lstsq(gram, exactly("tnd,tn->d", valid, returns))
+    return exactly("tnd,d->tn", features, coefficients)
 
 
 def standardised(values: jax.Array, mask: jax.Array) -> jax.Array:

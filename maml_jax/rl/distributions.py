@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from maml_jax.types import PRNGKey, wide_integers
+from maml_jax.types import PRNGKey, at_least_float32, wide_integers
 
 
 class Categorical(NamedTuple):
@@ -19,7 +19,8 @@ class Categorical(NamedTuple):
 
     def sample(self, key: PRNGKey) -> jax.Array:
         """Actions, int32 [...]."""
-        return jax.random.categorical(key, self.logits).astype(jnp.int32)
+        # Noise of half precision has so few values that ties would favour the first actions.
+        return jax.random.categorical(key, at_least_float32(self.logits)).astype(jnp.int32)
 
     def log_prob(self, action: jax.Array) -> jax.Array:
         """The log-probabilities [...] of actions [...]; not a number for an action out of range."""
@@ -58,7 +59,8 @@ class Normal(NamedTuple):
 
     def sample(self, key: PRNGKey) -> jax.Array:
         """Actions [..., A]."""
-        return self.mean + jnp.exp(self.log_std) * jax.random.normal(key, self.mean.shape, self.mean.dtype)
+        noise = jax.random.normal(key, self.mean.shape, at_least_float32(self.mean).dtype)
+        return self.mean + jnp.exp(self.log_std) * noise.astype(self.mean.dtype)
 
     def log_prob(self, action: jax.Array) -> jax.Array:
         """The log-densities [...] of actions [..., A], a sum over the A numbers."""

@@ -4,7 +4,7 @@ The current parameters φ are the state of a recurrent policy, and an inner step
 therefore alternate once per time step, and whole trials are trained as those of RL². The derivative passes through
 every inner step exactly. Every reward of a trial counts, also those that are earned while adapting.
 
-Finn, Abbeel and Levine, 2017, section 3.3, with one trajectory of one time step for every update.
+Finn, Abbeel and Levine, 2017, section 3.2 and Algorithm 3, with one trajectory of one time step for every update.
 https://arxiv.org/abs/1703.03400
 """
 
@@ -66,7 +66,7 @@ def maml_policy(
         finite. `init` and `step` raise it if inputs or logits have another size.
 
     References:
-      Finn et al., 2017, section 3.3. https://arxiv.org/abs/1703.03400
+      Finn et al., 2017, section 3.2 and Algorithm 3. https://arxiv.org/abs/1703.03400
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     observation_size = check_integer("observation_size", observation_size, at_least=1)

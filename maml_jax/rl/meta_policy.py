@@ -1,7 +1,7 @@
 """The objective of a meta-policy, and the outer updates of meta-reinforcement learning.
 
-Finn, Abbeel and Levine, 2017, section 5.3: the adapted policy acts once more, and its surrogate is differentiated
-through the inner steps. https://arxiv.org/abs/1703.03400
+Finn, Abbeel and Levine, 2017, Algorithm 3 and section 5.3: the adapted policy acts once more, and its surrogate is
+differentiated through the inner steps. https://arxiv.org/abs/1703.03400
 """
 
 from collections.abc import Callable
@@ -60,7 +60,7 @@ def meta_policy(learner: MetaLearner, query_loss_fn: LossFn = ratio_surrogate) -
       ValueError: if `learner` is no `MetaLearner`.
 
     References:
-      Finn et al., 2017, section 5.3. https://arxiv.org/abs/1703.03400
+      Finn et al., 2017, Algorithm 3 and section 5.3. https://arxiv.org/abs/1703.03400
     """
     check_learner(learner)
 
@@ -99,8 +99,8 @@ def clipped_epochs(
       prepare: `(episodes) -> episodes`, before the first step, such as a standardisation over all of them.
 
     Returns:
-      An `OuterRule` whose info is a `MetaInfo`: loss and norm of the first step, and the objective's info before the
-      first step, with the `kl` before the last one.
+      An `OuterRule` whose info is a `MetaInfo`. Loss, norm and the objective's info are those before the first step,
+      but `kl` is measured before the last step. With minibatches each is that of one minibatch.
 
     Raises:
       ValueError: if a count is wrong, `max_kl` not positive, or `optimizer` no optimiser; and when it is used, if
@@ -189,8 +189,8 @@ def trust_region(
     The direction solves (F + damping) x = g by conjugate gradients, where g is the meta-gradient and F the Fisher
     matrix of the adapted policies with respect to θ, through the inner steps: F = mean over tasks of Jᵀ H J, with the
     derivative J of the adapted policy's outputs and the Hessian H of the KL with respect to the outputs. The step is
-    √(2 max_kl / xᵀFx) long, and is shortened until the objective falls and the mean KL is within the bound. If no
-    length is accepted, θ stays.
+    −x times √(2 max_kl / xᵀFx). This factor is multiplied by `backtrack` until the objective falls and the mean KL is
+    within the bound. If no attempt is accepted, θ stays.
 
     Args:
       learner: from `meta_policy`.

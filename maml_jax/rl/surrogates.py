@@ -26,7 +26,8 @@ class Transition(NamedTuple):
     Attributes:
       action: as the distribution drew it.
       reward: [H, N].
-      advantage: [H, N], of the action; an estimate that does not depend on the action's own parameters.
+      advantage: [H, N], an estimate of how much better the action was than the average action of the policy; a constant
+        to every gradient. Its baseline must not depend on the action.
       mask: [H, N], 1 for a time step that belongs to its trajectory and 0 after its end.
       policy: the distributions that the actions were drawn from.
     """
@@ -46,7 +47,7 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 def policy_gradient(outputs: Distribution, targets: Transition) -> jax.Array:
     """Minus the mean of l_t A_t, the surrogate of REINFORCE and of the code of the MAML paper.
 
-    Its second derivative lacks the products ∇l_t ∇l_t'ᵀ. For a table of softmax probabilities nothing is left of it.
+    Its second derivative lacks the products ∇l_t ∇l_t'ᵀ. For a table of softmax probabilities its expectation is zero.
 
     Args:
       outputs: the policy at the observations, leaves [H, N, ...].

@@ -444,8 +444,8 @@ def test_no_two_random_choices_of_a_learner_depend_on_each_other(name, part):
             jax.debug.callback(lambda data: of_model.add(tuple(np.asarray(data).tolist())), jax.random.key_data(key))
         return affine.apply(params, inputs)
 
-    settings = {"batch_size": 2} if name == "reptile" else {"dropout_rate": 0.5} if name == "leo" else {}
-    learner = build(name, Model(affine.init, apply, stochastic=True), **settings)
+    draws = {"reptile": {"batch_size": 2}, "leo": {"dropout_rate": 0.5}, "matching": {"num_reads": 2}}
+    learner = build(name, Model(affine.init, apply, stochastic=True), **draws.get(name, {}))
     given = episode(name)
     meta_params = learner.init(jax.random.key(0), given.support.inputs)
     if part == "objective":

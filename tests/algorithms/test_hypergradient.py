@@ -284,3 +284,19 @@ def test_the_objective_trains_on_the_support_set_and_is_scored_on_the_query_set(
     np.testing.assert_allclose(loss, losses.cross_entropy(outputs, episode.query.targets), rtol=1e-12)
     assert info.metric == losses.accuracy(outputs, episode.query.targets)
     np.testing.assert_array_equal(grads.momentum_logits != 0, [False, False, True])
+
+
+def test_inputs_may_be_any_pytree(problem):
+    model, data, _, _, start = problem
+
+    def shifted(model):
+        return Model(
+            lambda key, inputs: model.init(key, inputs[0]),
+            lambda params, inputs: model.apply(params, inputs[0] + inputs[1]),
+        )
+
+    settings = {"initial": lambda names: start, "num_inner_steps": STEPS, "batch_size": 4}
+    plain, paired = (hypergradient(of, losses.cross_entropy, **settings) for of in (model, shifted(model)))
+    pairs = data._replace(inputs=(data.inputs - 1.0, jnp.ones_like(data.inputs)))
+    expected = plain.adapt(start, data, key=jax.random.key(0))[0]
+    chex.assert_trees_all_close(paired.adapt(start, pairs, key=jax.random.key(0))[0], expected, rtol=1e-9)

@@ -232,6 +232,31 @@ def test_pixels_are_drawn_with_their_probabilities():
     np.testing.assert_allclose(jnp.mean(ones), 0.25, atol=4 * np.sqrt(0.25 * 0.75 / 2000))
 
 
+def test_pixels_of_half_precision_are_drawn_with_their_probabilities():
+    # Uniform numbers of bfloat16 are multiples of 1/128: pixels of 1/256 would be ones as often as those of 1/128.
+    numbers = []
+
+    def embed(params, images):
+        jax.debug.callback(lambda ones: numbers.append(float(ones)), jnp.sum(images.astype(jnp.float32)))
+        return images.reshape(len(images), -1)[:, :4]
+
+    learner = neural_statistician(Model(lambda key, images: {}, embed), way=1, **SMALL)
+    inputs = jnp.full((2, 100, 100), 1 / 256, jnp.bfloat16)
+    params = learner.init(jax.random.key(0), inputs)
+    learner.objective(params, Episode(Batch(inputs, jnp.zeros(2, int)), None, jax.random.key(1)))
+    jax.effects_barrier()
+    expected = 20_000 / 256
+    assert abs(numbers[-1] - expected) < 4 * np.sqrt(expected)
+
+
+def test_an_empty_set_leaves_the_others_finite():
+    episode = make_episode(targets=(0, 0, 2, 2))
+    learner = neural_statistician(FLAT, way=3, **SMALL)
+    params = random_params(learner, episode)
+    _, evidence = jax.jit(learner.objective)(params, episode)  # traced labels are not checked
+    assert all(np.isfinite(leaf) for leaf in jax.tree.leaves(evidence))
+
+
 def test_a_stochastic_decoder_gets_a_key():
     def apply(params, codes, *, key=None):
         logits = jnp.zeros((len(codes), 3, 1))

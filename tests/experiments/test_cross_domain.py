@@ -285,6 +285,32 @@ def test_a_whole_run(tmp_path, directories, capsys, monkeypatch):
     assert cross_domain.run(other)["methods"][0]["data_sets"] != again["methods"][0]["data_sets"]
 
 
+def test_an_interrupted_test_goes_on_with_the_data_set_where_it_was(tmp_path, directories, monkeypatch):
+    config = Config(
+        (directories["protonets"],), data_sets=("digits", "signs"), ways=(3,), episodes=4, run_dir=tmp_path / "out"
+    )
+    measured, measure = [], cross_domain.measure
+
+    def interrupted(config, name, *arguments):
+        if name == "signs" and "signs" not in measured:
+            measured.append(name)
+            raise KeyboardInterrupt
+        measured.append(name)
+        return measure(config, name, *arguments)
+
+    monkeypatch.setattr(cross_domain, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cross_domain.run(config)
+    results = cross_domain.run(config)
+    assert measured == ["digits", "signs", "signs"]
+    assert not list((tmp_path / "out").glob("measured_*"))
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packs, "load", made_up)
+        whole = cross_domain.run(dataclasses.replace(config, run_dir=tmp_path / "whole"))
+    assert results["methods"] == whole["methods"]
+
+
 def test_learners_are_told_apart_by_their_names(tmp_path, capsys):
     (tmp_path / "a").mkdir()
     (tmp_path / "b[").mkdir()  # read as markup, "[/0.4]" would be an error

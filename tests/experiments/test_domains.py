@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import domains, runs
+from maml_jax import Batch
 
 TINY = {
     "num_meta_steps": 4,
@@ -272,6 +273,15 @@ def test_the_training_names_its_data(tmp_path):
         digests.add(domains.training_of(domains.with_paper_defaults(config)).data_digest)
     assert None not in digests
     assert len(digests) == 2
+
+
+def test_other_labels_are_other_data():
+    images = np.arange(4 * 3, dtype=np.uint8).reshape(4, 3)
+    digests = {
+        runs.digest_of_batches([Batch(images, np.array(labels))])
+        for labels in ([0, 0, 1, 1], [0, 1, 0, 1], [0, 1, 1, 0], [1, 1, 0, 0])
+    }
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("network", ["mlp", "conv4"])

@@ -454,10 +454,16 @@ def test_the_accuracy_on_training_classes_is_logged_and_selects_nothing(drawings
     assert [{k: v for k, v in record.items() if k != "train"} for record in logs[4]] == logs[0]
 
 
-def test_a_training_holds_its_images_once_and_none_of_the_test(drawings):
-    config = omniglot.with_paper_defaults(config_of(**TINY | {"train_episodes": 4}))
+@pytest.mark.parametrize("settings", [{}, {"train_shot": 2}, {"algorithm": "pretrained-classifier"}])
+def test_a_training_holds_its_images_once_and_none_of_the_test(drawings, settings):
+    tiny = {name: value for name, value in TINY.items() if name in ("way", "shot", "query_shot", "eval_episodes")}
+    method = dataclasses.replace(omniglot.METHODS[settings.get("algorithm", "maml")], population=False)
+    config = omniglot.with_paper_defaults(dataclasses.replace(method, **tiny | {"train_episodes": 4} | settings))
     training = classification.training_of(omniglot.DATA, config)
-    assert inspect.getclosurevars(training.monitor).nonlocals["known"] is training.sample_episode
+    known = inspect.getclosurevars(training.monitor).nonlocals["known"]
+    assert jax.tree.leaves(known)[0] is jax.tree.leaves(training.sample_episode)[0]
+    expected = classification.make_sampler(omniglot.DATA, config, "train", config.way, config.shot)
+    chex.assert_trees_all_equal(known(jax.random.key(0)), expected(jax.random.key(0)))
     held = jax.tree.leaves([inspect.getclosurevars(f).nonlocals for f in (training.validate, training.monitor)])
     assert {len(leaf) for leaf in held if getattr(leaf, "ndim", 0) == 4} == {15 * 20, 7 * 20}
 

@@ -158,6 +158,27 @@ def test_the_summary_has_the_tested_seeds_of_an_earlier_call_too(together, tmp_p
     assert summary["metrics"]["mse"]["mean"][-1] == pytest.approx(np.mean(final))
 
 
+def test_seeds_of_other_data_are_not_averaged(together, tmp_path):
+    shutil.copytree(together[0] / "seed-5", tmp_path / "seed-5")
+    runs.write_json(tmp_path / "seed-5" / runs.DATA_FILE, {"sha256": "of other data"})
+
+    def training_of(config):
+        return sinusoid.training_of(config)._replace(data_digest="of these data")
+
+    with pytest.raises(runs.RunError, match="seed-5 was made with other data"):
+        seeds.run_seeds(sinusoid.run, training_of, sinusoid.with_paper_defaults(config_of(tmp_path, seeds=2)))
+
+
+def test_a_seed_cannot_join_others_while_they_are_extended(together, tmp_path):
+    for seed in (3, 4):
+        shutil.copytree(together[0] / f"seed-{seed}", tmp_path / f"seed-{seed}")
+    with pytest.raises(runs.RunError, match=r"at meta-step 6 and .*seed-5 at 0: too far apart .* --seed 5 --run-dir"):
+        sinusoid.run(config_of(tmp_path, seeds=3, num_meta_steps=8, val_every=10))
+    # Nothing has changed: the earlier command shows what it has made.
+    assert not (tmp_path / "seed-5").exists()
+    assert sinusoid.run(config_of(tmp_path, seeds=2))["results"] == together[1]["results"][:2]
+
+
 def test_seeds_that_are_far_apart_are_not_trained_together(together, tmp_path):
     shutil.copytree(together[0] / "seed-3", tmp_path / "seed-3")
     with pytest.raises(runs.RunError, match=r"seed-3 is at meta-step 6 and .*seed-4 at 0: .* --seed 4 --run-dir"):

@@ -135,7 +135,7 @@ def test_the_images_are_those_of_the_test(algorithm, num_steps, saved, drawings,
 def test_figures_are_written_as_png_and_pdf(saved, tmp_path):
     for algorithm in ("maml", "fomaml"):
         files = run(saved / algorithm, "--episodes", 1, "--out", tmp_path / algorithm)
-        assert [file.name for file in files] == ["adaptation_0.png", "adaptation_0.pdf"]
+        assert [file.name for file in files] == ["adaptation_0_0.png", "adaptation_0_0.pdf"]
         assert files[0].read_bytes().startswith(b"\x89PNG")
         assert files[1].read_bytes().startswith(b"%PDF")
         assert sorted((tmp_path / algorithm).iterdir()) == sorted(files)

@@ -81,3 +81,15 @@ def test_narrow_actions_are_those_of_int32():
     action = jnp.array([0, 5, 255])
     np.testing.assert_array_equal(policy.log_prob(action.astype(jnp.uint8)), policy.log_prob(action))
     assert jnp.isfinite(policy.log_prob(action)).all()
+
+
+def test_draws_of_half_precision_are_those_of_single_precision():
+    keys = jax.random.split(jax.random.key(0), 1000)
+    logits, mean = jnp.zeros(3), jnp.zeros(2)
+    half, single = (jax.vmap(Categorical(logits.astype(dtype)).sample)(keys) for dtype in (jnp.bfloat16, jnp.float32))
+    np.testing.assert_array_equal(half, single)
+    half, single = (
+        jax.vmap(Normal(mean.astype(dtype), mean.astype(dtype)).sample)(keys) for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(half, single.astype(jnp.bfloat16))
