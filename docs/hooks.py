@@ -24,6 +24,7 @@ COPIED = (
     "benchmarks/SCALING.md",
     "benchmarks/results/*.png",
     "experiments/GUIDE.md",
+    "experiments/PROVENANCE.md",
     "experiments/RESULTS.md",
     "experiments/figures/*.png",
     "experiments/launch/*",

@@ -505,7 +505,8 @@ def summary(
         "protocol": {
             "episodes": config.episodes,
             "way": "uniform over the listed ways",
-            "shot": "1 to 20, unbalanced, at most 200 support images; Triantafillou et al., 2020, section 3.2, thinned",
+            "shot": "1 to 20, unbalanced, at most 200 support images; as Triantafillou et al., 2020, section 3.2, "
+            "with smaller bounds",
             "query": "balanced",
             "min_examples": MIN_EXAMPLES,
             "images": "grey by luminance or three equal channels, resized to the learner's input, never inverted",

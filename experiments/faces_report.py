@@ -64,7 +64,7 @@ def _table(groups: dict[str, list[dict[str, Any]]]) -> str:
     first = next(iter(groups.values()))[0]
     rows += [["pixels", r["domain"], "", f"{100 * r['metrics']['tar_at_0.01']['mean'][0]:.2f}", ""]
              for r in first["evaluations"] if r["by"] == "pixels"]  # fmt: skip
-    header = ["", "unseen domain", "seeds", "TAR at FAR 1 %", "more than ERM"]
+    header = ["", "unseen domain", "seeds", "TAR at FAR 1 %", "difference to ERM"]
     return runs.markdown_table(header, rows)
 
 

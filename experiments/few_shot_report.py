@@ -20,7 +20,7 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 - Rows of MAML and its family with `--inductive`, `--split-by alphabet` have the split of the learners that compare
   embeddings, and a twelfth of the recipe's meta-steps. That of MAML with `--rotated-classes`, `--rotated-test-classes`,
   `--query-shot 5` has their test in all but the normalisation, which is with the support set and not by training
-  images. The others have one query of a class and not five, and characters that are turned at random and not four
+  images. The others have one query of a class and not five, and characters that are rotated at random and not four
   classes of each.
 - Queries are those of a class in a test episode.
 - An inductive test classifies every query on its own. In a transductive one the queries are normalised together.
@@ -30,7 +30,7 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 - Times are of one or two cores that often did other work too, unless a GPU is named. Compare operations where they were
   counted. The figure has the longest training of each method on a CPU with the settings of its recipe, or the longest
   of all where there is none. Its bars go from the smallest to the largest seed; with one seed they are the interval.
-- The test characters of Reptile and of the memory module are not turned; those of the others are."""
+- The test characters of Reptile and of the memory module are not rotated; those of the others are."""
 EQUAL_BUDGET = """5-way 1-shot, the same recipes with fewer meta-steps. A method has the rates, the schedule and the
 meta-batch of its paper, if that has a recipe for Omniglot. So equal numbers of meta-steps are not equal numbers of
 tasks, and part of a difference may be the rate. The linear schedule of Reptile and the cosine one of MAML++ end with
@@ -39,7 +39,7 @@ have MAML's rate of 2; the paper of Meta-SGD, whose rates are learned, starts be
 is at 89.6 here (see the variations). At a rate of 0.5 MAML is at 84.9, FOMAML at 86.1 and BOIL at 85.8, means of three
 seeds: small rates learn faster at first, and the lead of BOIL in this table is that of its rate. The recipes of BOIL
 and CAVIA are ours. Reptile trains with 10 examples of a class, adapts scales and offsets of the normalisation, and
-its test characters are not turned; those of the others are. The accuracy is the mean over seeds, with the smallest
+its test characters are not rotated; those of the others are. The accuracy is the mean over seeds, with the smallest
 and largest in parentheses; with one seed it has its 95 % interval over test episodes. The bars of the figure are the
 same. Costs are those of one task, measured in turns by `python -m benchmarks.methods`."""
 BELOW_PUBLISHED = """Where a number is below the published one:
@@ -84,7 +84,7 @@ BELOW_PUBLISHED = """Where a number is below the published one:
   authors draw the number of examples of a training episode from 1 to 9, of 60 classes; ours have one, and five
   queries.
 - **MANN**: its first instance is below the published one, and can only be guessed. The published network saw images
-  that were turned and shifted a little, and ours are as they are. Its training is 40 % of the published one, and so
+  that were rotated and shifted a little, and ours are as they are. Its training is 40 % of the published one, and so
   is that of the LSTM beside it. At these equal meta-steps the memory is worth 10.9 points on the second image of a
   class and 7.0 on the fifth. (The numbers under "Sequences" are of another test of the same states.) The published
   LSTM is further behind: 49.5 and 63.6.
@@ -169,7 +169,7 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
             relative = relative_cells(of_method.get(group[0]["algorithm"]) if is_measured else None)
             rows[-1] += [f"{milliseconds:.0f}", *cost_cells(group[0]), *relative]
     header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
-    header += ["ms each", "GFLOP a task", "MB", *RELATIVE_COSTS] if with_costs else []
+    header += ["ms / meta-step", "GFLOP a task", "MB", *RELATIVE_COSTS] if with_costs else []
     return runs.markdown_table(header, rows)
 
 
@@ -182,7 +182,7 @@ def equal_budget(results: list[dict]) -> list[dict]:
     return [result for result in shown if result["meta_steps"] == steps]
 
 
-RELATIVE_COSTS = ("time of a task, x FOMAML", "operations, x", "memory, x")
+RELATIVE_COSTS = ("time of a task, x FOMAML", "FLOPs, x FOMAML", "memory, x FOMAML")
 """The columns of `relative_cells`."""
 
 
@@ -226,7 +226,7 @@ def budget_table(results: list[dict]) -> str:
                 published_accuracy(group[0], config["way"], config["shot"]),
             ]
         )
-    header = ["", "accuracy, %", "seeds", "inner rate", "test steps", "meta-steps", "tasks each"]
+    header = ["", "accuracy, %", "seeds", "inner rate", "test steps", "meta-steps", "tasks / meta-step"]
     return runs.markdown_table([*header, *RELATIVE_COSTS, "published, after the full training"], rows)
 
 
@@ -347,8 +347,8 @@ def all_methods_table(results: list[dict]) -> str:
         "queries",
         "test",
         "meta-steps",
-        "ms each",
-        "GFLOP each",
+        "ms / meta-step",
+        "GFLOP / meta-step",
         "training",
     ]
     return runs.markdown_table(header, rows)
@@ -545,8 +545,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
             "MAML was not tested inductively. LEO is ahead of the centroids by 1.7 points in 1-shot, about the "
             "interval of the difference, and by 0.7 in 5-shot, which is within it. After 2,000 training episodes "
             "each, the meta-learner LSTM is 2.5 points ahead of MAML in 1-shot, more than the interval of the "
-            "difference. It is behind the MAML that had 40,000. After 1,000 meta-steps FOMAML is 3.6 points ahead of "
-            "MAML in 5-shot; its training there was halted for a while, so its minutes are too many.\n\n"
+            "difference. MAML after 40,000 episodes is ahead of it. After 1,000 meta-steps FOMAML is 3.6 points ahead "
+            "of MAML in 5-shot; its training there was halted for a while, so its minutes are too many.\n\n"
             "Where the recipes are not the published ones: CAVIA has 32 filters, and not the 512 of its number. LEO "
             "has an outer rate of 0.001, and its authors one of 0.00027 (1-shot) or 0.00041 (5-shot), for features of "
             "a wide residual network. The meta-learner LSTM bounds each entry of the meta-gradient by 10, and its "
@@ -565,7 +565,7 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
         "## Omniglot\n\nAccuracy over the test episodes with its 95 % interval, one number a seed. The characters "
         "are divided at random into those of training, validation and test. Normalisation is "
         "transductive, but for `--inductive`: the queries of an episode are normalised together. The test characters "
-        "of Reptile are not turned; those of the others are. GFLOP a task are the counted operations of a "
+        "of Reptile are not rotated; those of the others are. GFLOP a task are the counted operations of a "
         "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
         "which grows with the tasks that are computed together. On the GPU four trainings ran at once, so its times "
         "are upper bounds. Only the last three columns compare costs on one machine: those of one task in 5-way "

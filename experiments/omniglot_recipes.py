@@ -150,7 +150,7 @@ METHODS["neural-statistician"] = dataclasses.replace(
     },
 )
 # Every class is shown six times. The rate is that of ProtoNets; the authors have 1e-4, without normalisation. The test
-# characters are not turned, as in the authors' code.
+# characters are not rotated, as in the authors' code.
 METHODS["memory-module"] = dataclasses.replace(METHODS["memory-module"], **_PROTONETS | {"rotated_test_classes": False})
 SETTINGS = ((5, 1), (5, 5), (20, 1), (20, 5))
 """Way and shot of the published tables."""

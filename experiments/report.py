@@ -1,4 +1,4 @@
-"""Makes experiments/RESULTS.md, its figures and the tables of README.md and GUIDE.md from experiments/results/*.json.
+"""Makes RESULTS.md, PROVENANCE.md, figures, and the tables of README.md and GUIDE.md from experiments/results/*.json.
 
 With --add it first takes in the results of finished runs, each under a name of its own.
 """
@@ -162,7 +162,7 @@ def domain_table(results: list[dict]) -> str:
         differences = (_paired(by, part) for part in ("metrics", "source_validation"))
         steps = " / ".join(dict.fromkeys(f"{by[name][0]['meta_steps']:,}" for name in names if name in by))
         rows.append([data, held_out, *cells, *differences, steps, _operations(by), _seeds(by)])
-    header = ["data", "held out", *map(figures.title, names), "MLDG more than ERM", "the same on the sources"]
+    header = ["data", "held out", *map(figures.title, names), "MLDG minus ERM", "the same on the sources"]
     return runs.markdown_table([*header, "meta-steps, MLDG / ERM", "operations of MLDG, x ERM", "seeds"], rows)
 
 
@@ -286,7 +286,7 @@ def hyperparameter_table(results: list[dict]) -> str:
             counts = f"{method['runs']}", f"{method['seconds']:.0f}", f"{len(group)}"
             named = ", ".join([name, *(f"`{flag}`" for flag in flags_but_seed(group[0]))])
             rows.append([named, *losses, more, accuracy, *counts])
-    header = ["", "held-out loss", "test loss", "more than hypergradients", "test accuracy, %", "training runs"]
+    header = ["", "held-out loss", "test loss", "test loss minus hypergradients", "test accuracy, %", "training runs"]
     return runs.markdown_table([*header, "seconds to choose", "seeds"], rows)
 
 
@@ -356,7 +356,7 @@ def sinusoid_section(tables: Mapping[str, str], has_seeds: bool) -> str:
     curves = ""
     if has_seeds:
         curves = (
-            "Learning curves of the methods of which two seeds or more have kept one; the legend has their number.\n\n"
+            "Learning curves of the methods with at least two stored curves; the legend has their number.\n\n"
             "![learning curves with intervals over seeds](figures/learning_curves.png)\n\n"
         )
     return (
@@ -364,8 +364,8 @@ def sinusoid_section(tables: Mapping[str, str], has_seeds: bool) -> str:
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
         "of the median over tasks. Costs are those of a task of the training, measured in turns by `python -m "
-        "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper. MAML++ "
-        "has one inner step, as all but Reptile, which has ten, so of its parts only the rate of each layer is left. "
+        "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper. All methods train with "
+        "one inner step, Reptile with ten. With one step, MAML++ is a learned rate for each layer. "
         "iMAML is not here. Its meta-gradient does not see the inner steps, so nothing keeps them stable: with ten "
         "steps of 0.001 and λ = 100 they diverged during a training, after 3,215 meta-steps.\n\n"
         f"### 5 support points\n\n{tables['sinusoid-5']}\n\n### 10 support points\n\n{tables['sinusoid-10']}\n\n"
@@ -459,7 +459,7 @@ def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[st
 
 
 def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
-    """Writes the report and its figures, and the tables between the markers of other pages."""
+    """Writes the report, its figures and PROVENANCE.md beside it, and the tables between the markers of other pages."""
     results = [runs.read_json(file) for file in sorted(results_dir.glob("*.json"))]
     of = defaultdict(list)
     for result in results:
@@ -472,7 +472,8 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         "hyperparameters": hyperparameter_table(of["hyperparameters"]),
     }
     content = (
-        "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`.\n\n"
+        "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`. The command, the "
+        "seeds, the device and the versions of each are in [PROVENANCE.md](PROVENANCE.md).\n\n"
         + sinusoid_section(tables, has_seeds=bool(curves_of_seeds))
         + orders_section(of)
         + few_shot_report.section(of, tables)
@@ -481,10 +482,14 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + translation_report.section(of["translation"], flags_but_seed)
         + domain_section(tables["domains"])
         + hyperparameter_section(of["hyperparameters"], tables["hyperparameters"])
-        + f"## How each was made\n\n{details([result for name in EXPERIMENTS for result in of[name]])}\n"
     )
+    provenance = "# How each result was made\n\nMade by `python -m experiments.report`, as [RESULTS.md](RESULTS.md) is."
+    for name in EXPERIMENTS:
+        if of[name]:
+            provenance += f"\n\n## {name}\n\n{details(of[name])}"
     draw(report.parent / "figures", of, curves_of_seeds)
-    runs.write_text(report, content)
+    runs.write_text(report, content.rstrip() + "\n")
+    runs.write_text(report.with_name("PROVENANCE.md"), provenance + "\n")
     for page in pages:
         text = page.read_text()
         for name, table in tables.items():

@@ -81,7 +81,7 @@ def strategies_table(
       sizes: the settings that make the size, by the word for them in the table.
     """
     columns: dict[str, dict[str, str]] = defaultdict(dict)
-    policies = {}
+    policies: dict[str, set[int]] = defaultdict(set)
     for result in sorted(results, key=lambda r: [*(r["config"][name] for name in sizes), r["seed"]]):
         numbers = tuple(result["config"][name] for name in sizes)
         column = columns[cell_of(result, sizes)]
@@ -91,19 +91,25 @@ def strategies_table(
             label += f", seed {result['seed']}"
         if label in column:
             raise ValueError(f"two results are {label} in {cell_of(result, sizes)}; remove one of their files")
-        policies |= {label: None, f"{label}, drawn actions": None, f"{label}, meta-steps": None}
         found = {label: result["metrics"]["reward"], f"{label}, drawn actions": result["metrics"]["reward_of_draws"]}
+        for name in found:
+            policies[name].add(result["meta_steps"])
         for name, metric in (found | result["strategies"]).items():
             published_name = title if name == label else name
             beside = f" (published {of_paper[published_name]})" if published_name in of_paper else ""
             column[name] = runs.format_mean(metric["mean"][0], metric["ci95"][0]) + beside
         if result.get("optimum"):
             column["largest that can be expected"] = f"{result['optimum']:.3f}"
-        column[f"{label}, meta-steps"] = f"{result['meta_steps']:,}"
     others = (name for column in columns.values() for name in column if name not in policies)
-    names = list(dict.fromkeys([*policies, *others]))
-    names.sort(key=lambda name: name.endswith(", meta-steps"))
-    return runs.markdown_table(["", *columns], [[name, *(c.get(name, "") for c in columns.values())] for name in names])
+    rows = [
+        [
+            name,
+            *(c.get(name, "") for c in columns.values()),
+            " / ".join(f"{n:,}" for n in sorted(policies.get(name, ()))),
+        ]
+        for name in dict.fromkeys([*policies, *others])
+    ]
+    return runs.markdown_table(["", *columns, "meta-steps"], rows)
 
 
 def cell_of(result: Mapping[str, Any], sizes: Mapping[str, str]) -> str:
@@ -196,63 +202,70 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "### 2D navigation\n\nMean return after 0 to 4 updates, with its 95 % interval over goals; the mean of "
             "several seeds has the smallest and the largest in parentheses. The optimum is "
             f"{of['navigation'][0]['evaluations'][-1]['optimum']:.2f} on the fresh goals and "
-            f"{of['navigation'][0]['evaluations'][0]['optimum']:.2f} on the published ones. MAML and "
-            "FOMAML train one update, at the authors' rate of 0.5. Later rates and the state were chosen on 40 other "
-            "goals; for policies that were not trained to adapt, so was the first rate. The published pretraining used "
-            "the authors' rates. Ours, one seed with chosen rates, is close to MAML after two updates and ahead after "
-            "three on the fresh goals. Loaded DiCE, whose second derivative is exact for unbiased advantages, is not "
-            "better here after two updates and more, with one seed; its policy is still noisier. The last layer of our "
-            "policies starts at a tenth, also that of the random ones. "
-            '"std" is the standard deviation of the policy; that of the authors\' policy is 0.47.\n\n'
+            f"{of['navigation'][0]['evaluations'][0]['optimum']:.2f} on the published ones. "
+            '"Std" is the standard deviation of the policy; that of the authors\' policy is 0.47.\n\n'
             f"{navigation_table(of['navigation'], flags_of)}\n\n![return against updates](figures/navigation.png)\n\n"
+            "- MAML and FOMAML train one update, at the authors' rate of 0.5. Later rates and the state were chosen on "
+            "40 other goals; for policies that were not trained to adapt, so was the first rate.\n"
+            "- The published pretraining used the authors' rates. Ours, one seed with chosen rates, is close to MAML "
+            "after two updates and ahead after three on the fresh goals.\n"
+            "- Loaded DiCE, whose second derivative is exact for unbiased advantages, is not better here after two "
+            "updates and more, with one seed; its policy is still noisier.\n"
+            "- The last layer of our policies starts at a tenth, also that of the random ones.\n\n"
             "The figure has the 40 published goals. Bars are intervals over goals, or over seeds where there are "
             "several." + behaviour("navigation", "maml", "Paths of MAML at the first published goals")
         )
     if of["bandits"]:
         parts.append(
             "### Bandits\n\nMean total reward, with its 95 % interval over bandits. The policies take their most "
-            "probable action where nothing else is said. MAML takes an inner step after every pull; its rates, and the "
-            "temperature of the policy that acts, are learned unless a flag says otherwise. The published MAML "
-            "(Mishra et al., 2018) learns neither. "
-            "The parameters of strategies were chosen on other bandits; the published numbers, except those of MAML, "
-            "have standard errors of 0.06 with 10 pulls and 0.4 with 100. Every row is one training. With 100 pulls "
-            "and 5 arms, RL² that draws its actions is 0.26 behind UCB1, less than the interval of the difference. "
-            "With 10 arms it stays below the "
-            "index strategies, UCB1 and Gittins. There it comes within a point of its "
-            "published number with units that start with a long memory (`--memory 100`) and with products of the "
-            "inputs, which bind a reward to its arm (`--associate`).\n\n"
+            "probable action where nothing else is said. Every row is one training.\n\n"
             + strategies_table(of["bandits"], flags_of, published.BANDITS, BANDIT_SIZES)
+            + "\n\n"
+            "- MAML takes an inner step after every pull. Its rates, and the temperature of the policy that acts, are "
+            "learned unless a flag says otherwise. The published MAML (Mishra et al., 2018) learns neither.\n"
+            "- The parameters of strategies were chosen on other bandits. The ε that was chosen is 0, so "
+            "epsilon-greedy is greedy. Published numbers, except those of MAML, have standard errors of 0.06 with 10 "
+            "pulls and 0.4 with 100.\n"
+            "- The largest expected reward is exact. A mean over bandits may exceed it by its interval.\n"
+            "- With 100 pulls and 5 arms, RL² that draws its actions is 0.26 behind UCB1, less than the interval of "
+            "the difference. With 10 arms it stays below the index strategies, UCB1 and Gittins. There it comes within "
+            "a point of its published number with units that start with a long memory (`--memory 100`) and with "
+            "products of the inputs, which bind a reward to its arm (`--associate`)."
             + "\n\nWhat is lost against the best arm, added up over the pulls:\n\n![regret](figures/regret.png)"
         )
     if of["mdps"]:
         parts.append(
             "### Random Markov decision processes\n\nMean total reward, with its 95 % interval over processes of 10 "
-            "states and 5 actions. The policies take their most probable action where nothing else is said. MAML takes "
-            "an inner step after every reward, on a table of logits and an offset that all states share. Every row is "
-            "one training. RL² with a plain unit falls short of its published number. Twice the meta-steps, advantages "
-            "that decay more slowly, a smaller weight of the entropy and units that start with a long memory, all "
-            "together, do not change that. The unit would have to bind each reward to the state and the action that it "
-            "followed, keep that until the state returns, and read it by the state. With `--associate` products of "
-            "these are inputs, and the output layers are products with the state; together with advantages of λ = 0.3, "
-            "as in the paper, RL² then reaches the best of the strategies. With 10 episodes MAML is ahead of RL² and "
-            "of all strategies. With 25 it is level with PSRL if it draws its actions, and behind all strategies but "
-            "the random one if it takes the most probable ones. The authors' scripts of RL² have a plain unit, and "
-            "take 250,000 time steps a meta-step; ours take 50,000. Their strategies have another prior of the "
-            "rewards, which makes greedy worse and PSRL better than here.\n\n"
+            "states and 5 actions. The policies take their most probable action where nothing else is said. Every row "
+            "is one training.\n\n"
             + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
+            + "\n\n"
+            "- MAML takes an inner step after every reward, on a table of logits and an offset that all states share. "
+            "With 10 episodes it is ahead of RL² and of all strategies. With 25 it is level with PSRL if it draws its "
+            "actions, and behind all strategies but the random one if it takes the most probable ones.\n"
+            "- RL² with a plain unit falls short of its published number. Twice the meta-steps, advantages that decay "
+            "more slowly, a smaller weight of the entropy and units that start with a long memory, all together, do "
+            "not change that. The unit would have to bind each reward to the state and the action that it followed, "
+            "keep that until the state returns, and read it by the state.\n"
+            "- With `--associate` products of these are inputs, and the output layers are products with the state. "
+            "Together with advantages of λ = 0.3, as in the paper, RL² then reaches the best of the strategies.\n"
+            "- The authors' scripts of RL² have a plain unit, and take 250,000 time steps a meta-step; ours take "
+            "50,000. Their strategies have another prior of the rewards, which makes greedy worse and PSRL better than "
+            "here."
         )
     if of["mazes"]:
         parts.append(
-            "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts "
-            "with the steps after which it is given up. Each pair of rows is a policy in "
-            "mazes of a size. In small mazes the second walk "
-            "is a smaller part of the first than published (0.75, in mazes of three dimensions), and no longer than "
-            "the first in as many of them. In larger mazes that it was "
-            "not trained in, the second walk of that policy is longer than the first: memory does not pay there. In "
-            "the paper it does. When its training goes on in larger mazes, the second walk falls to four tenths of the "
-            "first. The last pair is the policy of the pair before, loaded from runs/mazes-longer. Its walks are given "
-            "up later, after 400 steps; nothing is trained (`--num-meta-steps 0`).\n\n"
+            "### Mazes\n\nTwo walks through the same maze. A walk that does not reach the goal counts with the steps "
+            "after which it is given up. Each pair of rows is a policy in mazes of a size.\n\n"
             + mazes_table(of["mazes"], flags_of)
+            + "\n\n"
+            "- In small mazes the second walk is a smaller part of the first than published (0.75, in mazes of three "
+            "dimensions), and no longer than the first in as many of them.\n"
+            "- In larger mazes that it was not trained in, the second walk of that policy is longer than the first: "
+            "memory does not pay there. In the paper it does. When its training goes on in larger mazes, the second "
+            "walk falls to four tenths of the first.\n"
+            "- The last pair is the policy of the pair before, loaded from runs/mazes-longer. Its walks are given up "
+            "later, after 400 steps; nothing is trained (`--num-meta-steps 0`)."
             + behaviour("mazes", "rl2", "Walks through the first mazes of the test")
         )
     return "\n\n## Reinforcement learning\n\n" + "\n\n".join(parts) if parts else ""

@@ -36,7 +36,8 @@ def test_report_and_pages_are_those_of_the_committed_results(tmp_path):
     assert {page.relative_to(ROOT).as_posix() for page in report.PAGES} == {"README.md", "experiments/GUIDE.md"}
     copies = [Path(shutil.copy(page, tmp_path / page.name)) for page in report.PAGES]
     report.write(RESULTS, tmp_path / "RESULTS.md", copies)
-    assert (tmp_path / "RESULTS.md").read_text() == (ROOT / "experiments" / "RESULTS.md").read_text()
+    for name in ("RESULTS.md", "PROVENANCE.md"):
+        assert (tmp_path / name).read_text() == (ROOT / "experiments" / name).read_text()
     for page, copy in zip(report.PAGES, copies, strict=True):
         assert copy.read_text() == page.read_text()
 
