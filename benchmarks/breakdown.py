@@ -40,9 +40,9 @@ OMNIGLOT, SINUSOID = "Omniglot", "sinusoids"
 KINDS = {
     "dot": "matrix products",
     "reduce": "sums: statistics, gradients of biases and offsets",
-    "pad": "padding, and adding overlapping patches up",
-    "slice": "slices for the patches",
-    "concatenate": "patches put together",
+    "pad": "padding, and adding overlapping patches",
+    "slice": "slices",
+    "concatenate": "concatenations",
     "copy": "copies into another layout",
     "other": "elementwise: normalisation, ReLU, updates, random numbers",
 }

@@ -258,14 +258,14 @@ def _as_json(content: Any) -> Any:
 
 
 @contextlib.contextmanager
-def figure(name: str, settings: Output, *, columns: int = 1, width: float = 4.5) -> Iterator[Any]:
-    """Yields a list of `columns` axes, each `width` inches wide, then writes NAME.png and NAME.pdf."""
+def figure(name: str, settings: Output, *, columns: int = 1, width: float = 4.5, rows: int = 1) -> Iterator[Any]:
+    """Yields a list of `rows` times `columns` axes, each `width` inches wide, then writes NAME.png and NAME.pdf."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    drawing = Figure(figsize=(1 + width * columns, 4), layout="constrained")
+    drawing = Figure(figsize=(1 + width * columns, 4 * rows), layout="constrained")
     FigureCanvasAgg(drawing)
-    yield list(drawing.subplots(1, columns, squeeze=False)[0])
+    yield list(drawing.subplots(rows, columns, squeeze=False).ravel())
     for suffix, metadata in ((".png", None), (".pdf", {"CreationDate": None})):
         file = results_folder(settings) / f"{name}{suffix}"
         drawing.savefig(file, dpi=120, metadata=metadata)
@@ -275,9 +275,30 @@ def figure(name: str, settings: Output, *, columns: int = 1, width: float = 4.5)
 def draw_bars(axes: Any, values: dict[str, float], label: str) -> None:
     """Draws a horizontal bar with its value for each name, the first on top."""
     bars = axes.barh(list(values)[::-1], list(values.values())[::-1])
-    axes.bar_label(bars, [f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values.values()][::-1])
+    axes.bar_label(bars, [_short(value) for value in values.values()][::-1])
     axes.set(xlabel=label)
     axes.margins(x=0.15)
+
+
+def draw_points(axes: Any, values: dict[str, float], label: str) -> None:
+    """Draws a point with its value for each name, the first on top. The axis is logarithmic, so a bar has no length."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    places = range(len(values))[::-1]
+    axes.hlines(places, min(values.values()), list(values.values()), color="0.85", zorder=1)
+    axes.plot(list(values.values()), places, "o", zorder=2)
+    for place, value in zip(places, values.values(), strict=True):
+        axes.annotate(_short(value), (value, place), (7, 0), textcoords="offset points", va="center")
+    axes.set_yticks(places, list(values))
+    axes.set(xlabel=label, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.margins(x=0.2)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
 
 
 def read_results(file: Path) -> dict[str, Any]:

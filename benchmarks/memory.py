@@ -293,13 +293,17 @@ def draw(config: Config, rows: list[dict[str, Any]]) -> None:
         axes.set_xticks(sorted({row[x] for row in chosen}))
         axes.set(ylabel="temporaries, MB", ylim=(0, None))
 
-    with common.figure("memory", config, columns=len(config.networks) + len(deep)) as drawn:
+    count = len(config.networks) + len(deep)
+    columns = -(-count // 2)
+    with common.figure("memory", config, columns=columns, rows=2) as drawn:
         for axes, name in zip(drawn, config.networks, strict=False):
             curves(axes, name, "inner_steps", depth=NETWORKS[name].depth)
             axes.set(title=name, xlabel="inner steps")
-        for axes, name in zip(drawn[len(config.networks) :], deep, strict=True):
+        for axes, name in zip(drawn[len(config.networks) : count], deep, strict=True):
             curves(axes, name, "depth", inner_steps=config.depth_inner_steps)
             axes.set(title=f"{name}, {config.depth_inner_steps} inner steps", xlabel="layers or blocks")
+        for axes in drawn[count:]:
+            axes.axis("off")
         drawn[0].legend()
 
 

@@ -144,10 +144,10 @@ def run(config: Config) -> None:
     common.show(tables(results))
     with common.figure(f"methods{suffix}", config, columns=2) as (left, right):
         names = {title(row["method"]): row for row in results["rows"]}
-        common.draw_bars(left, {n: row["times_fomaml"].median for n, row in names.items()}, "time, relative to FOMAML")
-        common.draw_bars(
-            right, {n: row["flops_times_fomaml"] for n, row in names.items()}, "operations, relative to FOMAML"
-        )
+        times = {name: row["times_fomaml"].median for name, row in names.items()}
+        common.draw_points(left, times, "time of a task, relative to FOMAML")
+        flops = {name: row["flops_times_fomaml"] for name, row in names.items()}
+        common.draw_points(right, flops, "FLOPs of a task, relative to FOMAML")
 
 
 if __name__ == "__main__":

@@ -261,7 +261,7 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
     """Draws a bar for each implementation."""
     with common.figure("navigation", config, width=6) as (axes,):
-        common.draw_bars(axes, {row["implementation"]: row["seconds"].median for row in rows}, "seconds per iteration")
+        common.draw_bars(axes, {row["implementation"]: row["seconds"].median for row in rows}, "seconds a meta-step")
 
 
 if __name__ == "__main__":

@@ -282,13 +282,12 @@ def tables(content: dict[str, Any]) -> list[common.Table]:
 
 
 def draw(config: Config, rows: list[dict[str, Any]]) -> None:
-    """Draws a bar for each implementation: its time as a multiple of ours."""
+    """Draws a point for each implementation: its time as a multiple of ours."""
     with common.figure("peers", config, columns=len(config.inner_steps), width=5.5) as drawn:
         for axes, steps in zip(drawn, config.inner_steps, strict=True):
             ratios = {row["implementation"]: row["times_ours"].median for row in rows if row["inner_steps"] == steps}
-            common.draw_bars(axes, ratios, f"time, as a multiple of {OURS}")
-            axes.set(title=f"inner steps: {steps}", xscale="log", xlim=(0.5, 2 * max(ratios.values())))
-            axes.xaxis.set_minor_formatter("")
+            common.draw_points(axes, ratios, f"time of a meta-step, as a multiple of {OURS}")
+            axes.set(title=f"inner steps: {steps}")
 
 
 if __name__ == "__main__":

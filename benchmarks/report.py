@@ -42,7 +42,10 @@ TABLES = {
 def section(name: str, content: dict[str, Any]) -> str:
     """The tables of the result file of that name in Markdown, after the command, the device and the versions."""
     versions = ", ".join(f"{package} {version}" for package, version in content["versions"].items())
-    parts = [f"`{content['command']}` on {content['device']}; {versions}.", f"![](results/{name}.png)"]
+    parts = [
+        f"`{content['command']}` on {content['device']}; {versions}.",
+        f"![the figure of these tables](results/{name}.png)",
+    ]
     for table in TABLES[name](content):
         cells = [[str(cell) for cell in row] for row in table.rows]
         parts += [f"{table.title}:", markdown_table(list(table.columns), cells), *table.note.splitlines()]

@@ -259,11 +259,10 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def draw(config: Config, rows: dict[str, Any]) -> None:
-    """Draws a bar for each loop."""
+    """Draws a point for each loop."""
     with common.figure("sinusoid", config, width=7) as (axes,):
         values = {name: row["steps_per_second"] for name, row in rows.items() if name != SAMPLING}
-        common.draw_bars(axes, values, "meta-steps a second")
-        axes.set(xscale="log")
+        common.draw_points(axes, values, "meta-steps a second")
 
 
 def tables(content: dict[str, Any]) -> list[common.Table]:

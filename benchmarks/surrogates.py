@@ -217,7 +217,11 @@ def draw(config: Config, rows: list[dict[str, Any]]) -> None:
             axes.plot([], [], "s", color="C1", label="spread of one estimate")
             axes.set_yticks(range(len(SURROGATES)), list(SURROGATES))
             axes.set_ylim(len(SURROGATES) - 0.5, -0.5)
-            axes.set(title=f"{horizon} time steps", xlabel="relative to the exact second derivative", xscale="log")
+            axes.set(
+                title=f"second derivative of a network, {horizon} time steps",
+                xlabel="relative to the exact one; a point for each process",
+                xscale="log",
+            )
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=3)
 

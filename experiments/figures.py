@@ -204,7 +204,7 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
     for index, (algorithm, seeds) in enumerate(results.items()):
         found = [result["metrics"]["accuracy"] for result in seeds]
         mean = 100 * np.mean(np.asarray([of_seed["mean"] for of_seed in found], float), axis=0)  # NaN for null
-        shown, style = np.arange(min(len(mean), most_steps + 1)), line_style(index)
+        shown, style = np.arange(1, min(len(mean), most_steps + 1)), line_style(index)
         left.plot(shown, mean[shown], markersize=5, label=title(algorithm), **style)
         lowest = np.nanmin([lowest, *mean[1:]])
         if algorithm in work:
@@ -212,9 +212,12 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
                 [100 * np.asarray((of_seed["mean"][-1], of_seed["ci95"][-1]), float) for of_seed in found]
             )
             right.errorbar(work[algorithm], last, bar, capsize=3, **style | {"linestyle": "none"})
-    left.set(xlabel="inner steps at test", ylabel="test accuracy, %", ylim=(lowest - 4, None))
-    left.set_title(f"before the first step all guess; steps after {most_steps} are not shown", fontsize=10)
-    right.set(xlabel="time of training, relative to FOMAML", ylabel="test accuracy after the last step, %")
+    left.set(xlabel=f"inner steps at test, up to {most_steps}", ylabel="test accuracy, %", ylim=(lowest - 4, None))
+    left.xaxis.set_major_locator(MaxNLocator(integer=True))
+    right.set(
+        xlabel="time of the training (time of a task × tasks), relative to FOMAML",
+        ylabel="test accuracy after the last step, %",
+    )
     right.set_xscale("log")
     _plain_logarithmic(right.xaxis)
     right.margins(x=0.25)
@@ -246,7 +249,12 @@ def accuracy_against_time(file: Path, records: list[dict]) -> None:
                 style["fillstyle"] = "none" if on_new_alphabets else "full"
                 drawn[label] = axes.errorbar(record["minutes"][setting], mean, bar, capsize=3, **style)
             # The last points below 100 % are the dear ones, and on this axis they are as wide as the first.
-            axes.set(xlabel="minutes of training on a CPU", ylabel="test accuracy, %", xscale="log", yscale="logit")
+            axes.set(
+                xlabel="minutes of training on a CPU",
+                ylabel="test accuracy, % (logit axis)",
+                xscale="log",
+                yscale="logit",
+            )
             axes.set_title(f"{setting[0]}-way {setting[1]}-shot")
             axes.yaxis.set_major_locator(FixedLocator([0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99]))
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
@@ -300,13 +308,14 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
             if len(seeds) > 1 and steps:
                 mean, half = (np.array(part) for part in mean_and_interval(onto(values)).values())
                 axes.fill_between(steps, back(mean - half), back(mean + half), alpha=0.2, color=style["color"])
-    row[0][0].set_title("training objective; methods may have different ones", fontsize=10)
+    row[0][0].set(ylabel="training objective; methods may have different ones")
+    if any(len(seeds) > 1 for seeds in logs.values()):
+        row[0][0].set_title("bands: 95 % interval over seeds", fontsize=10)
     if is_log:
         row[0][0].set_yscale("log")
         _plain_logarithmic(row[0][0].yaxis)
     if is_validated:
-        text = "validation score; thin dots: training tasks" if is_compared else "validation score"
-        row[0][1].set_title(text, fontsize=10)
+        row[0][1].set(ylabel="validation score; thin dots: training tasks" if is_compared else "validation score")
     for axes in row[0]:
         axes.set_xlabel("meta-steps")
         axes.grid(alpha=0.3)
@@ -333,11 +342,12 @@ def schedules(file: Path, methods: dict[str, dict]) -> None:
             label = name if is_same_in_all else f"{name}, {layer}"
             style = {"color": f"C{index}", "marker": MARKERS[index], "markersize": 4, "linewidth": 1}
             style["markevery"] = max(1, len(values) // 8)
+            values = np.exp(_smooth(np.log(values))) if name == "hypergradients" else values
             rates.plot(values, linestyle=dashes, label=label, **style)
         momentum = 1 / (1 + np.exp(-np.asarray(methods[name]["hyperparameters"]["momentum_logits"])))
-        momenta.plot(momentum, label=name, **style)
-    rates.set(xlabel="mini-batch", ylabel="learning rate", yscale="log")
-    momenta.set(xlabel="mini-batch", ylabel="momentum", ylim=(-0.03, 1.03))
+        momenta.plot(_smooth(momentum) if name == "hypergradients" else momentum, label=name, **style)
+    rates.set(xlabel="mini-batch; hypergradients: means over 21", ylabel="learning rate", yscale="log")
+    momenta.set(xlabel="mini-batch; hypergradients: means over 21", ylabel="momentum", ylim=(-0.03, 1.03))
     rates.legend(fontsize="small")
     momenta.legend(fontsize="small")
     for index, name in enumerate(names):
@@ -352,6 +362,12 @@ def schedules(file: Path, methods: dict[str, dict]) -> None:
     for axes in (rates, momenta, scores):
         axes.grid(alpha=0.3)
     save(figure, file)
+
+
+def _smooth(values: np.ndarray, width: int = 21) -> np.ndarray:
+    """The mean over `width` neighbours, over fewer at both ends."""
+    window = np.ones(min(width, len(values)))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
 def memory(file: Path, rows: list[dict]) -> None:
@@ -409,7 +425,7 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
     Args:
       file: the figure to write.
       cells: by title of the panel and label, the sum of the regrets up to each pull. The curves of learned policies are
-        wide, so that they can be seen below others.
+        wider.
     """
     labels = list(dict.fromkeys(label for curves in cells.values() for label in curves))
     figure, panels = _panels(len(cells))
@@ -417,9 +433,9 @@ def regrets(file: Path, cells: Mapping[str, Mapping[str, Sequence[float]]]) -> N
         for label, regret in curves.items():
             style = line_style(labels.index(label))
             if label.startswith(("RL²", "MAML")):
-                style |= {"linewidth": 5, "alpha": 0.45, "zorder": 1}
+                style |= {"linewidth": 2.5, "alpha": 0.7}
             axes.plot(range(1, len(regret) + 1), regret, label=label, markevery=0.2, markersize=4, **style)
-        axes.set(title=title, xlabel="pulls", ylabel="expected reward lost so far")
+        axes.set(title=title, xlabel="pulls", ylabel="cumulative regret")
         axes.set_ylim(0, 1.1 * max([r[-1] for name, r in curves.items() if name != "random"], default=None))
     _legend_below(figure, panels)
     save(figure, file)

@@ -125,16 +125,19 @@ def label_of(result: Mapping[str, Any], flags_of: FlagsOf, sizes: Mapping[str, s
 
 
 def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence[float]]]:
-    """The regret after each pull by the size of the bandit and the method."""
+    """The regret after each pull by the size of the bandit and the method, for the largest number of pulls.
+
+    The labels have no flags of the length of the training, which the table has.
+    """
     cells: dict[str, dict[str, Sequence[float]]] = defaultdict(dict)
-    for result in sorted(results, key=lambda r: (r["config"]["num_pulls"], r["config"]["num_arms"], r["seed"])):
-        if "regret" not in result or label_of(result, flags_of, BANDIT_SIZES) in cells[cell_of(result, BANDIT_SIZES)]:
-            continue  # an older result, or another seed
-        title = trials.TITLES[result["algorithm"]]
-        curves = {
-            name.replace(title, label_of(result, flags_of, BANDIT_SIZES)): c for name, c in result["regret"].items()
-        }
-        cells[cell_of(result, BANDIT_SIZES)] |= curves
+    sizes = BANDIT_SIZES | {"meta_batch_size": "", "num_meta_steps": ""}
+    most = max(result["config"]["num_pulls"] for result in results)
+    shown = [result for result in results if result["config"]["num_pulls"] == most and "regret" in result]
+    for result in sorted(shown, key=lambda r: (r["config"]["num_arms"], r["seed"])):
+        title, label = trials.TITLES[result["algorithm"]], label_of(result, flags_of, sizes)
+        curves = cells[cell_of(result, BANDIT_SIZES)]
+        if label not in curves:  # another seed is
+            curves |= {name.replace(title, label): regret for name, regret in result["regret"].items()}
     return cells
 
 
@@ -231,7 +234,8 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "the difference. With 10 arms it stays below the index strategies, UCB1 and Gittins. There it comes within "
             "a point of its published number with units that start with a long memory (`--memory 100`) and with "
             "products of the inputs, which bind a reward to its arm (`--associate`)."
-            + "\n\nWhat is lost against the best arm, added up over the pulls:\n\n![regret](figures/regret.png)"
+            + "\n\nWhat is lost against the best arm, added up over the pulls, where they are most:\n\n"
+            "![regret](figures/regret.png)"
         )
     if of["mdps"]:
         parts.append(

@@ -78,14 +78,16 @@ def bandit_result(arms, reward, algorithm="rl2", seed=0):
 def test_strategies_have_a_column_for_each_size():
     results = [bandit_result(10, 6.65), bandit_result(5, 6.55), bandit_result(5, 6.45, "maml")]
     table = rl_report.strategies_table(results, lambda result: [], published.BANDITS, rl_report.BANDIT_SIZES)
-    assert table.splitlines()[0] == "|  | 10 pulls, 5 arms | 10 pulls, 10 arms |"
+    assert table.splitlines()[0] == "|  | 10 pulls, 5 arms | 10 pulls, 10 arms | meta-steps |"
     rows = {row[0]: row[1:] for row in rows_of(table)}
-    assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)", "6.65 ± 0.50 (published 6.7)"]
+    assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)", "6.65 ± 0.50 (published 6.7)", "900"]
     assert rows["RL², drawn actions"][0] == "6.45 ± 0.50"
-    assert rows["MAML"] == ["6.45 ± 0.50 (published 6.5)", ""]
+    assert rows["MAML"] == ["6.45 ± 0.50 (published 6.5)", "", "900"]
     assert rows["UCB1"][0] == "6.60 ± 0.50 (published 6.7)"
-    assert rows["largest that can be expected"] == ["6.660", "6.660"]
-    assert list(rows)[-2:] == ["RL², meta-steps", "MAML, meta-steps"]
+    assert rows["largest that can be expected"] == ["6.660", "6.660", ""]
+    longer = bandit_result(10, 6.65) | {"meta_steps": 3000}
+    table = rl_report.strategies_table([results[1], longer], lambda r: [], published.BANDITS, rl_report.BANDIT_SIZES)
+    assert {row[0]: row[-1] for row in rows_of(table)}["RL²"] == "900 / 3,000"
 
 
 def test_runs_with_other_flags_have_rows_and_curves_of_their_own():
@@ -97,17 +99,19 @@ def test_runs_with_other_flags_have_rows_and_curves_of_their_own():
 
     table = rl_report.strategies_table(results, flags, published.BANDITS, rl_report.BANDIT_SIZES)
     rows = {row[0]: row[1:] for row in rows_of(table)}
-    assert rows["MAML, `--no-learn-temperature`"] == ["6.35 ± 0.50 (published 6.5)"]
+    assert rows["MAML, `--no-learn-temperature`"] == ["6.35 ± 0.50 (published 6.5)", "900"]
     curves = rl_report.regrets(results, flags)["10 pulls, 5 arms"]
     assert curves.keys() == {"MAML", "MAML, `--no-learn-temperature`", "UCB1", "random"}
+    results[0]["config"]["num_pulls"] = 100
+    assert rl_report.regrets(results, flags).keys() == {"100 pulls, 5 arms"}
 
 
 def test_no_result_hides_another():
     results = [bandit_result(5, 6.55), bandit_result(5, 1.23, seed=1)]
     table = rl_report.strategies_table(results, lambda result: [], published.BANDITS, rl_report.BANDIT_SIZES)
     rows = {row[0]: row[1:] for row in rows_of(table)}
-    assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)"]
-    assert rows["RL², seed 1"] == ["1.23 ± 0.50 (published 6.7)"]
+    assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)", "900"]
+    assert rows["RL², seed 1"] == ["1.23 ± 0.50 (published 6.7)", "900"]
     with pytest.raises(ValueError, match="two results are RL², seed 1 in 10 pulls, 5 arms"):
         rl_report.strategies_table([*results, results[1]], lambda r: [], published.BANDITS, rl_report.BANDIT_SIZES)
     older = {name: value for name, value in results[0].items() if name != "regret"}
