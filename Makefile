@@ -37,8 +37,8 @@ docs: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.meta_step --short
-	$(BIN)/python -m benchmarks.breakdown --short
 	$(BIN)/python -m benchmarks.orders --short
 	$(BIN)/python -m benchmarks.memory --short
 	$(BIN)/python -m benchmarks.sinusoid --short
 	$(BIN)/python -m benchmarks.devices --short
+	$(BIN)/python -m benchmarks.breakdown --short

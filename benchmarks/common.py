@@ -28,6 +28,8 @@ from maml_jax import parallel
 from maml_jax.types import Batch, Episode, MetaState
 
 ConfigT = TypeVar("ConfigT")
+LOAD_BEFORE = os.getloadavg()[0]
+"""The load of the machine when the benchmark begins: above a few tenths, something else is running."""
 console = Console(width=None if sys.stdout.isatty() else 150)
 
 
@@ -68,7 +70,7 @@ class Timing(NamedTuple):
 def times(ratio: Timing) -> str:
     """A ratio of times as a cell: median and quartiles, or the only one."""
     if ratio.repetitions == 1:
-        return f"{ratio.median:.0f}, one round"
+        return f"{ratio.median:.0f}, one call"
     return f"{ratio.median:.2f} ({ratio.lower:.2f}-{ratio.upper:.2f})"
 
 
@@ -121,6 +123,8 @@ def measure(call: Callable[[], Any], settings: Settings) -> Timing:
 def measure_alternately(calls: dict[str, Callable[[], Any]], settings: Settings) -> dict[str, list[float]]:
     """Times several calls in rounds. Each runs once per round, so a disturbance of the machine affects all of them.
 
+    Every second round has the reverse order, so that no call always has the same one before it.
+
     Args:
       calls: as for `measure`, by name. A call that takes more than a quarter of `max_seconds` only runs in the first
         round.
@@ -133,12 +137,19 @@ def measure_alternately(calls: dict[str, Callable[[], Any]], settings: Settings)
     slow = {name for name, call in calls.items() if seconds_of(call) > settings.max_seconds / 4}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for repetition in range(settings.max_repetitions):
-        for name, call in calls.items():
+        for name in list(calls)[:: -1 if repetition % 2 else 1]:
             if repetition == 0 or name not in slow:
-                seconds[name].append(seconds_of(call))
+                seconds[name].append(seconds_of(calls[name]))
         if sum(sum(values) for name, values in seconds.items() if name not in slow) > settings.max_seconds:
             break
     return seconds
+
+
+def ratios(seconds: Sequence[float], reference: Sequence[float]) -> Timing:
+    """The times of a call relative to those of another one, in each round; of a call that ran once, to their median."""
+    if len(seconds) == 1:
+        return summarise([seconds[0] / statistics.median(reference)])
+    return summarise([a / b for a, b in zip(seconds, reference, strict=False)])
 
 
 def compile_of(function: Callable, *args: Any) -> tuple[Any, float]:
@@ -233,7 +244,7 @@ def write_results(name: str, settings: Output, content: dict[str, Any], *, suffi
         "config": json.loads(json.dumps(config, default=str)),
         "versions": versions("torch", "torchopt", "higher"),
         "device": device_name(),
-        "load_average": os.getloadavg()[0],
+        "load_average_before": LOAD_BEFORE,
     }
     write_json(file, header | _as_json(content))
     console.print(f"wrote {file}")

@@ -1,13 +1,19 @@
 """Meta-steps per second on 1, 2, 4 and 8 devices, and the time of the all-reduce between them.
 
-On a CPU the devices are virtual and share its cores. Beyond the number of cores the benchmark shows what it costs, or
-gains, to divide the work of a core further. It checks the model of SCALING.md.
+On a CPU the devices are virtual and share its cores, and each number of them has processes of its own. Beyond the
+number of cores the benchmark shows what it costs, or gains, to divide the work of a core further. It checks the model
+of SCALING.md.
 
 A network too wide for one device has its parameters divided too, over a second axis of the mesh. For this the benchmark
 compares the meta-gradient with that of one device and reports the bytes of a device, which are counted and not timed.
 """
 
 import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -47,6 +53,8 @@ class Config(common.Settings):
 
 SHORT = Config(short=True, max_repetitions=5, max_seconds=8.0, filters=16, width=256)
 NUM_TASKS = 32
+ROUNDS = 3
+"""How often every number of devices takes its turn."""
 
 
 def workload(name: str, config: Config) -> tuple[MetaLearner, Callable, int]:
@@ -66,17 +74,20 @@ def mesh_of(num_devices: int) -> jax.sharding.Mesh | None:
     return parallel.task_mesh(jax.devices()[:num_devices]) if num_devices > 1 else None
 
 
-def run_workload(name: str, config: Config) -> dict[str, Any]:
-    """Times the training loop on every number of devices, in turns. Returns a row for each, and common numbers."""
-    learner, sample, num_steps = workload(name, config)
-    optimizer = optax.adam(1e-3)
-    keys = jax.random.split(jax.random.key(1), NUM_TASKS)
-    episodes = jax.eval_shape(jax.vmap(sample), keys)
-    inputs = jnp.zeros(episodes.support.inputs.shape[1:])
-    state = init_meta_state(learner, optimizer, jax.random.key(0), inputs)
-    calls, compile_seconds = {}, {}
-    for count in config.devices:
-        mesh = mesh_of(count)
+def time_on(count: int, config: Config) -> dict[str, dict[str, Any]]:
+    """Times every workload on the first `count` devices of this process.
+
+    Returns:
+      By workload "seconds" of every call, "compile_seconds", "all_reduce_seconds" (None on one device), "flops" and
+      "parameters".
+    """
+    found = {}
+    for name in config.workload:
+        learner, sample, num_steps = workload(name, config)
+        optimizer, mesh = optax.adam(1e-3), mesh_of(count)
+        episodes = jax.eval_shape(jax.vmap(sample), jax.random.split(jax.random.key(1), NUM_TASKS))
+        inputs = jnp.zeros(episodes.support.inputs.shape[1:])
+        state = init_meta_state(learner, optimizer, jax.random.key(0), inputs)
         loop = make_train_loop(
             learner,
             optimizer,
@@ -90,32 +101,83 @@ def run_workload(name: str, config: Config) -> dict[str, Any]:
         args = (state, jax.random.key(2), *loop.data)
         if mesh:
             args = jax.device_put(args, jax.sharding.NamedSharding(mesh, jax.P()))
-        compiled, compile_seconds[count] = common.compile_of(loop.jitted, *args)
-        calls[count] = common.stepping(compiled, *args)
-    seconds = common.measure_alternately(calls, config)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    return {
-        "tasks": NUM_TASKS,
-        "parameters": parameters,
-        "flops": count_flops(make_meta_step(learner, optimizer).jitted, state, episodes),
-        "rows": [
-            {
-                "devices": count,
-                "seconds": common.summarise([second / num_steps for second in seconds[count]]),
-                "steps_per_second": common.summarise([num_steps / second for second in seconds[count]]),
-                "times_first": common.summarise(
-                    [first / second for first, second in zip(seconds[config.devices[0]], seconds[count], strict=False)]
-                ),
-                "compile_seconds": compile_seconds[count],
-                "all_reduce_seconds": all_reduce(parameters + 1, count, config),
-            }
-            for count in config.devices
-        ],
-    }
+        compiled, compile_seconds = common.compile_of(loop.jitted, *args)
+        call = common.stepping(compiled, *args)
+        parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+        found[name] = {
+            "seconds": [second / num_steps for second in common.measure_alternately({name: call}, config)[name]],
+            "compile_seconds": compile_seconds,
+            "all_reduce_seconds": all_reduce(parameters + 1, count, config),
+            "flops": count_flops(make_meta_step(learner, optimizer).jitted, state, episodes),
+            "parameters": parameters,
+        }
+    return found
 
 
-def all_reduce(size: int, num_devices: int, config: Config) -> common.Timing | None:
-    """Seconds of the mean over devices of a float32 vector of `size` numbers. None on a single device."""
+def in_own_process(count: int, config: Config) -> dict[str, dict[str, Any]]:
+    """`time_on` in a process that has `count` virtual devices of a CPU.
+
+    XLA divides products over as many threads as there are devices, also those that are not used. A process with more of
+    them would be another program.
+
+    Raises:
+      RunError: if the process fails.
+    """
+    code = "import sys; from benchmarks import devices; devices.answer(sys.argv[1], int(sys.argv[2]))"
+    settings = json.dumps(dataclasses.asdict(config), default=str)
+    done = subprocess.run(
+        [sys.executable, "-c", code, settings, str(count)],
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(count)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    if done.returncode:
+        raise RunError(f"the process with {count} devices failed; its error is above")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def answer(settings: str, count: int) -> None:
+    """What a process of `in_own_process` does: it prints the times as a line of JSON."""
+    stored = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(settings).items()}
+    jax.config.update("jax_default_matmul_precision", "float32")
+    print(json.dumps(time_on(count, Config(**stored))))
+
+
+def run_workloads(config: Config) -> dict[str, dict[str, Any]]:
+    """The rows of every workload, with times from `ROUNDS` rounds in which every number of devices takes its turn."""
+    part = dataclasses.replace(
+        config,
+        max_seconds=config.max_seconds / ROUNDS,
+        max_repetitions=-(-config.max_repetitions // ROUNDS),
+    )
+    time = in_own_process if jax.default_backend() == "cpu" else time_on
+    rounds = [{count: time(count, part) for count in config.devices} for _ in range(ROUNDS)]
+    content = {}
+    for name in config.workload:
+        rows = []
+        for count in config.devices:
+            of_count = [found[count][name] for found in rounds]
+            seconds = [second for one in of_count for second in one["seconds"]]
+            firsts = [statistics.median(found[config.devices[0]][name]["seconds"]) for found in rounds]
+            ratios = [first / statistics.median(one["seconds"]) for first, one in zip(firsts, of_count, strict=True)]
+            reduced = [one["all_reduce_seconds"] for one in of_count if one["all_reduce_seconds"] is not None]
+            rows.append(
+                {
+                    "devices": count,
+                    "seconds": common.summarise(seconds),
+                    "steps_per_second": common.summarise([1 / second for second in seconds]),
+                    "times_first": common.summarise(ratios),
+                    "compile_seconds": of_count[0]["compile_seconds"],
+                    "all_reduce_seconds": common.summarise(reduced) if reduced else None,
+                }
+            )
+        first = rounds[0][config.devices[0]][name]
+        content[name] = {"tasks": NUM_TASKS, "parameters": first["parameters"], "flops": first["flops"], "rows": rows}
+    return content
+
+
+def all_reduce(size: int, num_devices: int, config: Config) -> float | None:
+    """Seconds of the mean over devices of a float32 vector of `size` numbers, the median. None on a single device."""
     if num_devices == 1:
         return None
     mesh = mesh_of(num_devices)
@@ -130,7 +192,7 @@ def all_reduce(size: int, num_devices: int, config: Config) -> common.Timing | N
     args = ((), jax.device_put(jnp.zeros((num_devices * size,)), sharding))
     compiled, _ = common.compile_of(parallel.each_task(local, mesh, gather=False), *args)
     timing = common.measure(lambda: compiled(*args), dataclasses.replace(config, max_seconds=2.0))
-    return common.Timing(*(second / config.all_reduces for second in timing[:3]), timing.repetitions)
+    return timing.median / config.all_reduces
 
 
 MODEL_AXIS = "model"
@@ -207,7 +269,7 @@ def run(config: Config) -> dict[str, Any]:
     processors = num_cores() if jax.default_backend() == "cpu" else jax.device_count()
     content = {
         "processors": processors,
-        "workloads": {name: run_workload(name, config) for name in config.workload},
+        "workloads": run_workloads(config),
         "meshes": run_meshes(config),
     }
     common.show(tables(content))

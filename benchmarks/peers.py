@@ -8,6 +8,7 @@ It needs PyTorch, higher and TorchOpt: pip install -e '.[experiments,peers]'
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -228,7 +229,7 @@ def compare(inner_steps: int, config: Config) -> list[dict[str, Any]]:
             "inner_steps": inner_steps,
             "implementation": name,
             "seconds": common.summarise(values),
-            "times_ours": common.summarise([a / b for a, b in zip(values, seconds[OURS], strict=False)]),
+            "times_ours": common.ratios(values, seconds[OURS]),
             "compile_seconds": prepared.compile_seconds.get(name, 0.0),
             "distance_float64": in_float64[name],
             "distance_float32": in_float32[name],
@@ -239,6 +240,7 @@ def compare(inner_steps: int, config: Config) -> list[dict[str, Any]]:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes peers.json and peers.png, and returns the content."""
+    importlib.import_module("benchmarks.torch_peers")  # a missing PyTorch is noticed before anything is compiled
     rows = [row for steps in config.inner_steps for row in compare(steps, config)]
     content = {"config": dataclasses.asdict(config), "rows": rows}
     common.show(tables(content))

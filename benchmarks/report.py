@@ -62,7 +62,7 @@ def speed(content: dict[str, Any]) -> str:
             return ""
         row = by[name, count]
         ratio = row["times_ours"]
-        shown = f"{ratio.median:.0f} times in one round" if ratio.repetitions == 1 else f"{ratio.median:.2f} times"
+        shown = f"{ratio.median:.0f} times, one call" if ratio.repetitions == 1 else f"{ratio.median:.2f} times"
         return f"{1e3 * row['seconds'].median:,.0f} ms, {shown}"
 
     header = ["", *(f"{count} inner step{'s' if count > 1 else ''}" for count in steps)]

@@ -320,7 +320,7 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
     def embed_batch(params, batch):
         return unit_length(network.apply(params["embedding"], scale_pixels(batch)))
 
-    # In batches of one size, because classes may have many.
+    # In batches of 500, because classes may have any size.
     together = np.concatenate(images)
     parts = [np.asarray(embed_batch(params, together[i : i + 500])) for i in range(0, len(together), 500)]
     return np.split(np.concatenate(parts), np.cumsum([len(of_class) for of_class in images])[:-1])

@@ -81,6 +81,10 @@ _READ_WITH: tuple[tuple[str, str, tuple[Any, ...]], ...] = (
     ("negative_threshold", "losses", ("mfr",)),
 )
 """A setting, another one, and the values of that one with which the first has an effect."""
+_OF_OUTER_UPDATES = (
+    "outer_rule", "max_kl", "metric_stride", "clip", "epochs", "meta_batch_size", "outer_lr", "outer_schedule",
+    "outer_lr_end", "outer_half_life", "outer_clip", "on_nonfinite",
+)  # fmt: skip
 _CLASSIFIERS = {name: entry.hyperparameters for name, entry in CATALOGUE.items() if entry.classifies}
 _IGNORED_BY: dict[str, set[str]] = {
     "adapt_norm": {"anil", "cavia", *_CLASSIFIERS},
@@ -93,13 +97,8 @@ _IGNORED_BY: dict[str, set[str]] = {
     "num_inner_steps": {"pretrained-classifier", "pretrained", "oracle"},
     "inner_lr": {"pretrained", "oracle"},
     "surrogate": {"navigation oracle"},
-    "outer_rule": {"navigation random"},
-    "max_kl": {"navigation random"},
-    "metric_stride": {"navigation random"},
-    "clip": {"navigation random"},
-    "epochs": {"navigation random"},
-    "meta_batch_size": {"navigation random"},
     "later_lr": {"navigation oracle"},
+    **{name: {"navigation random"} for name in _OF_OUTER_UPDATES},  # which is not trained
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
     "shot": {"translation pretrained"},  # nothing adapts in its training

@@ -427,7 +427,8 @@ def run(config: Config) -> dict:
                 kept = {"learners_sha256": learners, "seconds": time.perf_counter() - start}
                 kept["accuracies"] = {str(index): values.tolist() for index, values in accuracies.items()}
                 runs.write_json(file, kept)
-            found[name] = {int(index): np.asarray(values) for index, values in kept["accuracies"].items()}
+            # null, which stands for a number that is not finite, becomes NaN
+            found[name] = {int(index): np.asarray(values, np.float64) for index, values in kept["accuracies"].items()}
             seconds += kept["seconds"]
         results = summary(config, methods, data_sets, selectors, found)
         results |= {"learners_sha256": learners, "versions": runs.versions(), "seconds": {"eval": seconds}}

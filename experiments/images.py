@@ -76,7 +76,9 @@ class Config(ClassificationConfig):
         """Raises ValueError, before anything expensive, for a setting that cannot be."""
         super().__post_init__()
         check_integer("--size", self.size, at_least=8)
-        if self.size < 16 and (self.pooling or self.network != "conv4"):
+        if self.size < 16 and (
+            self.network in ("multi-scale", "resnet12") or (self.network == "conv4" and self.pooling)
+        ):
             raise ValueError(f"--size {self.size} cannot be halved four times; choose at least 16")
 
 

@@ -473,7 +473,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
     }
     content = (
         "# Results\n\nMade by `python -m experiments.report` from `experiments/results/*.json`. The command, the "
-        "seeds, the device and the versions of each are in [PROVENANCE.md](PROVENANCE.md).\n\n"
+        "seeds, the device and the versions of each training are in [PROVENANCE.md](PROVENANCE.md).\n\n"
         + sinusoid_section(tables, has_seeds=bool(curves_of_seeds))
         + orders_section(of)
         + few_shot_report.section(of, tables)

@@ -127,16 +127,17 @@ def label_of(result: Mapping[str, Any], flags_of: FlagsOf, sizes: Mapping[str, s
 def regrets(results: Results, flags_of: FlagsOf) -> dict[str, dict[str, Sequence[float]]]:
     """The regret after each pull by the size of the bandit and the method, for the largest number of pulls.
 
-    The labels have no flags of the length of the training, which the table has.
+    The labels have no flags of the length of the training, which the table has. Of several lengths the longest is
+    drawn, and of several seeds the first.
     """
     cells: dict[str, dict[str, Sequence[float]]] = defaultdict(dict)
     sizes = BANDIT_SIZES | {"meta_batch_size": "", "num_meta_steps": ""}
     most = max(result["config"]["num_pulls"] for result in results)
     shown = [result for result in results if result["config"]["num_pulls"] == most and "regret" in result]
-    for result in sorted(shown, key=lambda r: (r["config"]["num_arms"], r["seed"])):
+    for result in sorted(shown, key=lambda r: (r["config"]["num_arms"], -r["meta_steps"], r["seed"])):
         title, label = trials.TITLES[result["algorithm"]], label_of(result, flags_of, sizes)
         curves = cells[cell_of(result, BANDIT_SIZES)]
-        if label not in curves:  # another seed is
+        if label not in curves:
             curves |= {name.replace(title, label): regret for name, regret in result["regret"].items()}
     return cells
 
@@ -221,7 +222,7 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
     if of["bandits"]:
         parts.append(
             "### Bandits\n\nMean total reward, with its 95 % interval over bandits. The policies take their most "
-            "probable action where nothing else is said. Every row is one training.\n\n"
+            "probable action where nothing else is said. Every cell is one training.\n\n"
             + strategies_table(of["bandits"], flags_of, published.BANDITS, BANDIT_SIZES)
             + "\n\n"
             "- MAML takes an inner step after every pull. Its rates, and the temperature of the policy that acts, are "
@@ -234,13 +235,13 @@ def section(of: Mapping[str, Results], flags_of: FlagsOf) -> str:
             "the difference. With 10 arms it stays below the index strategies, UCB1 and Gittins. There it comes within "
             "a point of its published number with units that start with a long memory (`--memory 100`) and with "
             "products of the inputs, which bind a reward to its arm (`--associate`)."
-            + "\n\nWhat is lost against the best arm, added up over the pulls, where they are most:\n\n"
+            + "\n\nCumulative regret of the bandits with the most pulls:\n\n"
             "![regret](figures/regret.png)"
         )
     if of["mdps"]:
         parts.append(
             "### Random Markov decision processes\n\nMean total reward, with its 95 % interval over processes of 10 "
-            "states and 5 actions. The policies take their most probable action where nothing else is said. Every row "
+            "states and 5 actions. The policies take their most probable action where nothing else is said. Every cell "
             "is one training.\n\n"
             + strategies_table(of["mdps"], flags_of, published.MDPS, {"num_episodes": "episodes"})
             + "\n\n"

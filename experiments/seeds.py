@@ -126,7 +126,7 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         behind = members[steps.index(None) if None in steps else 0]
         together = train_together(members, trainings[seeds.index(behind.config.seed)])
         execution = together[0].execution
-        del trainings, members, behind, together  # the images of every seed
+        del training, trainings, members, behind, together  # the images of every seed
     results = [run(of_seed) for of_seed in configs] + _other_results(others, config.num_meta_steps)
     results.sort(key=lambda result: result["seed"])
     # null, which stands for a number that is not finite, becomes NaN

@@ -17,7 +17,7 @@ from maml_jax.inner.gradients import first_order, mixed_mode
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.types import ArrayTree, Episode, MetaLearner
 
-# Primitives by their cost. All others are free.
+# Primitives by their cost, and those whose cost is unknown. All others, such as data movement, are free.
 _ARITHMETIC, _REDUCTIONS, _WINDOW_REDUCTIONS, _CUMULATIONS, _UNKNOWN = map(
     str.split,
     (
@@ -111,8 +111,8 @@ def count_flops(function: Callable, *args: Any) -> int:
       args: its positional arguments: arrays, or `jax.ShapeDtypeStruct`s in place of them.
 
     Raises:
-      ValueError: if the function contains a `while_loop`, whose length is only known when it runs, or a primitive
-        whose operations are not known to this counter.
+      ValueError: if the function contains a `while_loop`, whose length is only known when it runs, or one of the
+        primitives that are listed as unknown: factorisations but Cholesky's, FFTs and general reductions.
     """
     jaxpr = jax.make_jaxpr(function)(*args).jaxpr
     return _count(jaxpr, [True] * len(jaxpr.outvars))[0]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from maml_jax.types import ArrayTree, Episode, MetaLearner, as_floating, at_least_float32, check_integer, check_pair
 
 CPU_CHUNK_BYTES = 256 * 1024
-"""CPU only: the largest intermediate result of one chunk, in bytes, so that it fits in a core's cache.
-`benchmarks.sinusoid` measures it."""
+"""CPU only: the largest intermediate result of one chunk, in bytes, so that it fits in a core's cache. It is not tuned.
+Convolutional networks of the literature get one task a chunk, and the networks of sinusoids all tasks."""
 ACCELERATOR_MEMORY_SHARE = 0.25
 """Accelerators only: the share of the memory that the results of a chunk's forward pass may take. Not measured."""
 

@@ -9,7 +9,7 @@ from jax import lax
 
 from maml_jax import Batch, Episode, losses, maml, models, parallel
 from maml_jax.cost import Cost, cost_of, count_flops, inner_grad_costs, temporary_bytes
-from maml_jax.inner import first_order
+from maml_jax.inner import first_order, mixed_mode
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.models.layers import conv_lax
 
@@ -218,7 +218,7 @@ def build(num_inner_steps, **kwargs):
     )
 
 
-@pytest.mark.parametrize("inner_grad", [first_order, jax.value_and_grad])
+@pytest.mark.parametrize("inner_grad", [first_order, jax.value_and_grad, mixed_mode])
 def test_agrees_with_xla_on_a_meta_gradient_of_one_step(inner_grad):
     learner = build(1, inner_grad=inner_grad)
     episodes = sinusoid_episodes(4)

@@ -114,6 +114,23 @@ def test_the_metric_of_the_identity_gives_the_plain_triplet_loss(x64):
     np.testing.assert_allclose(found, losses.triplet(0.3)(EMBEDDINGS, IDENTITIES), rtol=1e-12)
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_a_metric_without_a_pair_is_the_identity(same, x64):
+    # A domain in which no two examples are of one identity, or all are.
+    domain_targets = np.zeros(len(IDENTITIES), int) if not same else np.arange(len(IDENTITIES))
+    e = unit(DOMAINS[0])
+    other = np.array([e[i] - e[j] for i, j in pairs(domain_targets, same=not same)])
+    covariance = other.T @ other / len(other)
+    metrics = {not same: covariance * 4 / np.trace(covariance), same: np.eye(4)}
+    e, found = unit(EMBEDDINGS), []
+    for a, p, n in triplets(IDENTITIES):
+        near, far = e[a] - e[p], e[a] - e[n]
+        found.append(max(0.0, near @ metrics[True] @ near - far @ metrics[False] @ far + 0.3))
+    loss = losses.cross_domain_triplet(0.3, 0.0)
+    value = loss(EMBEDDINGS, IDENTITIES, DOMAINS[:1], domain_targets[None])
+    np.testing.assert_allclose(value, mean(found), rtol=1e-9)
+
+
 def test_large_margin_cosine_moves_the_right_class_by_the_margin(x64):
     cosines = np.tanh(rng.normal(size=(7, 3)))
     moved = cosines - 0.35 * np.eye(3)[IDENTITIES]

@@ -124,8 +124,8 @@ class ImplicitDescent(InnerDescent):
     num_cg_steps: int = 5
     """Conjugate-gradient steps of the meta-gradient."""
     damping: float = 0.0
-    """Added to λ in the conjugate gradients, for stability: 0 in the paper. In effect it is λ + 20 in the authors'
-    code, 22 for λ = 2, and the meta-gradient is half of this one."""
+    """Added to λ in the conjugate gradients, for stability: 0 in the paper. In the authors' code it is in effect
+    λ + 20, which is 22 for λ = 2. Their meta-gradient is half of ours with that value."""
     penalty_last: bool = False
     """Whether the inner steps leave out the proximal term, and one step on only that term follows, as in the authors'
     code."""

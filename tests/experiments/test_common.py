@@ -437,6 +437,16 @@ def test_the_outer_rate_falls_to_its_end(schedule, halfway):
     np.testing.assert_allclose([rates[0], rates[2], rates[4]], [0.5, halfway, end], rtol=1e-6)
 
 
+def test_the_half_life_is_one_of_meta_steps_however_many_updates_each_has():
+    config = Config(outer_optimizer="sgd", outer_lr=0.5, outer_schedule="halved", outer_half_life=2, num_meta_steps=8)
+    optimizer = common.outer_optimizer(config, updates_per_step=3)
+    state, rates = optimizer.init(jnp.ones(1)), []
+    for _ in range(13):
+        update, state = optimizer.update(jnp.ones(1), state)
+        rates.append(-float(update[0]))
+    np.testing.assert_allclose([rates[0], rates[5], rates[6], rates[11], rates[12]], [0.5, 0.5, 0.25, 0.25, 0.125])
+
+
 def test_the_best_states_are_kept_in_order():
     best = {"params": np.zeros((3, 1)), "score": np.full(3, -np.inf, np.float32), "step": np.zeros(3, np.int32)}
     for step, score in enumerate([0.5, 0.7, 0.5, np.nan, 0.6, 0.7], 1):

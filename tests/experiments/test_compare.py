@@ -135,7 +135,9 @@ def test_runs_are_tested_on_the_same_episodes(waves):
     # A smaller error is better.
     assert (pair["better"], pair["worse"]) == (int(np.sum(np.less(a, b))), int(np.sum(np.greater(a, b))))
     assert len(compared["pairs"]) == 3
-    assert [pair["p_holm"] for pair in compared["pairs"]] == paired.holm([pair["p"] for pair in compared["pairs"]])
+    for of_test in ("p", "sign_p"):
+        adjusted = paired.holm([pair[of_test] for pair in compared["pairs"]])
+        assert [pair[f"{of_test}_holm"] for pair in compared["pairs"]] == adjusted
 
 
 def test_another_seed_draws_other_episodes(waves):

@@ -79,6 +79,25 @@ def test_every_algorithm_runs(algorithm, data, drawings, tmp_path):
         assert (tmp_path / "run" / name).exists()
 
 
+def test_a_state_is_selected_by_the_validation_examples_of_the_sources(drawings):
+    config = domains.with_paper_defaults(config_of())
+    examples = domains.READERS[config.data](config)
+    training = domains.training_of(config, examples)
+    inputs = jax.eval_shape(training.sample_episode, jax.random.key(0)).support.inputs
+    params = training.learner.init(jax.random.key(0), np.zeros(inputs.shape, np.float32))
+    outputs = training.learner.predict(params, domains.joined(examples.val).inputs)
+    right = np.asarray(outputs).argmax(-1)
+    # Labels that are right on the validation examples alone.
+    ends = np.cumsum([len(batch.targets) for batch in examples.val])[:-1]
+    val = [batch._replace(targets=labels) for batch, labels in zip(examples.val, np.split(right, ends), strict=True)]
+    wrong = {
+        part: [batch._replace(targets=np.full_like(batch.targets, -1)) for batch in batches]
+        for part, batches in {"train": examples.train, "test": [examples.test]}.items()
+    }
+    told = examples._replace(val=val, train=wrong["train"], test=wrong["test"][0])
+    assert domains.training_of(config, told).validate(params) == 1.0
+
+
 def test_a_drawing_is_in_one_part_and_in_every_source_domain(drawings):
     examples = examples_of(config_of(held_out="30"))
     train, val = ([set(batch.inputs[CENTRE].tolist()) for batch in part] for part in (examples.train, examples.val))

@@ -260,6 +260,20 @@ def test_the_held_out_domains_have_no_part_in_the_selection(characters):
     assert len(faces.validation_pairs(None, {}, alone)) == 4
 
 
+def test_the_threshold_of_a_test_is_chosen_on_the_sources(characters, monkeypatch):
+    config, given = faces.with_paper_defaults(config_of()), []
+    examples, learner = faces.examples_of(config), faces.make_learner(config)
+    params = learner.init(jax.random.key(0), np.zeros((1, 1, 28, 28, 1), np.float32))
+    tested = faces.verification.tested
+    monkeypatch.setattr(
+        faces.verification, "tested", lambda pairs, threshold: given.append(threshold) or tested(pairs, threshold)
+    )
+    faces.test(config, learner, params, examples)
+    for of_method, thresholds in ((learner, given[:2]), (None, given[2:])):
+        chosen = map(faces.verification.best_threshold, faces.validation_pairs(of_method, params, examples))
+        assert thresholds == [pytest.approx(np.mean(list(chosen)))] * 2
+
+
 @pytest.mark.parametrize("name", ["mfr", "cdt"])
 def test_mldg_has_the_loss_between_domains(name, monkeypatch):
     given = {}

@@ -110,6 +110,9 @@ def test_the_experiment_learns_compares_and_draws(tiny, finished, capsys):
             more = method["test_loss"]["mean"] - results["methods"]["hypergradients"]["test_loss"]["mean"]
             assert method["test_loss_more"]["mean"] == pytest.approx(more, abs=1e-5)
             assert method["test_loss_more"]["ci95"] > 0
+            # Paired: the runs of two methods have the same data, weights and mini-batches.
+            unpaired = np.hypot(*(results["methods"][n]["test_loss"]["ci95"] for n in (name, "hypergradients")))
+            assert method["test_loss_more"]["ci95"] < unpaired
         for metric in ("heldout_loss", "test_loss", "test_accuracy"):
             assert np.isfinite(method[metric]["mean"])
     before, learned = (results["methods"][name]["hyperparameters"] for name in ("before learning", "hypergradients"))

@@ -81,6 +81,32 @@ def test_a_method_runs(algorithm, tmp_path):
     assert (tmp_path / "figures" / "returns.png").exists()
 
 
+def test_the_outer_rule_has_the_settings_of_the_run(monkeypatch):
+    given = {}
+    for name in ("trust_region", "clipped_epochs", "clipped_surrogate"):
+        monkeypatch.setattr(
+            navigation.rl, name, lambda *args, name=name, **settings: given.update({name: (args, settings)})
+        )
+    monkeypatch.setattr(navigation.rl, "meta_policy", lambda learner, outer: outer)
+    config = config_of(outer_rule="trust-region", max_kl=0.02, metric_stride=3)
+    assert navigation.meta_learner_of(config) is navigation.rl.ratio_surrogate
+    navigation.outer_rule_of(config, "learner", "mesh")
+    assert given == {"trust_region": (("learner",), {"max_kl": 0.02, "metric_stride": 3, "mesh": "mesh"})}
+    config = config_of(outer_rule="clipped", max_kl=0.03, clip=0.1, epochs=4, outer_schedule="linear", num_meta_steps=3)
+    navigation.meta_learner_of(config)
+    assert given["clipped_surrogate"] == ((0.1,), {})
+    navigation.outer_rule_of(config, "learner", None)
+    (optimizer,), settings = given["clipped_epochs"]
+    assert settings == {"num_epochs": 4, "max_kl": 0.03}
+    # The schedule ends after all updates of all meta-steps.
+    state, moved = optimizer.init(jnp.ones(1)), []
+    for _ in range(13):
+        update, state = optimizer.update(jnp.ones(1), state)
+        moved.append(float(jnp.abs(update[0])))
+    assert moved[11] > 1e-3 * moved[0]
+    assert moved[12] == pytest.approx(0.0, abs=1e-9)
+
+
 def test_paths_are_drawn(finished, tmp_path):
     config, _ = finished
     files = show.run(show.Config(run_dir=config.run_dir, episodes=2, out=tmp_path))
@@ -116,6 +142,15 @@ def test_rates_are_chosen_on_goals_of_their_own(monkeypatch):
     assert not np.any(np.isin(np.asarray(keys[0]), np.asarray(test_goals)))
     given = navigation.on_validation_goals(config_of(later_lr=0.2), {})[0]
     assert given == [0.5, 0.2]
+
+
+def test_a_policy_is_scored_by_its_returns_after_one_two_and_three_updates(monkeypatch):
+    def returns_at(config, params, goals, key, rates, shot):
+        later = 1.0 if rates[1] == 0.05 else 2.0
+        return np.tile([-100.0, -1.0 * later, -2.0 * later, -3.0 * later, -50.0], (4, 1))
+
+    monkeypatch.setattr(navigation, "returns_at", returns_at)
+    assert navigation.on_validation_goals(config_of(), {}) == ([0.5, 0.05], pytest.approx(-2.0))
 
 
 def test_no_rates_are_tried_twice():

@@ -221,6 +221,9 @@ def test_english_of_the_low_resource_languages_is_in_no_training(corpus):
         assert english(language.pool) <= set(everything[30:])
     assert text.languages["xc"].references == parallel_text.Corpus(corpus).lines("test", "en")
     assert text.languages["xv"].references == parallel_text.Corpus(corpus).lines("val", "en")[:5]
+    for language in text.languages.values():  # a fine-tuning is stopped by pairs that are not tested
+        assert english(language.dev) <= set(parallel_text.Corpus(corpus).lines("val", "en")[:5])
+    assert not english(text.languages["xc"].dev) & english(text.languages["xc"].test)
 
 
 def test_sides_are_filled_and_framed(corpus):
@@ -469,10 +472,11 @@ def test_a_row_is_of_its_language_and_size(corpus, monkeypatch):
 
 
 def test_a_fine_tuning_has_the_settings_of_the_run(corpus, monkeypatch):
-    given = []
+    given, selected_by = [], []
 
-    def fine_tune_all(translator, how, *args):
+    def fine_tune_all(translator, how, params, languages, jobs):
         given.append(how)
+        selected_by.append((languages, jobs.size))
         return finetuning.Tuned({}, np.zeros(2, int), np.zeros(2), np.zeros((2, 2)))
 
     def evaluate(protocol, *args, **settings):
@@ -484,6 +488,10 @@ def test_a_fine_tuning_has_the_settings_of_the_run(corpus, monkeypatch):
     config = config_of(corpus, finetune_lr=0.25, finetune_batch=3, finetune_steps=40)
     setup = translation.setup_of(config)
     setup.training.validate({})
+    ((languages, sizes),) = selected_by
+    assert len(languages) == 1
+    assert languages[0] is setup.text.languages[config.validation]
+    assert set(np.asarray(sizes).tolist()) == {config.validation_pairs}
     translation.test(config, setup, {"selected": (0, {})})
     assert given == [
         finetuning.FineTuning(rate=0.25, steps=steps, batch_size=3) for steps in (translation.VALIDATION_STEPS, 40)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
+import types
 
 import chex
 import jax
@@ -322,6 +323,55 @@ def test_values_are_averages_of_rewards():
     sampler = trials.training_of(config, problem).sample_episode
     targets = sampler(jax.random.key(1), params).support.targets
     np.testing.assert_allclose(targets.value[0], 1.0, rtol=1e-4)
+
+
+@pytest.mark.parametrize("experiment", [bandits, mdps, mazes])
+def test_a_state_is_selected_by_drawn_actions_in_other_tasks_than_those_of_the_test(experiment, monkeypatch):
+    given = []
+
+    def outcome(config, problem, params, key, count, **settings):
+        given.append((key, count, settings))
+        return types.SimpleNamespace(reward=np.array([[1.0, 2.0], [3.0, 6.0]]))
+
+    monkeypatch.setattr(trials, "outcome", outcome)
+    config = config_of(experiment, eval_episodes=3000)
+    assert trials.training_of(config, experiment.problem_of(config)).validate({}) == 6.0  # the sum over a trial
+    ((key, count, settings),) = given
+    assert key == runs.streams(config.seed).val
+    assert count == 2000
+    assert not settings.get("greedy", False)
+
+
+@pytest.mark.parametrize("discount", [0.5, 0.9])
+def test_values_are_averages_by_the_discount_of_the_settings(discount):
+    config = config_of(bandits, num_pulls=20)
+    config = dataclasses.replace(
+        config, hyperparameters=dataclasses.replace(config.hyperparameters, decay=1.0, discount=discount)
+    )
+    environment = bandits.problem_of(config).environment
+    always = environment._replace(
+        step=lambda task, state, action, key: (state, jnp.zeros(1), jnp.float32(1.0), jnp.bool_(False))
+    )
+    problem = bandits.problem_of(config)._replace(environment=always)
+    params = trials.make_policy(problem, config.hyperparameters).init(
+        jax.random.key(0), jnp.zeros((1, problem.num_inputs))
+    )
+    params = params | {"value": jax.tree.map(jnp.zeros_like, params["value"])}
+    targets = trials.training_of(config, problem).sample_episode(jax.random.key(1), params).support.targets
+    np.testing.assert_allclose(targets.value[0], 1.0, rtol=1e-4)
+
+
+def test_a_walk_that_was_given_up_is_no_improvement(monkeypatch):
+    # Faster, as fast, slower, given up twice, and given up after a walk that arrived with the last step.
+    steps = np.array([[5.0, 3.0], [4.0, 4.0], [3.0, 5.0], [6.0, 6.0], [6.0, 6.0]])
+    done = np.array([[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]])
+    found = trials.Outcome(np.zeros((5, 2)), steps, done)
+    monkeypatch.setattr(trials, "outcome", lambda *args, **settings: found)
+    metrics = mazes.walks_of(config_of(mazes, eval_episodes=5), {}, jax.random.key(0))["metrics"]
+    for way in ("draws", "most_probable"):
+        assert metrics[f"improved_of_{way}"]["mean"] == [pytest.approx(0.4)]
+        assert metrics[f"success_of_{way}"]["mean"] == pytest.approx([0.8, 0.6])
+        assert metrics[f"steps_of_{way}"]["mean"] == pytest.approx([4.8, 4.8])
 
 
 def test_seeds_are_trained_in_one_program(tmp_path, monkeypatch):

@@ -68,6 +68,9 @@ def test_draws_are_from_the_distribution():
     np.testing.assert_allclose(drawn.mean(0), normal.mean, atol=0.04)
     np.testing.assert_allclose(drawn.std(0), np.exp(normal.log_std), rtol=0.03)
     np.testing.assert_array_equal(normal.mode(), normal.mean)
+    # Nothing of an action is drawn with anything of another one, or of another trajectory.
+    correlation = np.corrcoef(drawn.reshape(len(drawn), -1).T)
+    np.testing.assert_allclose(correlation, np.eye(6), atol=5 / np.sqrt(len(drawn)))
 
 
 def test_an_action_out_of_range_has_no_probability():

@@ -119,3 +119,15 @@ def test_an_environment_of_gymnax_itself():
     )
     assert np.all((found.mask.sum(0) > 5) & (found.mask.sum(0) < 200))  # a random policy drops the pole
     np.testing.assert_array_equal(found.reward, found.mask)
+
+
+def test_every_episode_of_a_trial_has_a_reset_of_its_own():
+    policy = rl.gru_policy(num_actions=2, hidden_size=4)
+    task = ENVIRONMENT.sample_task(jax.random.key(0))
+    params = policy.init(jax.random.key(1), jnp.zeros((1, 2 + 2 + 2)))
+    trial = jax.jit(
+        jax.vmap(lambda key: rl.run_trial(ENVIRONMENT, policy, params, task, key, num_episodes=3, horizon=2))
+    )(jax.random.split(jax.random.key(2), 500))
+    starts = np.asarray(trial.inputs)[:, ::2, 0]  # the position where each of the three episodes begins
+    assert len(np.unique(starts)) > starts.size - 10  # 24 bits repeat rarely
+    np.testing.assert_allclose(np.corrcoef(starts.T), np.eye(3), atol=5 / np.sqrt(500))

@@ -69,6 +69,32 @@ def test_the_objective_reports_returns_and_divergence():
     assert expected > 1e-3
 
 
+def test_what_stands_after_the_end_of_a_trajectory_changes_nothing():
+    """The first two trajectories end after three steps, in the support and in the query set."""
+
+    def ended(batch, value, axis):
+        # Leaves are [T, (updates,) H, N, ...].
+        mask = np.ones(batch.targets.mask.shape, bool)
+        mask[(slice(None),) * axis + (slice(3, None), slice(None, 2))] = False
+
+        def after(leaf):
+            shape = mask.shape + (1,) * (leaf.ndim - mask.ndim)
+            return jnp.where(mask.reshape(shape), leaf, value)
+
+        return jax.tree.map(after, batch)._replace(
+            targets=jax.tree.map(after, batch.targets)._replace(mask=jnp.asarray(mask, jnp.float32))
+        )
+
+    found = []
+    for value in (0.0, 0.7):
+        episodes = Episode(ended(EPISODES.support, value, 2), ended(EPISODES.query, value, 1), EPISODES.key)
+        episodes = episodes._replace(query=ended(EPISODES.query, value, 1))
+        new, _, info = update(rl.trust_region(LEARNER), episodes=episodes)
+        _, objective = jax.vmap(LEARNER.objective, (None, 0))(jax.tree.map(lambda x: x + 0.1, PARAMS), episodes)
+        found.append((new, info.loss, objective.kl, objective.entropy))
+    chex.assert_trees_all_close(*found, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("num_updates", [1, 2])
 def test_the_meta_gradient_has_the_differences_of_the_objective(num_updates, x64):
     """With common random numbers: the data stay those of θ, and the objective moves."""

@@ -164,6 +164,23 @@ def test_every_policy_of_the_adaptation_acts_once(num_updates):
     np.testing.assert_allclose(returns[-1], episode.query.targets.reward.sum(0).mean(), rtol=1e-6)
 
 
+def test_the_state_of_an_inner_rule_lasts_from_one_update_to_the_next():
+    def with_momentum(num_steps):
+        rule = optax.sgd(optax.linear_schedule(0.5, 0.1, 2), momentum=0.9)
+        return maml(POLICY, rl.policy_gradient, inner_optimizer=rule, num_inner_steps=num_steps, data_per_step=True)
+
+    episode = jax.jit(rl.make_sampler(with_momentum, counter(), num_updates=3, **SETTINGS))(jax.random.key(0), PARAMS)
+    adapted, _ = with_momentum(3).adapt(PARAMS, episode.support)
+    acted = episode.query.targets.policy.logits
+    np.testing.assert_allclose(acted, POLICY.apply(adapted, episode.query.inputs).logits, rtol=1e-5)
+    # A rule that begins anew in every step ends elsewhere.
+    anew = PARAMS
+    for k in range(3):
+        one = jax.tree.map(lambda x, k=k: x[k : k + 1], episode.support)
+        anew, _ = with_momentum(1).adapt(anew, one)
+    assert np.max(np.abs(acted - POLICY.apply(anew, episode.query.inputs).logits)) > 1e-3
+
+
 def test_a_start_of_its_own_acts_first():
     def learner_of(num_steps):
         return meta_sgd(POLICY, rl.policy_gradient, inner_lr=0.5, num_inner_steps=num_steps, data_per_step=True)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from key_use import keys_by_use
 
 from maml_jax.tasks import few_shot
 from maml_jax.tasks.augment import augmented
@@ -111,3 +112,23 @@ def test_the_data_are_arguments_of_a_compiled_program():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         augmented(of_constant(jnp.zeros((1, 1, 3))), **settings)
+
+
+def test_the_changes_of_an_image_are_independent():
+    drawn, divided = keys_by_use(
+        lambda: augmented(of_constant(jnp.ones((4, 4, 3)) / 2), max_shift=1, jitter=0.3)(jax.random.key(0))
+    )
+    assert len(set(drawn)) == len(drawn)
+    assert not set(drawn) & divided
+    # Two pixels in the colours of one line: brightness, contrast and saturation can be told apart.
+    image = jnp.array([[[0.3, 0.4, 0.5]], [[0.5, 0.6, 0.7]]])
+    pixels = augmented(of_constant(image), flip=False, max_shift=0, jitter=0.2)(jax.random.key(0)).support.inputs
+    pixels = np.asarray(pixels)[:, :, 0]
+    brightness = pixels.mean((1, 2)) / 0.5
+    contrast = (pixels[:, 1].mean(-1) - pixels[:, 0].mean(-1)) / brightness / 0.2
+    saturation = (pixels[:, 0, 2] - pixels[:, 0, 0]) / brightness / contrast / 0.2
+    for changes in (brightness, contrast, saturation):
+        assert 0.79 < changes.min() < 0.82
+        assert 1.18 < changes.max() < 1.21
+    correlation = np.corrcoef([brightness, contrast, saturation])
+    np.testing.assert_allclose(correlation, np.eye(3), atol=5 / np.sqrt(len(pixels)))

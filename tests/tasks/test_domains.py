@@ -137,6 +137,12 @@ def test_identities_have_different_images_and_labels_of_their_own():
     assert not np.array_equal(jax.random.key_data(episodes.key), jax.random.key_data(keys))
 
 
+def test_no_two_choices_of_identities_and_images_depend_on_each_other():
+    people = telling_identities(4, [3, 3, 3, 3])
+    sample_episode = make_identity_sampler([people, people], num_identities=2, num_images=2)
+    assert_every_key_has_one_purpose(sample_episode, jax.random.key(0))
+
+
 def test_domains_draw_independently():
     people = telling_identities(4, [3, 3, 3, 3])
     sample_episode = make_identity_sampler([people, people], num_identities=2, num_images=2)

@@ -140,6 +140,18 @@ def test_the_cache_is_used_until_the_source_changes(tmp_path, split_file, monkey
     assert load(directory, "test", **{**arguments, "colour": False}).images[0].shape == (2, 8, 8, 1)
 
 
+def test_another_image_in_a_zip_is_another_source(tmp_path, split_file):
+    # Without compression all images of a size have as many bytes: only the checksum of the archive tells.
+    content = files() | {"dog/0.png": encoded(pixels(3, 0), compress_level=0)}
+    arguments = {"size": 8, "split_file": split_file, "cache_dir": tmp_path / "cache"}
+    pool = write_zip(tmp_path / "pool.zip", content)
+    np.testing.assert_array_equal(load(pool, "test", **arguments).images[0][0], pixels(3, 0))
+    other = encoded(pixels(9, 9), compress_level=0)
+    assert len(other) == len(content["dog/0.png"])
+    write_zip(pool, content | {"dog/0.png": other})
+    np.testing.assert_array_equal(load(pool, "test", **arguments).images[0][0], pixels(9, 9))
+
+
 def test_the_default_cache_is_that_of_the_user(tmp_path, split_file, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     load(source(tmp_path, "zip"), "val", size=8, split_file=split_file)
