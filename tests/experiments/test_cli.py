@@ -110,6 +110,9 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         (translation, ["fomaml", "--network", "gru", "--depth", "6"], "--depth 6 has no effect with --network gru"),
         (faces, ["erm", "--margin", "0.4"], "--margin 0.4 has no effect with --losses mfr"),
         (navigation, ["maml", "--outer-clip", "1"], "--outer-clip 1.0 has no effect with --outer-rule trust-region"),
+        (omniglot, ["maml", "--pooling", "--flatten"], "--flatten has no effect with --pooling"),
+        (omniglot, ["mann", "--inductive"], "--inductive has no effect with --network pixels"),
+        (images, ["leo", "--stream"], "--stream has no effect with --network features"),
     ],
 )
 def test_a_setting_that_nothing_reads_is_refused(module, arguments, message):
@@ -127,6 +130,16 @@ def test_an_outer_rate_may_be_below_an_end_that_nothing_reads(schedule):
 
 def test_a_tilde_is_the_home_directory_in_every_experiment():
     assert hyperparameters.Config(run_dir=Path("~/run")).run_dir == Path("~/run").expanduser()
+
+
+@pytest.mark.parametrize("setting", ["outer-rule clipped", "outer-lr 0.1", "on-nonfinite skip", "meta-batch-size 3"])
+def test_random_parameters_have_no_flags_of_an_outer_update(setting, capsys):
+    arguments = f"--{setting}".split()
+    with pytest.raises(SystemExit):
+        cli.parse(navigation.METHODS, "", ["random", *arguments])
+    assert arguments[0] in capsys.readouterr().err
+    extra = ["--outer-rule", "clipped"] if setting != "outer-rule clipped" else []
+    cli.parse(navigation.METHODS, "", ["maml", *extra, *arguments])
 
 
 def test_random_parameters_are_not_trained():

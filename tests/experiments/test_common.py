@@ -505,6 +505,16 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_again(tmp_path
         (tmp_path / "results.json").rename(tmp_path / "results_6_2.json") if name == "results.json" else None
 
 
+def test_results_of_another_name_are_not_those_of_the_run(tmp_path):
+    train(tmp_path)
+    finish(tmp_path)
+    (tmp_path / "results.json").rename(tmp_path / "results_first_run.json")
+    assert runs.results_before(tmp_path) == []
+    assert train(tmp_path).best_step == 12  # and the run goes on
+    (tmp_path / "results_first_run.json").rename(tmp_path / "results_12_4.json")
+    assert runs.results_before(tmp_path) == [tmp_path / "results_12_4.json"]
+
+
 def test_a_state_before_that_of_the_results_is_not_loaded(tmp_path):
     whole = train(tmp_path)
     finish(tmp_path)

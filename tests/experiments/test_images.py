@@ -216,6 +216,7 @@ def test_every_recipe_reaches_its_training(algorithm, photographs, tmp_path, rea
     ("settings", "message"),
     [
         ({"size": 8}, "--size 8 cannot be halved four times; choose at least 16"),
+        ({"size": 12, "network": "resnet12", "pooling": False}, "--size 12 cannot be halved four times"),
         ({"size": 0}, "--size must be an integer of at least 8, got 0"),
         ({"network": "multi-scale"}, "--network multi-scale does not fit fomaml; choose conv4"),
     ],
@@ -229,6 +230,12 @@ def test_without_a_folder_it_says_how_to_name_one(monkeypatch, tmp_path):
     monkeypatch.delenv("MAML_JAX_IMAGES", raising=False)
     with pytest.raises(FileNotFoundError, match=r"give the folder .* by --data-dir or \$MAML_JAX_IMAGES"):
         images.run(config_of(run_dir=tmp_path / "run"))
+
+
+def test_a_setting_that_is_left_to_the_paper_has_its_value():
+    assert images.with_paper_defaults(config_of(query_shot=None)).query_shot == 15
+    small = dataclasses.replace(images.METHODS["leo"], size=8, pooling=True)  # features are not halved
+    assert small.size == 8
 
 
 def test_defaults_are_those_of_the_paper():

@@ -355,6 +355,12 @@ def test_the_trained_network_comes_out_of_a_run(finished):
         omniglot.load(config.run_dir / "figures")
 
 
+@pytest.mark.parametrize(("algorithm", "steps"), [("maml", 60_000), ("imaml", 20_000), ("reptile", 100_000)])
+def test_a_number_of_meta_steps_that_is_left_to_the_paper_has_its_value(algorithm, steps):
+    config = dataclasses.replace(omniglot.METHODS[algorithm], num_meta_steps=None)
+    assert omniglot.with_paper_defaults(config).num_meta_steps == steps
+
+
 def test_a_longer_run_keeps_the_results_of_the_shorter_one(finished, tmp_path):
     config, short = finished
     shutil.copytree(config.run_dir, tmp_path / "run")

@@ -168,6 +168,15 @@ def test_strategies_are_compared_at_their_best_parameters(monkeypatch):
         assert found["greedy"]["parameter"] is None
 
 
+def test_gittins_indices_are_left_out_where_they_would_take_much_memory(monkeypatch):
+    chosen = {name: bandit_strategies.STRATEGIES[name] for name in ("greedy", "Gittins")}
+    monkeypatch.setattr(bandit_strategies, "STRATEGIES", chosen)
+    monkeypatch.setattr(bandit_strategies, "MAX_GITTINS_PULLS", 5)
+    for pulls, expected in ((5, {"greedy", "Gittins"}), (6, {"greedy"})):
+        found, regrets = bandit_strategies.compare(jax.random.key(0), num_tasks=4, num_arms=2, num_pulls=pulls)
+        assert found.keys() == regrets.keys() == expected
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "message"),
     [

@@ -471,6 +471,41 @@ def test_a_row_is_of_its_language_and_size(corpus, monkeypatch):
     ]
 
 
+def test_a_translation_counts_for_its_job_alone(corpus, monkeypatch):
+    text, count = translation.text_of(config_of(corpus)), 2 * 2 * 2
+    tuned = finetuning.Tuned({}, np.arange(count), np.arange(count), 100.0 + np.arange(count)[:, None])
+    monkeypatch.setattr(finetuning, "fine_tune_all", lambda *args: tuned)
+
+    def translate_all(translator, params, languages, jobs, *, max_length, beam):
+        # Of two languages and eight fine-tunings: before, after, and with a wider beam the first draw of each size.
+        what = {(2, 1): "before", (8, 1): "after", (2, 3): "before, wide", (4, 3): "after, wide"}[len(jobs.size), beam]
+        return [[f"{what} {job}"] * 20 for job in range(len(jobs.size))]
+
+    monkeypatch.setattr(finetuning, "translate_all", translate_all)
+    decode = parallel_text.decode
+    monkeypatch.setattr(
+        parallel_text, "decode", lambda subwords, lines: lines if isinstance(lines, list) else decode(subwords, lines)
+    )
+    monkeypatch.setattr(
+        low_resource,
+        "_scores",
+        lambda references, greedy, wide: {"greedy": [lines[0] for lines in greedy], "wide": wide and wide[0]},
+    )
+    protocol = low_resource.Protocol(("xc", "xd"), (4, 8), 2, finetuning.FineTuning(), 16)
+    rows, examples = low_resource.evaluate(protocol, text, None, {}, beam=3)
+    assert [(row["language"], row["pairs"], row["greedy"], row["wide"]) for row in rows] == [
+        ("xc", 0, ["before 0"], "before, wide 0"),
+        ("xc", 4, ["after 0", "after 1"], "after, wide 0"),
+        ("xc", 8, ["after 2", "after 3"], "after, wide 1"),
+        ("xd", 0, ["before 1"], "before, wide 1"),
+        ("xd", 4, ["after 4", "after 5"], "after, wide 2"),
+        ("xd", 8, ["after 6", "after 7"], "after, wide 3"),
+    ]
+    # The examples are those of the first draw of the most pairs.
+    shown = {(example["language"], example["before"], example["after"]) for example in examples}
+    assert shown == {("xc", "before 0", "after 2"), ("xd", "before 1", "after 6")}
+
+
 def test_a_fine_tuning_has_the_settings_of_the_run(corpus, monkeypatch):
     given, selected_by = [], []
 
