@@ -196,7 +196,14 @@ def place(state: MetaState, episodes: Episode, mesh: jax.sharding.Mesh | None) -
     return jax.device_put(state, everywhere), jax.device_put(episodes, divided)
 
 
-def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description: str, short: ConfigT) -> None:
+def main(
+    config_type: type[ConfigT],
+    run: Callable[[ConfigT], Any],
+    description: str,
+    short: ConfigT,
+    *,
+    has_one_file: bool = True,
+) -> None:
     """Parses the command line, sets up JAX and runs a benchmark.
 
     There is no compilation cache, so every compilation is timed in full. A CPU has one virtual device per core, as in
@@ -207,6 +214,7 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
       run: the benchmark.
       description: the text of --help.
       short: the defaults with --short.
+      has_one_file: whether all results are in NAME.json. If not, the benchmark calls `check_not_replaced` itself.
     """
     import tyro
 
@@ -218,9 +226,34 @@ def main(config_type: type[ConfigT], run: Callable[[ConfigT], Any], description:
     jax.config.update("jax_default_matmul_precision", "float32")
     try:
         results_folder(config)  # a directory that cannot be written is noticed before anything is measured
+        if has_one_file:
+            check_not_replaced(Path(sys.argv[0]).stem, config)
         run(config)
     except (RunError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+
+
+def check_not_replaced(name: str, settings: Output, *, suffix: str = "") -> None:
+    """Raises RunError if the results of other settings would be lost; see `write_results` for the arguments."""
+    file = results_folder(settings) / f"{name}{suffix}.json"
+    if settings.short or not file.exists():
+        return
+    wanted, stored = json.loads(json.dumps(_stored(settings), default=str)), read_results(file)["config"]
+    limits = ("max_repetitions", "max_seconds", "short")
+    differing = [
+        f"{key} is {stored[key]} there and {value} here"
+        for key, value in wanted.items()
+        if key not in limits and key in stored and stored[key] != value
+    ]
+    if differing:
+        raise RunError(
+            f"{file} has results of other settings: {'; '.join(differing)}. Choose another --results-dir, or delete "
+            "the file"
+        )
+
+
+def _stored(settings: Output) -> dict[str, Any]:
+    return {key: value for key, value in dataclasses.asdict(settings).items() if key != "results_dir"}
 
 
 def write_results(name: str, settings: Output, content: dict[str, Any], *, suffix: str = "") -> Path:
@@ -235,7 +268,7 @@ def write_results(name: str, settings: Output, content: dict[str, Any], *, suffi
     Returns:
       The path of the file.
     """
-    config = {key: value for key, value in dataclasses.asdict(settings).items() if key != "results_dir"}
+    config = _stored(settings)
     flags = shlex.join(sys.argv[1:]) if Path(sys.argv[0]).stem == name else ""
     file = results_folder(settings) / f"{name}{suffix}.json"
     header = {

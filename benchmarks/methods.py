@@ -152,6 +152,7 @@ def run(config: Config) -> None:
     suffix = "_sinusoid" if config.workload == "sinusoid" else ""
     if not suffix and (config.way, config.shot) != (5, 1):  # the report reads the file of 5-way 1-shot
         suffix = f"_{config.way}-way_{config.shot}-shot"
+    common.check_not_replaced("methods", config, suffix=suffix)
     file = common.write_results("methods", config, {"rows": measure(config)}, suffix=suffix)
     results = common.read_results(file)
     common.show(tables(results))
@@ -164,4 +165,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    common.main(Config, run, __doc__, short=SHORT)
+    common.main(Config, run, __doc__, SHORT, has_one_file=False)

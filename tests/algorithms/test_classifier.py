@@ -14,14 +14,14 @@ from maml_jax import Episode, Model, PretrainedHead, losses, pretrained_classifi
 NUM_CLASSES = 7
 
 
-def built(head="centroid", num_inner_steps=3, **arguments):
+def built(head="centroid", num_inner_steps=3, network=embedding, rate=0.5, **arguments):
     return pretrained_classifier(
-        embedding,
+        network,
         losses.cross_entropy,
         num_classes=NUM_CLASSES,
         way=WAY,
         head=head,
-        inner_optimizer=optax.sgd(0.5),
+        inner_optimizer=optax.sgd(rate),
         num_inner_steps=num_inner_steps,
         **arguments,
     )
@@ -137,15 +137,7 @@ def test_the_key_of_an_adaptation_reaches_the_embedding(drawn, head):
         return embedded if key is None else embedded * jax.random.uniform(key, embedded.shape)
 
     params, episode = drawn
-    learner = pretrained_classifier(
-        Model(embedding.init, apply, stochastic=True),
-        losses.cross_entropy,
-        num_classes=NUM_CLASSES,
-        way=WAY,
-        head=head,
-        inner_optimizer=optax.sgd(0.1),
-        num_inner_steps=2,
-    )
+    learner = built(head, num_inner_steps=2, network=Model(embedding.init, apply, stochastic=True), rate=0.1)
     scores = [
         learner.predict(learner.adapt(params, episode.support, key=key)[0], episode.query.inputs)
         for key in (None, jax.random.key(1), jax.random.key(2))
@@ -162,15 +154,7 @@ def test_every_step_of_fine_tuning_has_a_key_of_its_own(drawn):
         return embedding.apply(params, inputs)
 
     params, episode = drawn
-    learner = pretrained_classifier(
-        Model(embedding.init, apply, stochastic=True),
-        losses.cross_entropy,
-        num_classes=NUM_CLASSES,
-        way=WAY,
-        head="fine-tuned",
-        inner_optimizer=optax.sgd(0.1),
-        num_inner_steps=5,
-    )
+    learner = built("fine-tuned", num_inner_steps=5, network=Model(embedding.init, apply, stochastic=True), rate=0.1)
     jax.block_until_ready(learner.adapt(params, episode.support, key=jax.random.key(1))[0])
     jax.effects_barrier()
     assert len(used) == 5

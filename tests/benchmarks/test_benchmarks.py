@@ -78,6 +78,16 @@ def test_alternation_takes_turns_and_spares_the_slow(clock):
     assert "".join(order[3:]) == "aslowb" + "ba" + "ab"  # every second round is reversed
 
 
+def test_results_of_other_settings_are_not_replaced(tmp_path):
+    config = devices.Config(results_dir=tmp_path, width=64)
+    common.check_not_replaced("devices", config)
+    common.write_results("devices", config, {})
+    common.check_not_replaced("devices", dataclasses.replace(config, max_seconds=1.0, max_repetitions=2))
+    common.check_not_replaced("devices", dataclasses.replace(config, width=32, short=True))
+    with pytest.raises(RunError, match=r"devices\.json has results of other settings: width is 64 there and 32 here"):
+        common.check_not_replaced("devices", dataclasses.replace(config, width=32))
+
+
 def test_a_ratio_is_one_of_rounds_or_of_a_single_call_to_the_median():
     assert common.ratios([2.0, 6.0, 8.0], [1.0, 2.0, 2.0]) == common.Timing(3.0, 2.5, 3.5, 3)
     assert common.ratios([30.0], [1.0, 2.0, 9.0]) == common.Timing(15.0, 15.0, 15.0, 1)
