@@ -34,6 +34,7 @@ from maml_jax import (
     reptile,
     types,
 )
+from maml_jax.cost import count_flops
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import sinusoid
 
@@ -77,7 +78,10 @@ def logged(run_dir):
 def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path):
     whole = train(tmp_path / "whole")
     assert (whole.execution["devices"], whole.execution["chunk_size"]) == (4, 1)
-    assert whole.execution["flops"] > 0
+    state = common.initial_state(LEARNER, common.outer_optimizer(Config()), np.zeros((3, 1)), jax.random.key(0), None)
+    episodes = jax.eval_shape(jax.vmap(SAMPLE), jax.random.split(jax.random.key(0), Config().meta_batch_size))
+    step = make_meta_step(LEARNER, common.outer_optimizer(Config()), chunk_size=1)
+    assert whole.execution["flops"] == count_flops(step.jitted, state, episodes)
     assert whole.execution["temporary_bytes"] > 0
     calls = []
 
@@ -503,6 +507,20 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_not_trained_again(tmp_path
             train(tmp_path)
         assert logged(tmp_path) == before
         (tmp_path / "results.json").rename(tmp_path / "results_6_2.json") if name == "results.json" else None
+
+
+def test_a_curve_keeps_every_validation(tmp_path):
+    validated = (37, 402, 999)
+    records = [
+        {"step": step, "loss": 1.0 / step, "grad_norm": 1.0} | ({"val": 0.5, "train": 0.6} if step in validated else {})
+        for step in range(1, 1001)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = runs.curve(tmp_path)
+    assert [record["step"] for record in found if "val" in record] == list(validated)
+    assert [record["step"] for record in found if "val" not in record] == list(range(10, 1001, 10))
+    assert set(found[0]) == {"step", "loss"}
+    assert found[3] == {"step": 37, "loss": 1 / 37, "val": 0.5, "train": 0.6}
 
 
 def test_results_of_another_name_are_not_those_of_the_run(tmp_path):

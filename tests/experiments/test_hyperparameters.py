@@ -48,6 +48,34 @@ def test_random_search_is_over_ten_numbers():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(drawn))
 
 
+def test_a_drawn_schedule_by_hand():
+    # Warm-up over 0.5 · 4 steps, exponent 1; first rate, last rate and L2 of two layers; two momenta.
+    numbers = [0.5, 1.0, *np.log([0.8, 0.25, 0.4, 1.0]), *np.log([0.5, 0.1]), *np.log([1e-3, 1e-4])]
+
+    class Given:
+        def uniform(self, low, high):
+            return numbers.pop(0)
+
+    drawn = hyper.random_schedule(LAYERS, 4, Given())
+    decay, warm_up = np.array([1.0, 0.75, 0.5, 0.25]), np.array([0.5, 1.0, 1.0, 1.0])
+    np.testing.assert_allclose(np.exp(drawn.log_rates["dense_0"]), 0.8 * warm_up * (0.25 + 0.75 * decay), rtol=1e-5)
+    np.testing.assert_allclose(np.exp(drawn.log_rates["dense_1"]), 0.4 * warm_up, rtol=1e-5)  # the last is the first
+    momentum = 1 / (1 + np.exp(-drawn.momentum_logits))
+    np.testing.assert_allclose(momentum, [0.5, 0.6, 0.7, 0.8], rtol=1e-5)
+    np.testing.assert_allclose([np.exp(drawn.log_l2[name]) for name in LAYERS], [1e-3, 1e-4], rtol=1e-5)
+    assert not numbers
+
+
+@pytest.mark.parametrize(("method", "rates"), [("constant rate", [1, 1, 1, 1]), ("linear decay", [1, 0.75, 0.5, 0.25])])
+def test_what_a_grid_tries_is_what_it_says(method, rates):
+    for candidate in hyper.candidates(method, LAYERS, hyper.Config(num_inner_steps=4), 6):
+        tried, said = candidate.hyperparameters, candidate.description
+        for name in LAYERS:
+            np.testing.assert_allclose(np.exp(tried.log_rates[name]), said["rate"] * np.array(rates), rtol=1e-5)
+            np.testing.assert_allclose(np.exp(tried.log_l2[name]), said["l2"], rtol=1e-5)
+        np.testing.assert_allclose(1 / (1 + np.exp(-tried.momentum_logits)), said["momentum"], atol=2e-6)
+
+
 def test_hand_made_schedules():
     decay = hyper.linear_decay(LAYERS, 4, rate=0.8, momentum=0.5, l2=1e-3)
     np.testing.assert_allclose(np.exp(decay.log_rates["dense_1"]), [0.8, 0.6, 0.4, 0.2], rtol=1e-6)

@@ -125,6 +125,19 @@ def test_shots_by_hand():
     assert selector._shots(fixed(), counts).sum() == 8
 
 
+def test_the_shares_of_classes_of_one_size_differ_by_up_to_four_times():
+    # α is uniform between log ½ and log 2: two weights of equal classes differ by a factor of four at most.
+    counts = np.full(2, 10_000)
+    settings = {"ways": [2], "mean_shots": range(1, 1001), "max_shot": 2000, "max_support": 2000}
+    selector = variable.make_selector(np.repeat([0, 1], counts), **settings)
+    rng = np.random.default_rng(0)
+    shots = np.array([selector._shots(rng, counts) for _ in range(2000)])
+    ratios = np.exp(np.abs(np.log(shots[shots.sum(1) > 400]) @ np.array([1.0, -1.0])))
+    assert 3.5 < ratios.max() < 4.1
+    # The absolute difference of two numbers that are uniform in an interval is a third of its length in the mean.
+    assert np.log(ratios).mean() == pytest.approx(np.log(4) / 3, rel=0.08)
+
+
 def test_thinning_removes_all_but_the_first_example_of_a_class_with_equal_probability():
     # Of 16 and 20 examples, 36 in all, 8 stay: the first ones and 6 of the other 15 + 19.
     counts = np.array([40, 60])
