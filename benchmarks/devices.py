@@ -54,7 +54,7 @@ class Config(common.Settings):
 SHORT = Config(short=True, max_repetitions=5, max_seconds=8.0, filters=16, width=256)
 NUM_TASKS = 32
 ROUNDS = 3
-"""How often every number of devices takes its turn."""
+"""How often every number of devices of a CPU takes its turn."""
 
 
 def workload(name: str, config: Config) -> tuple[MetaLearner, Callable, int]:
@@ -117,8 +117,8 @@ def time_on(count: int, config: Config) -> dict[str, dict[str, Any]]:
 def in_own_process(count: int, config: Config) -> dict[str, dict[str, Any]]:
     """`time_on` in a process that has `count` virtual devices of a CPU.
 
-    XLA divides products over as many threads as there are devices, also those that are not used. A process with more of
-    them would be another program.
+    XLA divides products over one thread per core, or per device if there are more, also those that are not used. A
+    process with more devices would be another program.
 
     Raises:
       RunError: if the process fails.
@@ -140,18 +140,22 @@ def answer(settings: str, count: int) -> None:
     """What a process of `in_own_process` does: it prints the times as a line of JSON."""
     stored = {name: tuple(value) if isinstance(value, list) else value for name, value in json.loads(settings).items()}
     jax.config.update("jax_default_matmul_precision", "float32")
+    if jax.device_count() != count:
+        raise RuntimeError(f"this process has {jax.device_count()} devices and not {count}")
     print(json.dumps(time_on(count, Config(**stored))))
 
 
 def run_workloads(config: Config) -> dict[str, dict[str, Any]]:
-    """The rows of every workload, with times from `ROUNDS` rounds in which every number of devices takes its turn."""
+    """The rows of every workload, with times from rounds in which every number of devices takes its turn."""
+    is_cpu = jax.default_backend() == "cpu"
+    num_rounds = ROUNDS if is_cpu else 1  # an accelerator is steadier, and its programs take long to compile
     part = dataclasses.replace(
         config,
-        max_seconds=config.max_seconds / ROUNDS,
-        max_repetitions=-(-config.max_repetitions // ROUNDS),
+        max_seconds=config.max_seconds / num_rounds,
+        max_repetitions=-(-config.max_repetitions // num_rounds),
     )
-    time = in_own_process if jax.default_backend() == "cpu" else time_on
-    rounds = [{count: time(count, part) for count in config.devices} for _ in range(ROUNDS)]
+    time = in_own_process if is_cpu else time_on
+    rounds = [{count: time(count, part) for count in config.devices} for _ in range(num_rounds)]
     content = {}
     for name in config.workload:
         rows = []
@@ -264,8 +268,12 @@ def run_meshes(config: Config) -> list[dict[str, Any]]:
 def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes devices.json and devices.png, and returns the content."""
     jax.config.update("jax_num_cpu_devices", max(*config.devices, *(a * b for a, b in config.meshes)))
-    config = dataclasses.replace(config, devices=tuple(n for n in config.devices if n <= jax.device_count()))
-    config = dataclasses.replace(config, meshes=tuple((a, b) for a, b in config.meshes if a * b <= jax.device_count()))
+    given, available = config, jax.device_count()
+    config = dataclasses.replace(
+        config,
+        devices=tuple(n for n in config.devices if n <= available),
+        meshes=tuple((a, b) for a, b in config.meshes if a * b <= available),
+    )
     processors = num_cores() if jax.default_backend() == "cpu" else jax.device_count()
     content = {
         "processors": processors,
@@ -273,7 +281,7 @@ def run(config: Config) -> dict[str, Any]:
         "meshes": run_meshes(config),
     }
     common.show(tables(content))
-    common.write_results("devices", config, content)
+    common.write_results("devices", given, content)
     draw(config, content)
     return content
 

@@ -258,9 +258,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def tables(content: dict[str, Any]) -> list[common.Table]:
     """The comparison with one vmap, the precisions and the sweep."""
-    peaks = sorted(row["matmul_flops_per_second"] / row["devices"] for row in content["headline"].values())
-
-    # The rows of the sweep had products of their own beside them, which ran slower after programs that use much memory.
+    # Not the products beside the rows of the sweep, which run slower after programs that use much memory.
     peak = content["headline"][OURS]["matmul_flops_per_second"]
 
     def costs(row, peak=peak):

@@ -60,6 +60,11 @@ def methods_of(config: Config) -> list[str]:
     return list(dict.fromkeys((REFERENCE, *(config.methods or every))))
 
 
+def steps_of_call(config: Config) -> int:
+    """The meta-steps of one call of a program."""
+    return config.sinusoid_steps if config.workload == "sinusoid" else 1
+
+
 def prepare(name: str, config: Config) -> tuple[Any, dict[str, Any]]:
     """Compiles a meta-step. Returns a call that takes it, and its row of the result file without times."""
     keys = jax.random.split(jax.random.key(0), config.num_tasks)
@@ -79,7 +84,7 @@ def prepare(name: str, config: Config) -> tuple[Any, dict[str, Any]]:
     state = init_meta_state(learner, optimizer, jax.random.key(0), episodes.support.inputs[0])
     step = make_meta_step(learner, optimizer)
     # A meta-step of sinusoids is over in the time that a call takes to begin, so many of them are one call.
-    num_steps = config.sinusoid_steps if config.workload == "sinusoid" else 1
+    num_steps = steps_of_call(config)
 
     def steps(state, episodes):
         if num_steps == 1:
@@ -94,7 +99,6 @@ def prepare(name: str, config: Config) -> tuple[Any, dict[str, Any]]:
         "compile_seconds": compile_seconds,
         "flops": count_flops(step.jitted, state, episodes),
         "temporary_bytes": temporary_bytes(step.jitted, state, episodes),
-        "steps_per_call": num_steps,
         "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(state)),
     }
     return common.stepping(compiled, state, episodes), row
@@ -106,11 +110,12 @@ def measure(config: Config) -> list[dict[str, Any]]:
     prepared = {name: prepare(name, config) for name in names}
     seconds = common.measure_alternately({name: call for name, (call, _) in prepared.items()}, config)
     reference, rows = prepared[REFERENCE][1], []
+    num_steps = steps_of_call(config)
     for name in names:
         row = prepared[name][1]
         rows.append(
             row
-            | {"seconds": common.summarise([second / row["steps_per_call"] for second in seconds[name]])}
+            | {"seconds": common.summarise([second / num_steps for second in seconds[name]])}
             | {"times_fomaml": common.ratios(seconds[name], seconds[REFERENCE])}
             | {f"{key}_times_fomaml": row[key] / reference[key] for key in ("flops", "temporary_bytes")}
         )
@@ -140,9 +145,7 @@ def tables(results: dict[str, Any]) -> list[common.Table]:
             f"A meta-step of {config['num_tasks']} tasks, {task}",
             ("method", "inner steps", "ms (quartiles)", "x FOMAML", "GFLOP", "x FOMAML", "temporaries MB", "x FOMAML"),
             rows,
-            f"All use one device. A call has {results['rows'][0].get('steps_per_call', 1)} meta-steps."
-            if is_sinusoid
-            else OF_RECIPES,
+            f"All use one device. A call has {config['sinusoid_steps']} meta-steps." if is_sinusoid else OF_RECIPES,
         )
     ]
 

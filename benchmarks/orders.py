@@ -57,7 +57,7 @@ class Config(common.Settings):
     steps of 0.4 are as long as one of 2.0."""
     sinusoid_steps: int = 10_000
     """Meta-steps of each training on sinusoids, a multiple of --parts."""
-    omniglot_steps: int = 4000
+    omniglot_steps: int = 5000
     """Meta-steps of each training on Omniglot, a multiple of --parts."""
     sinusoid_seeds: int = 3
     """Trainings on sinusoids with each order."""
@@ -170,7 +170,7 @@ def workload(name: str, config: Config) -> Workload:
         try:
             images = omniglot.load(split)
         except (OSError, ValueError, ModuleNotFoundError) as error:
-            raise RunError(f"{error}. Without Omniglot, run with --workload sinusoid") from error
+            raise RunError(f"{error}. Without Omniglot, run with --workload sinusoid and a --results-dir") from error
         return few_shot.make_sampler(images, way=5, shot=1, query_shot=query_shot, rotations=split == "train")
 
     return Workload(

@@ -10,6 +10,7 @@ It needs PyTorch, higher and TorchOpt: pip install -e '.[experiments,peers]'
 import dataclasses
 import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,18 @@ def initial_params(init: Callable, episodes: Episode) -> ArrayTree:
     return jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), params)
 
 
+def installed_peers() -> ModuleType:
+    """The module of the peers.
+
+    Raises:
+      RunError: if a peer is not installed.
+    """
+    try:
+        return importlib.import_module("benchmarks.torch_peers")
+    except ImportError as error:
+        raise RunError(f"the peers are not installed ({error}); pip install -e '.[peers]'") from error
+
+
 def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, tuple[Callable, Callable]]:
     """Builds the meta-step of every peer.
 
@@ -133,10 +146,7 @@ def in_torch(inner_steps: int, episodes: Episode, config: Config) -> dict[str, t
     Raises:
       RunError: if a peer is not installed.
     """
-    try:
-        from benchmarks import torch_peers
-    except ImportError as error:
-        raise RunError(f"the peers are not installed ({error}); pip install -e '.[peers]'") from error
+    torch_peers = installed_peers()
     torch_peers.use_all_cores()
     model = models.conv4(way=config.way, features=config.filters)
     problem = torch_peers.Problem(
@@ -240,7 +250,7 @@ def compare(inner_steps: int, config: Config) -> list[dict[str, Any]]:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures, prints, writes peers.json and peers.png, and returns the content."""
-    importlib.import_module("benchmarks.torch_peers")  # a missing PyTorch is noticed before anything is compiled
+    installed_peers()  # what is missing is said before anything is compiled
     rows = [row for steps in config.inner_steps for row in compare(steps, config)]
     content = {"config": dataclasses.asdict(config), "rows": rows}
     common.show(tables(content))

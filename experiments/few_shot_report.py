@@ -33,15 +33,17 @@ ALL_METHODS = """Accuracy in %, with its 95 % interval over the test episodes; o
 - The test characters of Reptile and of the memory module are not rotated; those of the others are."""
 EQUAL_BUDGET = """5-way 1-shot, the same recipes with fewer meta-steps. A method has the rates, the schedule and the
 meta-batch of its paper, if that has a recipe for Omniglot. So equal numbers of meta-steps are not equal numbers of
-tasks, and part of a difference may be the rate. The linear schedule of Reptile and the cosine one of MAML++ end with
-these meta-steps, but the weights of the steps of MAML++ are annealed over 5,000. ANIL, Meta-SGD and Meta-Curvature
-have MAML's rate of 2; the paper of Meta-SGD, whose rates are learned, starts between 0.005 and 0.1, and with that it
-is at 89.6 here (see the variations). At a rate of 0.5 MAML is at 84.9, FOMAML at 86.1 and BOIL at 85.8, means of three
-seeds: small rates learn faster at first, and the lead of BOIL in this table is that of its rate. The recipes of BOIL
-and CAVIA are ours. Reptile trains with 10 examples of a class, adapts scales and offsets of the normalisation, and
-its test characters are not rotated; those of the others are. The accuracy is the mean over seeds, with the smallest
-and largest in parentheses; with one seed it has its 95 % interval over test episodes. The bars of the figure are the
-same. Costs are those of one task, measured in turns by `python -m benchmarks.methods`."""
+tasks, and part of a difference may be the rate. The linear schedule of Reptile and the cosine one of MAML++ end
+with these meta-steps, but the weights of the steps of MAML++ are annealed over 5,000. ANIL, Meta-SGD and
+Meta-Curvature have MAML's rate of 2; the paper of Meta-SGD, whose rates are learned, starts between 0.005 and 0.1,
+and with that it is at 89.6 here (see the variations). At a rate of 0.5 MAML is at 84.9, FOMAML at 86.1 and BOIL at
+85.8, means of three seeds: small rates learn faster at first, and the lead of BOIL in this table is that of its
+rate. The recipes of BOIL and CAVIA are ours. Reptile trains with 10 examples of a class, adapts scales and offsets
+of the normalisation, and its test characters are not rotated; those of the others are. The accuracy is the mean
+over seeds, with the smallest and largest in parentheses; with one seed it has its 95 % interval over test episodes.
+The bars of the figure are the same. Costs are those of a meta-step of 8 tasks, measured in turns by `python -m
+benchmarks.methods`. The figure has the time of the whole training, in which the meta-batches are of different
+sizes."""
 BELOW_PUBLISHED = """Where a number is below the published one:
 
 - **The training is a part of the recipe** in most rows; see the column of meta-steps. The published numbers are those
@@ -182,12 +184,12 @@ def equal_budget(results: list[dict]) -> list[dict]:
     return [result for result in shown if result["meta_steps"] == steps]
 
 
-RELATIVE_COSTS = ("time of a task, x FOMAML", "FLOPs, x FOMAML", "memory, x FOMAML")
+RELATIVE_COSTS = ("time of a meta-step, x FOMAML", "FLOPs, x FOMAML", "memory, x FOMAML")
 """The columns of `relative_cells`."""
 
 
 def relative_costs(name: str = "methods") -> dict[str, dict]:
-    """The cost of a task relative to FOMAML by method, as `benchmarks.methods` measured it last.
+    """The cost of a meta-step of as many tasks relative to FOMAML by method, as `benchmarks.methods` measured it last.
 
     Args:
       name: of the result file, "methods" for Omniglot or "methods_sinusoid".
@@ -568,8 +570,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
         "of Reptile are not rotated; those of the others are. GFLOP a task are the counted operations of a "
         "meta-step divided by its tasks; MB are the temporary memory of the compiled training program of one device, "
         "which grows with the tasks that are computed together. On the GPU four trainings ran at once, so its times "
-        "are upper bounds. Only the last three columns compare costs on one machine: those of one task in 5-way "
-        "1-shot, measured in turns by `python -m benchmarks.methods`.\n\n"
+        "are upper bounds. Only the last three columns compare costs on one machine: those of a meta-step of 8 "
+        "tasks in 5-way 1-shot, measured in turns by `python -m benchmarks.methods`.\n\n"
         f"{omniglot_table(published_runs(of), with_costs=True)}\n\n"
         f"{shorter_trainings(gradient_based(of))}"
         f"### Equal meta-steps\n\n{EQUAL_BUDGET}\n\n"

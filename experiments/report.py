@@ -363,7 +363,7 @@ def sinusoid_section(tables: Mapping[str, str], has_seeds: bool) -> str:
         "## Sinusoids\n\nMean squared error, mean over seeds with the smallest and largest seed in parentheses. The "
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
-        "of the median over tasks. Costs are those of a task of the training, measured in turns by `python -m "
+        "of the median over tasks. Costs are those of a meta-step of 25 tasks, measured in turns by `python -m "
         "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper. All methods train with "
         "one inner step, Reptile with ten. With one step, MAML++ is a learned rate for each layer. "
         "iMAML is not here. Its meta-gradient does not see the inner steps, so nothing keeps them stable: with ten "

@@ -1,9 +1,11 @@
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -11,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 
 import benchmarks
 from benchmarks import (
@@ -86,6 +89,22 @@ def test_results_of_other_settings_are_not_replaced(tmp_path):
     common.check_not_replaced("devices", dataclasses.replace(config, width=32, short=True))
     with pytest.raises(RunError, match=r"devices\.json has results of other settings: width is 64 there and 32 here"):
         common.check_not_replaced("devices", dataclasses.replace(config, width=32))
+
+
+RECORDED = {
+    file.stem: json.loads(file.read_text())["command"]
+    for file in Path(benchmarks.__file__).parent.joinpath("results").glob("*.json")
+    if not file.stem.startswith("accelerator")
+}
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_the_recorded_command_measures_anew(name):
+    module, *flags = RECORDED[name].split()[2:]
+    module = importlib.import_module(module)
+    config = tyro.cli(module.Config, args=flags, default=module.Config())
+    stem = module.__name__.rpartition(".")[2]
+    common.check_not_replaced(stem, config, suffix=name.removeprefix(stem))
 
 
 def test_a_ratio_is_one_of_rounds_or_of_a_single_call_to_the_median():
@@ -436,7 +455,8 @@ def test_breakdown_runs(quick, tmp_path):
         assert 0 < program["by_kind"]["dot"] < sum(program["by_kind"].values())
 
 
-def test_devices_run(quick, tmp_path):
+def test_devices_run(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(devices, "ROUNDS", 2)  # every number of devices has a process in every round
     # `run` asks for as many devices as the tests have.
     config = devices.Config(
         **quick,
@@ -593,6 +613,9 @@ def test_peers_say_what_to_install(monkeypatch):
     episodes = common.random_episodes(num_tasks=1, way=2, shot=1, query_shot=1)
     with pytest.raises(peers.RunError, match=r"pip install -e '\.\[peers\]'"):
         peers.in_torch(1, episodes, peers.Config())
+    monkeypatch.setattr(peers, "compare", None)  # before anything is compiled
+    with pytest.raises(peers.RunError, match=r"pip install -e '\.\[peers\]'"):
+        peers.run(peers.Config())
 
 
 # The report

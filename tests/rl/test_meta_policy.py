@@ -88,7 +88,6 @@ def test_what_stands_after_the_end_of_a_trajectory_changes_nothing():
     found = []
     for value in (0.0, 0.7):
         episodes = Episode(ended(EPISODES.support, value, 2), ended(EPISODES.query, value, 1), EPISODES.key)
-        episodes = episodes._replace(query=ended(EPISODES.query, value, 1))
         new, _, info = update(rl.trust_region(LEARNER), episodes=episodes)
         _, objective = jax.vmap(LEARNER.objective, (None, 0))(jax.tree.map(lambda x: x + 0.1, PARAMS), episodes)
         found.append((new, info.loss, objective.kl, objective.entropy))
