@@ -19,7 +19,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks import common
 from experiments.devices import mesh_for
-from experiments.runs import RunError, format_mean, streams
+from experiments.intervals import format_mean
+from experiments.runs import RunError, streams
 from maml_jax import (
     MetaLearner,
     Model,

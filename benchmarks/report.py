@@ -21,7 +21,7 @@ from benchmarks import (
     sinusoid,
     surrogates,
 )
-from experiments.runs import markdown_table
+from experiments.intervals import markdown_table
 
 HERE = Path(__file__).parent
 TABLES = {

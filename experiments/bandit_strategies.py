@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.scipy.special import xlogy
 
-from experiments.runs import mean_and_interval
+from experiments.intervals import mean_and_interval
 from maml_jax.tasks.bandits import bandits
 from maml_jax.types import PRNGKey, check_integer
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import bandit_strategies, figures, published, runs, trials
+from experiments import bandit_strategies, figures, intervals, published, trials
 from experiments.cli import check_counts, main
 from experiments.runs import console
 from maml_jax import rl
@@ -101,7 +101,7 @@ def test(config: Config, params: ArrayTree) -> dict[str, Any]:
         reward, regret = trials.through_trials(
             config, problem, params, key, config.eval_episodes, reward_and_regret, greedy=greedy
         )
-        metrics[name] = runs.mean_and_interval(reward[:, None])
+        metrics[name] = intervals.mean_and_interval(reward[:, None])
         regrets[name] = np.cumsum(regret.mean(0)).tolist()
     strategies, of_strategies = bandit_strategies.compare(
         strategy_key, num_arms=config.num_arms, num_pulls=config.num_pulls, num_tasks=config.eval_episodes

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import common, devices, figures, runs, seeds
+from experiments import common, devices, figures, intervals, runs, seeds
 from experiments.cli import RunConfig, check_counts, typed
 from experiments.common import Training
 from experiments.runs import RunError, console, replace_known, stored_config
@@ -630,7 +630,7 @@ def show(data: DataSet, results: dict) -> None:
     if last or "evaluations" not in results:
         table = Table("inner steps", "accuracy", title=title.format(f"{protocol['way']}-way {protocol['shot']}-shot"))
         for step in sorted({step for step in (0, 1, 2, 3, 4, 5, 10, 20) if step < last} | {last}):
-            table.add_row(str(step), runs.format_metric(accuracy, step, scale=100))
+            table.add_row(str(step), intervals.format_metric(accuracy, step, scale=100))
         console.print(table)
     if evaluations := results.get("evaluations"):
         table = Table("task", "accuracy", title=title.format("after the last step"))
@@ -638,10 +638,10 @@ def show(data: DataSet, results: dict) -> None:
             accuracy = evaluation["metrics"]["accuracy"]
             task = f"{evaluation['way']}-way {evaluation['shot']}-shot"
             task = ", ".join([task, *filter(None, [evaluation.get("head")])])
-            table.add_row(task, runs.format_metric(accuracy, scale=100))
+            table.add_row(task, intervals.format_metric(accuracy, scale=100))
         console.print(table)
     if instances := results.get("instances"):
         table = Table("image of its class in a sequence", "accuracy", title=title.format("sequences"))
         for number, (mean, ci95) in enumerate(zip(instances["mean"], instances["ci95"], strict=True), 1):
-            table.add_row(str(number), runs.format_mean(mean, ci95, scale=100))
+            table.add_row(str(number), intervals.format_mean(mean, ci95, scale=100))
         console.print(table)

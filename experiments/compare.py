@@ -24,11 +24,12 @@ import tyro
 from rich.markup import escape
 from rich.table import Table
 
-from experiments import figures, pictures, runs
+from experiments import figures, intervals, pictures, runs
 from experiments.cli import OptionalPath, Precision, check_seed, main
+from experiments.intervals import format_mean
 from experiments.paired import holm, paired_test, sign_test
 from experiments.retest import ACCURACY, METRICS, Metric, Run, Test, fingerprint, open_run, tests
-from experiments.runs import RunError, console, format_mean, messages_to_stderr
+from experiments.runs import RunError, console, messages_to_stderr
 from maml_jax.types import check_integer
 
 LEVEL = 0.05
@@ -220,7 +221,7 @@ def compare(config: Config) -> dict[str, Any]:
                 "metric": of_runs[name][index].metric.name,
                 "episodes": len(values),
                 "counted": of_runs[name][index].counted,
-                **runs.mean_and_interval(values),
+                **intervals.mean_and_interval(values),
                 "per_episode": values[:, -1].tolist(),
             }
             for (name, index), values in sorted(found.items(), key=lambda item: (names.index(item[0][0]), item[0][1]))

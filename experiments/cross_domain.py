@@ -28,7 +28,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.special import stdtrit
 
-from experiments import classification, figures, packs, runs
+from experiments import classification, figures, intervals, packs, runs
 from experiments.cli import OptionalPath, Precision, check_run_dir, check_seed, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, ensemble, losses
@@ -380,7 +380,7 @@ def as_metric(accuracies: np.ndarray) -> dict[str, Any]:
 
     An episode whose outputs are not finite counts as 0, because nothing in it is classified, and is counted.
     """
-    content = runs.mean_and_interval(np.nan_to_num(accuracies, nan=0.0))
+    content = intervals.mean_and_interval(np.nan_to_num(accuracies, nan=0.0))
     bad = int(np.isnan(accuracies).sum())
     return content | ({"num_nonfinite": [bad]} if bad else {})
 
@@ -461,7 +461,7 @@ def measure(
             scores = [score(method, selection, images[shape]) for selection in selections]
             accuracies[index] = np.asarray(scores, np.float64)
             metric = as_metric(accuracies[index])
-            mean = runs.format_mean(metric["mean"][0], metric["ci95"][0], scale=100)
+            mean = intervals.format_mean(metric["mean"][0], metric["ci95"][0], scale=100)
             said = f"{name}: {method.label}: {mean} % in {time.perf_counter() - start:.0f} s"
             console.print(said, highlight=False, markup=False)
     return accuracies
@@ -534,7 +534,7 @@ def cell_text(cell: dict) -> str:
     """The accuracy of one method on one data set in %, or why there is none."""
     if (accuracy := cell.get("accuracy")) is None:
         return cell["not_tested"]
-    text = runs.format_mean(accuracy["mean"][0], accuracy["ci95"][0], digits=1, scale=100)
+    text = intervals.format_mean(accuracy["mean"][0], accuracy["ci95"][0], digits=1, scale=100)
     return text + (f" ({accuracy['num_nonfinite'][0]} not finite)" if "num_nonfinite" in accuracy else "")
 
 

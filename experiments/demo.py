@@ -13,7 +13,8 @@ from rich.table import Table
 
 from experiments import figures, published, runs, sinusoid
 from experiments.cli import Precision, main
-from experiments.runs import console, format_mean
+from experiments.intervals import format_mean
+from experiments.runs import console
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ import tyro
 from rich.table import Table
 from scipy import ndimage
 
-from experiments import common, figures, packs, runs, seeds
+from experiments import common, figures, intervals, packs, runs, seeds
 from experiments.cli import RunConfig, check_counts, main, methods, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
@@ -275,8 +275,8 @@ def run(config: Config) -> dict:
 
     def test(params: ArrayTree) -> dict:
         return {
-            "metrics": {"accuracy": runs.mean_and_interval(score(training.learner, params, examples.test))},
-            "source_validation": {"accuracy": runs.mean_and_interval(score(training.learner, params, validation))},
+            "metrics": {"accuracy": intervals.mean_and_interval(score(training.learner, params, examples.test))},
+            "source_validation": {"accuracy": intervals.mean_and_interval(score(training.learner, params, validation))},
         }
 
     with runs.open_run(config.run_dir, config, training.data_digest) as run_dir:
@@ -324,7 +324,7 @@ def show(results: dict) -> None:
     }
     for name, (count, metrics) in rows.items():
         accuracy = metrics["accuracy"]
-        table.add_row(name, str(count), runs.format_mean(accuracy["mean"][0], accuracy["ci95"][0], scale=100))
+        table.add_row(name, str(count), intervals.format_mean(accuracy["mean"][0], accuracy["ci95"][0], scale=100))
     console.print(table)
 
 

@@ -23,7 +23,7 @@ import tyro
 from rich.table import Table
 from scipy import ndimage
 
-from experiments import common, figures, packs, runs, seeds, verification
+from experiments import common, figures, intervals, packs, runs, seeds, verification
 from experiments.cli import RunConfig, check_counts, flag, main, with_defaults
 from experiments.common import Training
 from experiments.domains import rotate
@@ -479,7 +479,9 @@ def show(results: dict[str, Any]) -> None:
     for row in results["evaluations"]:
         metrics = row["metrics"]
         rates = [
-            runs.format_mean(metrics[f"tar_at_{rate:g}"]["mean"][0], metrics[f"tar_at_{rate:g}"]["ci95"][0], scale=100)
+            intervals.format_mean(
+                metrics[f"tar_at_{rate:g}"]["mean"][0], metrics[f"tar_at_{rate:g}"]["ci95"][0], scale=100
+            )
             for rate in verification.FALSE_ACCEPT_RATES
         ]
         accuracy = f"{100 * metrics['balanced_accuracy']:.2f}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import faces, runs
+from experiments import faces, intervals
 from experiments.runs import flag
 from maml_jax import CATALOGUE, DomainSplits
 
@@ -65,7 +65,7 @@ def _table(groups: dict[str, list[dict[str, Any]]]) -> str:
     rows += [["pixels", r["domain"], "", f"{100 * r['metrics']['tar_at_0.01']['mean'][0]:.2f}", ""]
              for r in first["evaluations"] if r["by"] == "pixels"]  # fmt: skip
     header = ["", "unseen domain", "seeds", "TAR at FAR 1 %", "difference to ERM"]
-    return runs.markdown_table(header, rows)
+    return intervals.markdown_table(header, rows)
 
 
 def _baseline(label: str) -> str:
@@ -83,5 +83,5 @@ def _cell(values: list[float]) -> str:
     """The mean in % with its 95 % interval over seeds."""
     if len(values) == 1:
         return f"{100 * values[0]:.2f}"
-    found = runs.mean_and_interval(np.array(values)[:, None])
-    return runs.format_mean(found["mean"][0], found["ci95"][0], scale=100)
+    found = intervals.mean_and_interval(np.array(values)[:, None])
+    return intervals.format_mean(found["mean"][0], found["ci95"][0], scale=100)

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from experiments import cross_domain, figures, images, omniglot, packs, published, runs
+from experiments import cross_domain, figures, images, intervals, omniglot, packs, published, runs
 from experiments.commands import by_command, changed_flags, command, order_of
 from maml_jax import CATALOGUE
 
@@ -150,7 +150,7 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
         config = group[0]["config"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
         steps = len(accuracy[0]["mean"]) - 1
-        cells = [runs.format_metric(a, scale=100) for a in accuracy]
+        cells = [intervals.format_metric(a, scale=100) for a in accuracy]
         paper = published_accuracy(group[0], config["way"], config["shot"]) if as_published(group[0]) else ""
         minutes = statistics.fmean(result["seconds"]["train"] for result in group) / 60
         rows.append(
@@ -172,7 +172,7 @@ def omniglot_table(results: list[dict], *, with_costs: bool = False) -> str:
             rows[-1] += [f"{milliseconds:.0f}", *cost_cells(group[0]), *relative]
     header = ["", "task", "accuracy, %", "published", "test steps", "episodes x queries", "meta-steps", "training"]
     header += ["ms / meta-step", "GFLOP a task", "MB", *RELATIVE_COSTS] if with_costs else []
-    return runs.markdown_table(header, rows)
+    return intervals.markdown_table(header, rows)
 
 
 def equal_budget(results: list[dict]) -> list[dict]:
@@ -212,9 +212,9 @@ def budget_table(results: list[dict]) -> str:
     for group in by_command(results).values():
         config, algorithm = group[0]["config"], group[0]["algorithm"]
         accuracy = [result["metrics"]["accuracy"] for result in group]
-        shown = runs.format_metric(accuracy[0], scale=100)
+        shown = intervals.format_metric(accuracy[0], scale=100)
         if len(group) > 1:
-            shown = runs.format_over_seeds([runs.percent(a["mean"][-1]) for a in accuracy])
+            shown = intervals.format_over_seeds([intervals.percent(a["mean"][-1]) for a in accuracy])
         rows.append(
             [
                 figures.title(algorithm),
@@ -229,7 +229,7 @@ def budget_table(results: list[dict]) -> str:
             ]
         )
     header = ["", "accuracy, %", "seeds", "inner rate", "test steps", "meta-steps", "tasks / meta-step"]
-    return runs.markdown_table([*header, *RELATIVE_COSTS, "published, after the full training"], rows)
+    return intervals.markdown_table([*header, *RELATIVE_COSTS, "published, after the full training"], rows)
 
 
 def evaluations(result: dict) -> list[dict]:
@@ -321,7 +321,9 @@ def all_methods_table(results: list[dict]) -> str:
         flops = [of_seeds[0].get("execution", {}).get("flops") for of_seeds in trainings]
         queries = [of[0]["protocol"].get("query_shot") or of[0]["config"]["query_shot"] for of in trainings]
         cells = [
-            ", ".join(runs.format_mean(mean, ci95, scale=100, digits=1) for mean, ci95 in accuracy.get(setting, []))
+            ", ".join(
+                intervals.format_mean(mean, ci95, scale=100, digits=1) for mean, ci95 in accuracy.get(setting, [])
+            )
             for setting in omniglot.SETTINGS
         ]
         papers = [record["published"].get(setting, "").partition(" ")[0] or "-" for setting in omniglot.SETTINGS]
@@ -353,7 +355,7 @@ def all_methods_table(results: list[dict]) -> str:
         "GFLOP / meta-step",
         "training",
     ]
-    return runs.markdown_table(header, rows)
+    return intervals.markdown_table(header, rows)
 
 
 def images_table(results: list[dict]) -> str:
@@ -373,7 +375,7 @@ def images_table(results: list[dict]) -> str:
             minutes[result["config"]["shot"]].append(result["seconds"]["train"] / 60)
             for evaluation in evaluations(result):
                 accuracy = evaluation["metrics"]["accuracy"]
-                cell = runs.format_metric(accuracy, scale=100)
+                cell = intervals.format_metric(accuracy, scale=100)
                 by_head[evaluation.get("head", "")][evaluation["shot"]].append(cell)
         for head, cells in by_head.items():
             of_head = algorithm if head in ("", "neighbour") else f"{algorithm}, {head}"
@@ -393,7 +395,7 @@ def images_table(results: list[dict]) -> str:
                 ]
             )
     header = ["", "1-shot", "5-shot", "miniImageNet", "pixels", "episodes", "test", "meta-steps", "training"]
-    return runs.markdown_table(header, rows)
+    return intervals.markdown_table(header, rows)
 
 
 def cross_domain_section(result: dict) -> str:
@@ -409,7 +411,7 @@ def cross_domain_section(result: dict) -> str:
     if tuple(config["data_sets"]) != packs.NAMES:
         others.append(f"--data-sets {' '.join(config['data_sets'])}")
     chance = [f"{100 * result['data_sets'][name]['chance']:.1f}" for name in names]
-    table = runs.markdown_table(
+    table = intervals.markdown_table(
         ["", "trained on", "normalisation", *names, "average rank"], [*rows, ["chance", "", "", *chance, ""]]
     )
     return (
@@ -436,14 +438,14 @@ def instance_table(results: list[dict]) -> str:
         found = result["instances"]
         # A sequence of few images of a class has no tenth.
         cells = [
-            runs.format_mean(found["mean"][n - 1], found["ci95"][n - 1], scale=100, digits=1)
+            intervals.format_mean(found["mean"][n - 1], found["ci95"][n - 1], scale=100, digits=1)
             if n <= len(found["mean"])
             else ""
             for n in shown
         ]
         paper = " / ".join(map(str, published.INSTANCES[result["algorithm"]]))
         rows.append([figures.title(result["algorithm"]), *cells, paper, f"{result['meta_steps']:,}"])
-    return runs.markdown_table(["", *map(str, shown), "published", "meta-steps"], rows)
+    return intervals.markdown_table(["", *map(str, shown), "published", "meta-steps"], rows)
 
 
 def variation(results: dict) -> list[str]:

@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axis import Axis
 from matplotlib.ticker import FixedLocator, LogLocator, MaxNLocator, NullLocator
 
-from experiments.runs import mean_and_interval
+from experiments.intervals import mean_and_interval
 from experiments.verification import ROC_POINTS
 from maml_jax import CATALOGUE
 
@@ -308,9 +308,9 @@ def learning_curves(file: Path, logs: Mapping[str, Sequence[Sequence[Mapping[str
             if len(seeds) > 1 and steps:
                 mean, half = (np.array(part) for part in mean_and_interval(onto(values)).values())
                 axes.fill_between(steps, back(mean - half), back(mean + half), alpha=0.2, color=style["color"])
-    row[0][0].set(ylabel="training objective; methods may have different ones")
-    if any(len(seeds) > 1 for seeds in logs.values()):
-        row[0][0].set_title("bands: 95 % interval over seeds", fontsize=10)
+    has_bands = any(len(seeds) > 1 for seeds in logs.values())
+    row[0][0].set(ylabel="training objective, which depends on the method")
+    row[0][0].set_title("bands: 95 % interval over seeds" if has_bands else "", fontsize=10)
     if is_log:
         row[0][0].set_yscale("log")
         _plain_logarithmic(row[0][0].yaxis)

@@ -31,7 +31,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from experiments import common, devices, figures, packs, runs
+from experiments import common, devices, figures, intervals, packs, runs
 from experiments.cli import (
     Precision,
     check_counts,
@@ -402,7 +402,7 @@ def compare(
         method |= scores
         method["hyperparameters"] = jax.tree.map(lambda x: np.asarray(x).tolist(), method["hyperparameters"])._asdict()
     for name in methods.keys() - {"hypergradients"}:
-        more = runs.mean_and_interval(test_losses[name] - test_losses["hypergradients"])
+        more = intervals.mean_and_interval(test_losses[name] - test_losses["hypergradients"])
         methods[name]["test_loss_more"] = {measure: value[0] for measure, value in more.items()}
     test_loss = methods["hypergradients"]["test_loss"]
     return {
@@ -491,7 +491,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def format_more(method: dict[str, Any]) -> str:
     """How much larger the test loss is than that of hypergradients, with the 95 % interval paired by training run."""
-    return runs.format_mean(**method["test_loss_more"], digits=4) if "test_loss_more" in method else ""
+    return intervals.format_mean(**method["test_loss_more"], digits=4) if "test_loss_more" in method else ""
 
 
 def show(results: dict[str, Any]) -> None:
@@ -512,9 +512,9 @@ def show(results: dict[str, Any]) -> None:
         method = methods[name]
         table.add_row(
             name,
-            *(runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss")),
+            *(intervals.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss")),
             format_more(method),
-            runs.format_mean(**method["test_accuracy"], scale=100),
+            intervals.format_mean(**method["test_accuracy"], scale=100),
             str(method["runs"]),
             f"{method['seconds']:.0f}",
         )

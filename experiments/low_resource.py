@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import bleu, finetuning, parallel_text, runs
+from experiments import bleu, finetuning, intervals, parallel_text
 from experiments.finetuning import FineTuning
 from experiments.parallel_text import Text
 from maml_jax.models import Translator
@@ -110,4 +110,4 @@ def _scores(references: tuple[str, ...], greedy: list[list[str]], wide: list[str
 def over_draws(values: list[list[float]]) -> dict[str, list[float | None]]:
     """The mean over rows of the same draws, averaged over these, with its interval; without one for a single draw."""
     each = np.mean(values, axis=0)
-    return runs.mean_and_interval(each) if len(each) > 1 else {"mean": each.tolist(), "ci95": [None]}
+    return intervals.mean_and_interval(each) if len(each) > 1 else {"mean": each.tolist(), "ci95": [None]}

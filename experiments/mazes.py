@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from rich.table import Table
 
-from experiments import figures, published, runs, trials
+from experiments import figures, intervals, published, runs, trials
 from experiments.cli import check_counts, main
 from experiments.runs import console
 from maml_jax import rl
@@ -119,9 +119,9 @@ def walks_of(config: Config, params: ArrayTree, key: PRNGKey) -> dict[str, Any]:
         # A walk that was given up has the length of the horizon, and is no improvement.
         improved = (found.steps[:, 1:2] <= found.steps[:, :1]) & (found.done[:, 1:2] > 0)
         metrics |= {
-            f"steps_of_{name}": runs.mean_and_interval(found.steps),
-            f"success_of_{name}": runs.mean_and_interval(found.done),
-            f"improved_of_{name}": runs.mean_and_interval(improved.astype(float)),
+            f"steps_of_{name}": intervals.mean_and_interval(found.steps),
+            f"success_of_{name}": intervals.mean_and_interval(found.done),
+            f"improved_of_{name}": intervals.mean_and_interval(improved.astype(float)),
         }
     # The mazes of `trials.outcome` with this key.
     task_keys = jax.vmap(lambda key: jax.random.split(key)[0])(jax.random.split(key, config.eval_episodes))
@@ -174,11 +174,13 @@ def _show_walks(title: str, found: dict[str, Any]) -> None:
     for name in ("draws", "most_probable"):
         for walk in range(len(metrics[f"steps_of_{name}"]["mean"])):
             cells = [
-                runs.format_mean(*(metrics[f"{what}_of_{name}"][part][walk] for part in ("mean", "ci95")), scale=scale)
+                intervals.format_mean(
+                    *(metrics[f"{what}_of_{name}"][part][walk] for part in ("mean", "ci95")), scale=scale
+                )
                 for what, scale in (("steps", 1), ("success", 100))
             ]
             improved = metrics[f"improved_of_{name}"]
-            shown = runs.format_mean(improved["mean"][0], improved["ci95"][0], scale=100) if walk == 1 else ""
+            shown = intervals.format_mean(improved["mean"][0], improved["ci95"][0], scale=100) if walk == 1 else ""
             table.add_row(name.replace("_", " "), str(walk + 1), *cells, shown)
     console.print(table)
     console.print(f"the shortest path has {found['shortest_path']:.2f} steps on average")

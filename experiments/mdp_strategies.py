@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bandit_strategies import best_parameter, check_parameter, draw_gamma
-from experiments.runs import mean_and_interval
+from experiments.intervals import mean_and_interval
 from maml_jax.tasks.tabular_mdp import TabularMDP, action_values, random_mdps, value_iteration
 from maml_jax.types import PRNGKey, check_integer
 

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 from typing import Any, ClassVar
 
-from experiments import mdp_strategies, published, runs, trials
+from experiments import intervals, mdp_strategies, published, trials
 from experiments.cli import check_counts, main
 from experiments.runs import console
 from maml_jax.tasks.tabular_mdp import random_mdps
@@ -83,7 +83,7 @@ def test(config: Config, params: ArrayTree) -> dict[str, Any]:
     names = {"reward": True, "reward_of_draws": False}
     for key, (name, greedy) in zip(keys, names.items(), strict=True):
         found = trials.outcome(config, problem, params, key, config.eval_episodes, greedy=greedy)
-        metrics[name] = runs.mean_and_interval(found.reward.sum(1, keepdims=True))
+        metrics[name] = intervals.mean_and_interval(found.reward.sum(1, keepdims=True))
     sizes = {"num_episodes": config.num_episodes, "num_tasks": config.eval_episodes}
     return {
         "metrics": metrics,

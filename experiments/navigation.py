@@ -24,7 +24,7 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import common, devices, figures, published, runs, seeds
+from experiments import common, devices, figures, intervals, published, runs, seeds
 from experiments.cli import RunConfig, check_counts, flag, main, typed, with_defaults
 from experiments.common import Training
 from experiments.runs import console, stored_config
@@ -378,7 +378,7 @@ def test(config: Config, params: ArrayTree) -> dict[str, Any]:
                 "goals": name,
                 "count": len(goals),
                 "optimum": float(optimal_return(goals, config.horizon).mean()),
-                "metrics": {"return": runs.mean_and_interval(found)},
+                "metrics": {"return": intervals.mean_and_interval(found)},
             }
         )
     std = np.exp(np.asarray(params["log_std"])).tolist()
@@ -462,7 +462,7 @@ def show(results: dict[str, Any]) -> None:
         table.add_column(heading, justify="right")
     for evaluation in results["evaluations"]:
         metric = evaluation["metrics"]["return"]
-        cells = [runs.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
+        cells = [intervals.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
         table.add_row(evaluation["goals"], str(evaluation["count"]), *cells, f"{evaluation['optimum']:.2f}")
     for returns in published_returns([results]).values():
         table.add_row("published values", "40", *[*map(str, returns), *[""] * count][:count], "")

@@ -23,6 +23,7 @@ from experiments import (
     few_shot_report,
     figures,
     hyperparameters,
+    intervals,
     published,
     rl_report,
     runs,
@@ -120,7 +121,7 @@ def sinusoid_table(results: list[dict], shot: int) -> str:
             ]
         )
     header = ["", "rate", "1 step", "5 steps", "10 steps", "published", "median, 10 steps", "diverged", "seeds"]
-    return runs.markdown_table([*header, *few_shot_report.RELATIVE_COSTS], rows)
+    return intervals.markdown_table([*header, *few_shot_report.RELATIVE_COSTS], rows)
 
 
 def _further_flags(result: dict) -> list[str]:
@@ -137,7 +138,7 @@ def _curve_label(result: dict) -> str:
 
 def _after(step: int, curves: list[list[float | None]]) -> str:
     """The values of all seeds after some number of inner steps; empty if the test has fewer."""
-    return runs.format_over_seeds([curve[step] for curve in curves]) if step < len(curves[0]) else ""
+    return intervals.format_over_seeds([curve[step] for curve in curves]) if step < len(curves[0]) else ""
 
 
 def _mean_at_10(curves: list[dict], name: str, style: str) -> str:
@@ -150,7 +151,7 @@ def domain_table(results: list[dict]) -> str:
 
     def cell(group: list[dict]) -> str:
         held_out, source = (
-            runs.format_over_seeds([runs.percent(result[part]["accuracy"]["mean"][-1]) for result in group])
+            intervals.format_over_seeds([intervals.percent(result[part]["accuracy"]["mean"][-1]) for result in group])
             for part in ("metrics", "source_validation")
         )
         return f"{held_out} [{source}]"
@@ -163,7 +164,7 @@ def domain_table(results: list[dict]) -> str:
         steps = " / ".join(dict.fromkeys(f"{by[name][0]['meta_steps']:,}" for name in names if name in by))
         rows.append([data, held_out, *cells, *differences, steps, _operations(by), _seeds(by)])
     header = ["data", "held out", *map(figures.title, names), "MLDG minus ERM", "the same on the sources"]
-    return runs.markdown_table([*header, "meta-steps, MLDG / ERM", "operations of MLDG, x ERM", "seeds"], rows)
+    return intervals.markdown_table([*header, "meta-steps, MLDG / ERM", "operations of MLDG, x ERM", "seeds"], rows)
 
 
 def _domain_rows(results: list[dict]) -> list[tuple[tuple[str, str], dict[str, list[dict]]]]:
@@ -214,15 +215,18 @@ def _operations(by_algorithm: dict[str, list[dict]]) -> str:
 def _paired(by_algorithm: dict[str, list[dict]], part: str) -> str:
     """The difference of MLDG and ERM in a part of the results with its 95 % interval, paired by seed."""
     mldg, erm = (
-        {result["seed"]: runs.percent(result[part]["accuracy"]["mean"][-1]) for result in by_algorithm.get(name, [])}
+        {
+            result["seed"]: intervals.percent(result[part]["accuracy"]["mean"][-1])
+            for result in by_algorithm.get(name, [])
+        }
         for name in ("mldg", "erm")
     )
     both = [(mldg[seed], erm[seed]) for seed in mldg if seed in erm]
     differences = [[one - other] for one, other in both if None not in (one, other)]
     if len(differences) < 2:
         return ""
-    found = runs.mean_and_interval(differences)
-    return runs.format_mean(found["mean"][0], found["ci95"][0])
+    found = intervals.mean_and_interval(differences)
+    return intervals.format_mean(found["mean"][0], found["ci95"][0])
 
 
 def over_seeds(results: list[dict]) -> dict[str, dict]:
@@ -240,7 +244,7 @@ def over_seeds(results: list[dict]) -> dict[str, dict]:
             if metric in method:
                 # null, which stands for a number that is not finite, becomes NaN and null again
                 means = np.array([result["methods"][name][metric]["mean"] for result in results], float)
-                found = runs.finite(runs.mean_and_interval(means))
+                found = runs.finite(intervals.mean_and_interval(means))
                 method[metric] = {measure: value[0] for measure, value in found.items()}
     return pooled
 
@@ -280,14 +284,14 @@ def hyperparameter_table(results: list[dict]) -> str:
         methods = over_seeds(group)
         for name in _by_loss(methods):
             method = methods[name]
-            losses = (runs.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss"))
-            accuracy = runs.format_mean(**method["test_accuracy"], scale=100)
+            losses = (intervals.format_mean(**method[metric], digits=4) for metric in ("heldout_loss", "test_loss"))
+            accuracy = intervals.format_mean(**method["test_accuracy"], scale=100)
             more = hyperparameters.format_more(method)
             counts = f"{method['runs']}", f"{method['seconds']:.0f}", f"{len(group)}"
             named = ", ".join([name, *(f"`{flag}`" for flag in flags_but_seed(group[0]))])
             rows.append([named, *losses, more, accuracy, *counts])
     header = ["", "held-out loss", "test loss", "test loss minus hypergradients", "test accuracy, %", "training runs"]
-    return runs.markdown_table([*header, "seconds to choose", "seeds"], rows)
+    return intervals.markdown_table([*header, "seconds to choose", "seeds"], rows)
 
 
 def _seeds(by_algorithm: dict[str, list[dict]]) -> str:
@@ -311,7 +315,7 @@ def details(results: list[dict]) -> str:
             + f"- seconds of the first: {', '.join(f'{k} {v:.0f}' for k, v in first['seconds'].items())}\n"
             f"- protocol: {', '.join(f'{k} {v}' for k, v in first['protocol'].items())}\n"
             f"- {name}, after 0, 1, ... inner steps if there are several, first seed: "
-            + ", ".join(runs.format_mean(mean, digits=4) for mean in first["metrics"][name]["mean"])
+            + ", ".join(intervals.format_mean(mean, digits=4) for mean in first["metrics"][name]["mean"])
         )
     return "\n\n".join(parts)
 

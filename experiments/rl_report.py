@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import figures, navigation, published, runs, trials
+from experiments import figures, intervals, navigation, published, trials
 from experiments.cli import flag
 
 FIGURES = Path(__file__).parent / "figures"
@@ -43,7 +43,7 @@ def navigation_table(results: Results, flags_of: FlagsOf) -> str:
     for label, result in ((label, r) for label, group in labelled(results, flags_of).items() for r in group):
         for evaluation in result["evaluations"]:
             metric = evaluation["metrics"]["return"]
-            cells = [runs.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
+            cells = [intervals.format_mean(*pair) for pair in zip(metric["mean"], metric["ci95"], strict=True)]
             rows.append(
                 [
                     label,
@@ -60,13 +60,13 @@ def navigation_table(results: Results, flags_of: FlagsOf) -> str:
         for evaluations in zip(*(result["evaluations"] for result in group), strict=True) if len(group) > 1 else ():
             by_update = zip(*(evaluation["metrics"]["return"]["mean"] for evaluation in evaluations), strict=True)
             goals = f"{evaluations[0]['count']} {evaluations[0]['goals']}"
-            shown = [*map(runs.format_over_seeds, by_update), *[""] * 5][:5]
+            shown = [*map(intervals.format_over_seeds, by_update), *[""] * 5][:5]
             rows.append([f"{label}, mean of {len(group)} seeds", "", goals, *shown, "", "", "", ""])
     for title, returns in navigation.published_returns(results).items():
         shown = [*map(str, returns), *[""] * 5][:5]
         rows.append([f"{title}, published values", "", "40", *shown, "", "", "", ""])
     header = ["", "seed", "goals", *map(str, range(5)), "rates", "std", "meta-steps", "training"]
-    return runs.markdown_table(header, rows)
+    return intervals.markdown_table(header, rows)
 
 
 def strategies_table(
@@ -97,7 +97,7 @@ def strategies_table(
         for name, metric in (found | result["strategies"]).items():
             published_name = title if name == label else name
             beside = f" (published {of_paper[published_name]})" if published_name in of_paper else ""
-            column[name] = runs.format_mean(metric["mean"][0], metric["ci95"][0]) + beside
+            column[name] = intervals.format_mean(metric["mean"][0], metric["ci95"][0]) + beside
         if result.get("optimum"):
             column["largest that can be expected"] = f"{result['optimum']:.3f}"
     others = (name for column in columns.values() for name in column if name not in policies)
@@ -109,7 +109,7 @@ def strategies_table(
         ]
         for name in dict.fromkeys([*policies, *others])
     ]
-    return runs.markdown_table(["", *columns, "meta-steps"], rows)
+    return intervals.markdown_table(["", *columns, "meta-steps"], rows)
 
 
 def cell_of(result: Mapping[str, Any], sizes: Mapping[str, str]) -> str:
@@ -166,10 +166,15 @@ def mazes_table(results: Results, flags_of: FlagsOf) -> str:
                         label,
                         how,
                         str(horizon),
-                        *(runs.format_mean(metrics["steps"]["mean"][k], metrics["steps"]["ci95"][k]) for k in (0, 1)),
+                        *(
+                            intervals.format_mean(metrics["steps"]["mean"][k], metrics["steps"]["ci95"][k])
+                            for k in (0, 1)
+                        ),
                         f"{second / first:.2f}",
                         " / ".join(f"{100 * share:.1f}" for share in metrics["success"]["mean"][:2]),
-                        runs.format_mean(metrics["improved"]["mean"][0], metrics["improved"]["ci95"][0], scale=100),
+                        intervals.format_mean(
+                            metrics["improved"]["mean"][0], metrics["improved"]["ci95"][0], scale=100
+                        ),
                         f"{found['shortest_path']:.2f}",
                         f"{result['meta_steps']:,}",
                     ]
@@ -184,7 +189,7 @@ def mazes_table(results: Results, flags_of: FlagsOf) -> str:
         "cells", "actions", "given up after", "steps, first walk", "second", "ratio", "success, %",
         "second no longer, %", "shortest path", "meta-steps",
     ]  # fmt: skip
-    return runs.markdown_table(header, rows)
+    return intervals.markdown_table(header, rows)
 
 
 def behaviour(experiment: str, algorithm: str, title: str) -> str:

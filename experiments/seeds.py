@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ from rich.table import Table
 
 from experiments import figures
 from experiments.common import Member, Training, check_not_lost, train_together
+from experiments.intervals import format_mean, mean_and_interval
 from experiments.runs import (
     CONFIG_REMEDY,
     RunError,
@@ -21,8 +21,6 @@ from experiments.runs import (
     curve,
     differing_settings,
     finite,
-    format_mean,
-    mean_and_interval,
     open_run,
     read_record,
     read_results,
@@ -63,12 +61,6 @@ def _is_tested(config: Any) -> bool:
     """Whether the results of a seed are those of its whole training, after which no seed is trained further."""
     results = read_results(config.run_dir)
     return results is not None and results["meta_steps"] >= config.num_meta_steps
-
-
-def _other_results(others: Sequence[Path], num_meta_steps: int) -> list[dict]:
-    """The results of seeds whose training is as long."""
-    found = map(read_results, others)
-    return [result for result in found if result is not None and result["meta_steps"] == num_meta_steps]
 
 
 def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training], config: Any) -> dict:
@@ -127,7 +119,8 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         together = train_together(members, trainings[seeds.index(behind.config.seed)])
         execution = together[0].execution
         del training, trainings, members, behind, together  # the images of every seed
-    results = [run(of_seed) for of_seed in configs] + _other_results(others, config.num_meta_steps)
+    # Other seeds have these settings too, but may not be tested yet.
+    results = [*(run(of_seed) for of_seed in configs), *filter(None, map(read_results, others))]
     results.sort(key=lambda result: result["seed"])
     # null, which stands for a number that is not finite, becomes NaN
     metrics = {

@@ -17,7 +17,7 @@ import numpy as np
 from flax import linen as nn
 from rich.table import Table
 
-from experiments import common, figures, published, runs, seeds
+from experiments import common, figures, intervals, published, runs, seeds
 from experiments.cli import RunConfig, check_counts, main, methods, recipe_of, with_defaults
 from experiments.common import Training
 from experiments.runs import console, replace_known, stored_config
@@ -260,8 +260,8 @@ def show(results: dict) -> None:
                     str(evaluation["shot"]),
                     f"{evaluation['inner_lr']:g}",
                     str(step),
-                    runs.format_mean(mse["mean"][step], mse["ci95"][step], digits=3),
-                    runs.format_mean(mse["median"][step], digits=3),
+                    intervals.format_mean(mse["mean"][step], mse["ci95"][step], digits=3),
+                    intervals.format_mean(mse["median"][step], digits=3),
                     f"{mse['diverged'][step]:.2%}",
                 )
     console.print(table)

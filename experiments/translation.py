@@ -24,7 +24,18 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import bleu, common, figures, finetuning, low_resource, own_language, parallel_text, runs, seeds
+from experiments import (
+    bleu,
+    common,
+    figures,
+    finetuning,
+    intervals,
+    low_resource,
+    own_language,
+    parallel_text,
+    runs,
+    seeds,
+)
 from experiments.cli import Precision, RunConfig, check_counts, check_seed, flag, main, with_defaults
 from experiments.common import Training
 from experiments.low_resource import Protocol, over_draws
@@ -514,8 +525,10 @@ def show(results: dict[str, Any]) -> None:
     for row in results["evaluations"]:
         means = [over_draws([row[name]]) for name in ("nll", "bleu")]
         firsts = [row["bleu"][0], row["bleu_beam"][0]] if "bleu_beam" in row else []
-        cells = [runs.format_mean(m["mean"][0], m["ci95"][0], digits=d) for m, d in zip(means, (3, 2), strict=True)]
-        cells += [runs.format_mean(value) for value in firsts]
+        cells = [
+            intervals.format_mean(m["mean"][0], m["ci95"][0], digits=d) for m, d in zip(means, (3, 2), strict=True)
+        ]
+        cells += [intervals.format_mean(value) for value in firsts]
         table.add_row(f"{row['state']} ({row['step']:,})", row["language"], str(row["pairs"]), *cells)
     console.print(table)
 

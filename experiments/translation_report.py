@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import figures, runs
+from experiments import figures, intervals, runs
 from experiments.low_resource import over_draws
 from experiments.translation import METHODS, AdamSteps, pairs_seen
 
@@ -110,7 +110,7 @@ def _scores(by_label: Mapping[str, dict[str, Any]]) -> str:
             trained = f"{pairs_seen(result['config'], step) / 1000:.0f}k"
             lines.append([label, which, trained, language, *(of_size.get(size, "") for size in sizes)])
     header = ["", "state", "pairs seen", "language", *(f"{size:,} pairs" for size in sizes)]
-    return runs.markdown_table(header, lines)
+    return intervals.markdown_table(header, lines)
 
 
 def _differences(by_label: Mapping[str, dict[str, Any]]) -> str:
@@ -127,7 +127,7 @@ def _differences(by_label: Mapping[str, dict[str, Any]]) -> str:
                     if all(pair):
                         lines.append([label, name, what, language, *_difference(*pair)])
     header = ["", "against", "states", "language", "dev loss", "BLEU", "BLEU, over test sets"]
-    return runs.markdown_table(header, lines)
+    return intervals.markdown_table(header, lines)
 
 
 def _are_comparable(result: dict[str, Any], baseline: dict[str, Any]) -> bool:
@@ -155,7 +155,7 @@ def _difference(rows: list[dict[str, Any]], others: list[dict[str, Any]]) -> lis
     cells = []
     for name, digits in (("nll", 3), ("bleu", 2)):
         found = over_draws(paired(name))
-        cells.append(runs.format_mean(found["mean"][0], found["ci95"][0], digits=digits))
+        cells.append(intervals.format_mean(found["mean"][0], found["ci95"][0], digits=digits))
     low, high = np.percentile(np.mean(paired("resampled_bleu"), axis=0), [2.5, 97.5])
     return [*cells, f"{low:.2f} to {high:.2f}"]
 
@@ -168,4 +168,4 @@ def _examples(by_label: Mapping[str, dict[str, Any]]) -> str:
     parts = "source", "before", "after", "reference"
     lines = [[one["language"], *(one[part].replace("|", "/") for part in parts)] for one in result["examples"]]
     header = ["", "source", "before", f"after {result['config']['sizes'][-1]:,} pairs", "reference"]
-    return f"By {label}, greedily.\n\n{runs.markdown_table(header, lines)}"
+    return f"By {label}, greedily.\n\n{intervals.markdown_table(header, lines)}"

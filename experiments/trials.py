@@ -14,7 +14,7 @@ import optax
 import tyro
 from rich.table import Table
 
-from experiments import common, devices, figures, runs, seeds
+from experiments import common, devices, figures, intervals, runs, seeds
 from experiments.cli import RunConfig, flag, with_defaults
 from experiments.common import Training
 from experiments.runs import RunError, stored_config
@@ -446,5 +446,5 @@ def reward_table(results: Mapping[str, Any], paper: Mapping[str, float], title: 
     for name, (settings, found, number) in rows.items():
         parameter = settings.get("parameter")
         shown = "" if parameter is None else f"{parameter:g}"
-        table.add_row(name, shown, runs.format_mean(found["mean"][0], found["ci95"][0], digits=3), str(number))
+        table.add_row(name, shown, intervals.format_mean(found["mean"][0], found["ci95"][0], digits=3), str(number))
     return table

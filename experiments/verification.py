@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.runs import mean_and_interval
+from experiments.intervals import mean_and_interval
 
 FALSE_ACCEPT_RATES = (0.01, 0.001)
 """The rates at which true accept rates are reported."""

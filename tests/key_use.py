@@ -44,7 +44,10 @@ def keys_by_use(function):
     drawn, divided = [], set()
 
     def note(name, data):
-        divided.add(data) if name in ("split", "fold_in") else drawn.append(data)
+        if name in ("split", "fold_in"):
+            divided.add(data)
+        else:
+            drawn.append(data)
 
     with _watched(note):
         jax.block_until_ready(function())

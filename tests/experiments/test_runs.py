@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import omniglot, report, retest, runs, sinusoid
+from experiments import intervals, omniglot, report, retest, runs, sinusoid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,27 +126,27 @@ def test_every_stream_of_an_experiment_is_another():
     ],
 )
 def test_means_are_printed(arguments, expected):
-    assert runs.format_mean(*arguments) == expected
+    assert intervals.format_mean(*arguments) == expected
 
 
 def test_means_are_scaled_with_their_interval():
-    assert runs.format_mean(0.5, 0.25, scale=100) == "50.00 ± 25.00"
+    assert intervals.format_mean(0.5, 0.25, scale=100) == "50.00 ± 25.00"
 
 
 def test_episodes_that_are_not_finite_are_counted_in_tables():
     metric = {"mean": [0.25, None], "ci95": [0.01, None], "num_nonfinite": [0, 3], "finite_mean": [0.25, 0.5]}
-    assert runs.format_metric(metric, 0, scale=100) == "25.00 ± 1.00"
-    assert runs.format_metric(metric, scale=100) == "not finite in 3 episodes (others 50.00)"
-    assert runs.format_metric({"mean": [None], "ci95": [None]}) == "not finite"
+    assert intervals.format_metric(metric, 0, scale=100) == "25.00 ± 1.00"
+    assert intervals.format_metric(metric, scale=100) == "not finite in 3 episodes (others 50.00)"
+    assert intervals.format_metric({"mean": [None], "ci95": [None]}) == "not finite"
 
 
 def test_an_interval_is_students():
     # The variance of three ones and a zero is 1/4; the 0.975 quantile of Student's t with 3 degrees is 3.182.
     values = np.array([1.0, 0.0, 1.0, 1.0])
-    found = runs.mean_and_interval(values)
+    found = intervals.mean_and_interval(values)
     assert found["mean"] == [0.75]
     np.testing.assert_allclose(found["ci95"], [3.182446 * 0.5 / 2], rtol=1e-5)
-    both = runs.mean_and_interval(np.stack([values, 2 * values], 1))
+    both = intervals.mean_and_interval(np.stack([values, 2 * values], 1))
     np.testing.assert_allclose(both["mean"], [0.75, 1.5])
     np.testing.assert_allclose(both["ci95"], [found["ci95"][0], 2 * found["ci95"][0]])
 
