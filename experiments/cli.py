@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 import math
@@ -406,6 +407,7 @@ def _named_by_flags(settings: Mapping[str, Any]) -> Iterator[None]:
         raise ValueError(message) from error
 
 
+@functools.cache  # the source of a module is parsed for every class
 def _field_texts(kind: type) -> dict[str, str]:
     """The docstrings under the fields of a dataclass and of those that it extends, by the name of the field."""
     texts: dict[str, str] = {}

@@ -540,7 +540,8 @@ def section(of: Mapping[str, Sequence[dict]], of_name: Mapping[str, str]) -> str
     if of["images"]:
         photographs = (
             "\n\n## Photographs\n\n5-way accuracy in %, with its 95 % interval over the test episodes, on 100 classes "
-            "of ImageNet (64 for training, 16 for validation, 20 for the test) at 64x64 pixels. They are not "
+            "of Tiny ImageNet at 64x64 pixels: 64 for training (300 images each), 16 for validation and 20 for the "
+            "test (200 images each). `experiments/tiny_imagenet_split.json` names them. They are not "
             "miniImageNet, so only the order of the methods is comparable with its published numbers, which are those "
             "of full trainings. A method with one last layer is trained for each shot. LEO learns on the features of "
             "the pretrained classifier, whose minutes are not in its own. Inductive and transductive tests do not "

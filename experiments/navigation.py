@@ -256,11 +256,14 @@ def returns_at(
     config: Config, params: ArrayTree, goals: jax.Array, key: PRNGKey, rates: Sequence[float], num_trajectories: int
 ) -> np.ndarray:
     """The mean returns [G, K+1] at goals [G, 2] before each update and after the last, with rates [K]."""
-    # What a program does not depend on is left out, so that it is not compiled again.
-    of_program = dataclasses.replace(config, seed=0, seeds=1, run_dir=None, num_meta_steps=0, later_lr=None)
-    program = returns_program(of_program, len(goals), len(rates), num_trajectories)
+    program = returns_program(of_program(config), len(goals), len(rates), num_trajectories)
     rates = jnp.array(rates, jnp.float32)
     return np.asarray(program((params, rates), (goals, jax.random.split(key, len(goals)))))
+
+
+def of_program(config: Config) -> Config:
+    """The settings without those on which no compiled program depends, so that it is not compiled again."""
+    return dataclasses.replace(config, seed=0, seeds=1, run_dir=None, num_meta_steps=0, later_lr=None)
 
 
 @functools.lru_cache(maxsize=8)
@@ -280,6 +283,7 @@ def returns_program(config: Config, num_goals: int, num_updates: int, num_trajec
     return jax.jit(at) if mesh is None else parallel.each_task(at, mesh)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "num_updates", "num_trajectories"))
 def collect(
     config: Config,
     params: ArrayTree,
@@ -429,11 +433,11 @@ def draw_behaviour(
 
     The rates are by default chosen on validation goals.
     """
-    found, rates = [], on_validation_goals(config, params)[0] if rates is None else rates
+    found, rates = [], jnp.array(on_validation_goals(config, params)[0] if rates is None else rates, jnp.float32)
     own_key = jax.random.fold_in(runs.streams(seed).test, 3)  # the test splits its stream into the keys 0, 1 and 2
     for index, goal in enumerate(published_goals()[:num_goals]):
         key = jax.random.fold_in(own_key, index)
-        support, query = collect(config, params, goal, key, jnp.array(rates, jnp.float32), len(rates), 10)
+        support, query = collect(of_program(config), params, goal, key, rates, len(rates), 10)
         batches = [jax.tree.map(lambda x, k=k: x[k], support) for k in range(len(rates))] + [query]
         found.append({"goal": np.asarray(goal), "paths": np.stack([positions(batch) for batch in batches])})
     figures.paths(file, found)

@@ -140,9 +140,10 @@ def maml_plus_plus(
             outputs = model.call(task_params, episode.query.inputs, key)
             return (query_loss_fn or loss_fn)(outputs, episode.query.targets)
 
-        # The loss before the first step is computed too, and not used.
-        _, info = learner.adapt(meta_params, episode.support, key=episode.key, observe_fn=query_loss)
-        return jnp.sum(step_weights * info.observed[1:]), info
+        # The parameters of every step and not its loss, because the loss before the first step has no weight.
+        _, info = learner.adapt(meta_params, episode.support, key=episode.key, observe_fn=lambda params: params)
+        query_losses = jax.lax.map(query_loss, jax.tree.map(lambda x: x[1:], info.observed))
+        return jnp.sum(step_weights * query_losses), info._replace(observed=None)
 
     return learner._replace(objective=objective)
 

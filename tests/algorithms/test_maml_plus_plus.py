@@ -84,8 +84,24 @@ def test_the_objective_is_the_weighted_sum_of_the_losses_of_the_steps(x64):
         expected += weight * half_mse(linear_model.apply(phi, episode.query.inputs), episode.query.targets)
     loss, info = learner.objective(meta_params, episode)
     chex.assert_trees_all_close(loss, expected, rtol=1e-12)
-    chex.assert_shape(info.observed, (4,))
+    chex.assert_shape(info.support_loss, (3,))
+    assert info.observed is None
     check_grads(lambda p: learner.objective(p, episode)[0], (meta_params,), order=1, modes=["rev"])
+
+
+def test_the_query_loss_before_the_first_step_is_no_part_of_the_objective(x64):
+    # The derivative of a norm is not finite at zero, where the parameters start.
+    episode = make_episode(jax.random.key(2))
+    learner = maml_plus_plus(
+        linear_model,
+        half_mse,
+        lambda outputs, targets: jnp.linalg.norm(outputs),
+        inner_lr=ALPHA,
+        num_inner_steps=3,
+        step_weights=jnp.array([0.2, 0.3, 0.5]),
+    )
+    grads = gradient(learner, {"params": jnp.zeros(4), "rates": RATES.astype(jnp.float64)}, episode)
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(grads))
 
 
 def test_weights_are_annealed_to_the_last_step():

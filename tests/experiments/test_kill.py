@@ -148,8 +148,9 @@ def test_a_signal_ends_the_process_with_its_code_and_nothing_is_lost(tmp_path, n
 
 
 def described_names():
-    """Patterns of the names that the README's table of a run directory has."""
-    text = (TESTS.parent / "README.md").read_text().partition("### What a run directory holds")[2].partition("###")[0]
+    """Patterns of the names that the documentation's table of a run directory has."""
+    page = (TESTS.parent / "docs" / "how-to" / "runs.md").read_text()
+    text = page.partition("## What a run directory holds")[2].partition("##")[0]
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
     names = [name.split("/")[0] for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
     return [re.sub("[A-Z]+", "*", name) for name in names if not name.startswith(".")]
