@@ -452,7 +452,7 @@ def main(
     Mistakes end in one paragraph and exit code 2; with MAML_JAX_TRACEBACK=1 in the environment, in a traceback.
     """
     program = f"python -m {sys.modules['__main__'].__spec__.name} {subcommand}".rstrip()
-    with processes.exit_on_error(), mistakes_in_one_paragraph():
+    with _without_teardown(), processes.exit_on_error(), mistakes_in_one_paragraph():
         config = parse(configs, description, about=about, program=program)
         set_up_jax(config.precision)
         if hasattr(config, "distributed"):
@@ -460,6 +460,20 @@ def main(
         check_devices()
         console.quiet = jax.process_index() > 0
         run(config)
+
+
+@contextlib.contextmanager
+def _without_teardown() -> Iterator[None]:
+    """Ends a process that a signal has stopped at once: threads that still compile may crash while Python ends."""
+    try:
+        yield
+    except SystemExit as ended:
+        if ended.code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # nobody may read it any more
+                stream.flush()
+        os._exit(ended.code)
 
 
 def check_devices() -> None:
