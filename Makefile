@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # One more than there are cores, because some tests wait for processes of their own.
 WORKERS = $(shell $(BIN)/python -c "import os; print(os.cpu_count() + 1)")
 
-# Where Python may not keep what it has compiled, every process compiles JAX for half a minute.
+# Where Python may not keep what it has compiled, every process compiles what it imports, for up to half a minute.
 export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: demo test test-slow lint docs bench install playground

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import gc
+import os
 import re
 import signal
 import subprocess
@@ -221,6 +222,25 @@ def test_an_interruption_of_the_start_has_no_traceback(tmp_path, seconds, interr
     assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
     assert "Traceback" not in said
     assert "Exception ignored" not in said
+
+
+STOPPED = """
+import atexit, os
+from experiments import cli, sinusoid
+def run(config):
+    atexit.register(os.abort)  # in place of threads that crash while Python ends
+    raise KeyboardInterrupt
+cli.main(sinusoid.METHODS, run, "")
+"""
+
+
+def test_a_stopped_process_has_its_exit_status_whatever_happens_while_python_ends(tmp_path):
+    (tmp_path / "stopped.py").write_text(STOPPED)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(cli.__file__).parents[1])))}
+    command = [sys.executable, "-m", "stopped", "maml"]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGINT, done.stderr
+    assert "stopped; a training goes on" in done.stderr
 
 
 def test_a_device_without_memory_ends_in_a_paragraph(capsys):
