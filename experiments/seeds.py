@@ -130,11 +130,10 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
     all_seeds = [result["seed"] for result in results]
     summary = finite({"seeds": all_seeds, "metrics": metrics, "execution": execution, "results": results})
     write_json(config.run_dir / "seeds.json", summary)
-    if jax.process_index() == 0:
-        figures.learning_curves(
-            config.run_dir / "figures" / "learning_curve.png",
-            {config.algorithm: [curve(config.run_dir / f"seed-{seed}") for seed in all_seeds]},
-        )
+    figures.learning_curves(
+        config.run_dir / "figures" / "learning_curve.png",
+        {config.algorithm: [curve(config.run_dir / f"seed-{seed}") for seed in all_seeds]},
+    )
     table = Table(
         ROWS.get(config.experiment, "inner steps"),
         title=f"{config.algorithm}: mean over {len(results)} seeds, 95 % interval",
