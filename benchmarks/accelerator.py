@@ -623,7 +623,7 @@ def parse(arguments: Sequence[str] | None) -> tuple[Config, dict[str, np.ndarray
     config = Config(
         found.short,
         **repetitions,
-        results_dir=found.results_dir,
+        results_dir=found.results_dir.expanduser(),
         minutes=found.minutes,
         data=found.data,
         parts=parts,

@@ -286,7 +286,8 @@ def write_results(name: str, settings: Output, content: dict[str, Any], *, suffi
 
 def results_folder(settings: Output) -> Path:
     """The directory of the results, which is made if it does not exist."""
-    folder = settings.results_dir / "short" if settings.short else settings.results_dir
+    folder = settings.results_dir.expanduser()
+    folder = folder / "short" if settings.short else folder
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -89,7 +89,9 @@ def collection(settings: navigation.Config) -> tuple[Callable, float]:
 
 
 def in_torch(settings: navigation.Config) -> tuple[dict[str, Callable], Any] | None:
-    """The calls of PyTorch and their module, or None if it is not installed."""
+    """The calls of PyTorch and their module, or None if it is not installed, or JAX has an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
     try:
         import torch
 

@@ -129,8 +129,12 @@ def installed_peers() -> ModuleType:
     """The module of the peers.
 
     Raises:
-      RunError: if a peer is not installed.
+      RunError: if a peer is not installed, or JAX does not run on the CPU, where the peers do.
     """
+    if jax.default_backend() != "cpu":
+        raise RunError(
+            f"the peers run on the CPU and JAX on {jax.default_backend()}; set JAX_PLATFORMS=cpu to compare them"
+        )
     try:
         return importlib.import_module("benchmarks.torch_peers")
     except ImportError as error:

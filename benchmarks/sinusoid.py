@@ -210,7 +210,9 @@ def jitted_steps(config: Config) -> dict[str, Any]:
 
 
 def torch_loop(config: Config) -> dict[str, Any] | None:
-    """Times plain PyTorch, one task after the other. Returns None if it is not installed."""
+    """Times plain PyTorch, one task after the other. Returns None if it is not installed, or JAX has an accelerator."""
+    if jax.default_backend() != "cpu":
+        return None
     try:
         import torch
     except ImportError:

@@ -48,7 +48,7 @@ class ClassificationConfig(RunConfig):
     train_shot: int | None = None
     """Support examples per class in training; by default as many as --shot."""
     num_meta_steps: int = 60_000
-    """Outer updates. A run may be continued with a larger number."""
+    """Outer updates. A run with a constant or halved rate may be continued with a larger number."""
     eval_inner_steps: int | None = None
     """Inner steps in validation and test; by default the paper's."""
     network: str

@@ -71,11 +71,15 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
         raise RunError(
             f"{run_dir} holds an ensemble of {config.ensemble} states; only a run with --ensemble 1 can be used"
         )
+    hyperparameters = config.hyperparameters
+    inner_steps = config.eval_inner_steps if hasattr(hyperparameters, "num_inner_steps") else None
+    if getattr(hyperparameters, "head", "") == "fine-tuned":
+        inner_steps = hyperparameters.num_finetuning_steps
     return LearnerConfig(
         algorithm=config.algorithm,
-        hyperparameters=dataclasses.asdict(config.hyperparameters),
+        hyperparameters=dataclasses.asdict(hyperparameters),
         way=config.way,
-        inner_steps=config.eval_inner_steps if hasattr(config.hyperparameters, "num_inner_steps") else None,
+        inner_steps=inner_steps,
         network=config.network,
         features=config.filters,
         pooling=config.pooling,

@@ -283,6 +283,12 @@ def examples_of(config: Config) -> Examples:
             f"--held-out leaves the one source domain {next(iter(found.train))}, and the losses between domains need "
             f"two; let it have fewer domains{without}"
         )
+    if config.losses == "mfr" and config.across_weight and num_sources - num_meta_test < 2:
+        raise ValueError(
+            f"--num-held-out {num_meta_test} leaves one of the {num_sources} source domains for meta-train, where the "
+            "loss between domains needs two; choose a smaller number, let --held-out have fewer domains, or set "
+            "--across-weight 0"
+        )
     return found
 
 

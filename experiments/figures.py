@@ -162,12 +162,13 @@ def orders(
         for label, of_seeds in panel.items():
             values = np.asarray(of_seeds, float)
             draw(axes, label, range(values.shape[1]), values)
-            adapted += [values[:, 1:].min(), values[:, 1:].max()]
+            finite = values[:, 1:][np.isfinite(values[:, 1:])]
+            adapted += finite.tolist()
         axes.set(title=text, xlabel="inner steps at test", ylabel=score)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if "error" in score:
             axes.set_yscale("log")
-        else:  # before the first step all guess
+        elif adapted:  # before the first step all guess
             axes.set_ylim(min(adapted) - 4, max(adapted) + 1)
     for axes in (training, *tests):
         if axes.get_yscale() == "log":
@@ -180,12 +181,12 @@ def mean_and_bar(of_seeds: Sequence[tuple[float, float]]) -> tuple[float, np.nda
     """The mean over seeds, and how far its bar goes below and above, [2, 1] as matplotlib takes it.
 
     Args:
-      of_seeds: mean and half-width of the 95 % interval of every seed.
+      of_seeds: mean and half-width of the 95 % interval of every seed; None if they are not finite.
 
     Returns:
       The bar of several seeds ends at the smallest and the largest, that of one at its interval.
     """
-    means, intervals = np.transpose(of_seeds)
+    means, intervals = np.transpose(np.asarray(of_seeds, float))
     mean = means.mean()
     ends = (mean - means.min(), means.max() - mean) if len(means) > 1 else (intervals[0], intervals[0])
     return float(mean), np.reshape(ends, (2, 1))

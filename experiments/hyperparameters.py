@@ -44,7 +44,7 @@ from experiments.cli import (
 )
 from experiments.runs import RunError, console
 from maml_jax import Batch, Episode, MetaLearner, Model, evaluate_objective, hypergradient, losses, mixed_mode, models
-from maml_jax.algorithms.hypergradient import Hyperparameters, check_segments, default_segments
+from maml_jax.algorithms.hypergradient import RunHyperparameters, check_segments, default_segments
 from maml_jax.cost import count_flops, temporary_bytes
 from maml_jax.parallel import each_task
 from maml_jax.tasks.pixels import scale_pixels
@@ -160,7 +160,7 @@ def with_paper_defaults(config: Config) -> Config:
 # Schedules that are not learned
 
 
-def schedule(layers: Sequence[str], rate: Any, momentum: Any, l2: float) -> Hyperparameters:
+def schedule(layers: Sequence[str], rate: Any, momentum: Any, l2: float) -> RunHyperparameters:
     """The same rates in all layers.
 
     Args:
@@ -170,24 +170,26 @@ def schedule(layers: Sequence[str], rate: Any, momentum: Any, l2: float) -> Hype
       l2: the strength of the penalty, in all layers.
     """
     rate, momentum = np.asarray(rate, np.float32), np.clip(np.asarray(momentum, np.float32), 1e-6, None)
-    return Hyperparameters(
+    return RunHyperparameters(
         {name: np.log(rate) for name in layers},
         np.log(momentum / (1 - momentum)),
         {name: np.float32(math.log(l2)) for name in layers},
     )
 
 
-def constant(layers: Sequence[str], num_steps: int, *, rate: float, momentum: float, l2: float) -> Hyperparameters:
+def constant(layers: Sequence[str], num_steps: int, *, rate: float, momentum: float, l2: float) -> RunHyperparameters:
     """One rate and one momentum for all steps and layers."""
     return schedule(layers, np.full(num_steps, rate), np.full(num_steps, momentum), l2)
 
 
-def linear_decay(layers: Sequence[str], num_steps: int, *, rate: float, momentum: float, l2: float) -> Hyperparameters:
+def linear_decay(
+    layers: Sequence[str], num_steps: int, *, rate: float, momentum: float, l2: float
+) -> RunHyperparameters:
     """A rate that falls from `rate` by equal amounts, to `rate` / K in the last step."""
     return schedule(layers, rate * (1 - np.arange(num_steps) / num_steps), np.full(num_steps, momentum), l2)
 
 
-def random_schedule(layers: Sequence[str], num_steps: int, rng: np.random.Generator) -> Hyperparameters:
+def random_schedule(layers: Sequence[str], num_steps: int, rng: np.random.Generator) -> RunHyperparameters:
     """Draws a schedule of 3L + 4 numbers for L layers, ten for two.
 
     By layer: the first rate, the last rate relative to it, and the strength of the penalty. For all: the momentum of
@@ -207,13 +209,13 @@ def random_schedule(layers: Sequence[str], num_steps: int, rng: np.random.Genera
         rates[name] = np.float32(np.log(first * warm_up * (last + (1 - last) * decay)))
     start, end = (1 - log_uniform(0.02, 1) for _ in range(2))
     momentum = schedule([], [], start + (end - start) * progress, 1.0).momentum_logits
-    return Hyperparameters(rates, momentum, {name: np.float32(math.log(log_uniform(1e-6, 1e-2))) for name in layers})
+    return RunHyperparameters(rates, momentum, {name: np.float32(math.log(log_uniform(1e-6, 1e-2))) for name in layers})
 
 
 class Candidate(NamedTuple):
     """Hyperparameters and the numbers that describe them in the results."""
 
-    hyperparameters: Hyperparameters
+    hyperparameters: RunHyperparameters
     description: dict[str, float]
 
 
@@ -340,7 +342,7 @@ def make_search(learner: MetaLearner, episode: Episode) -> Callable[[Sequence[Ca
 
 
 def score(
-    learner: MetaLearner, hyperparameters: Hyperparameters, digits: dict[str, Batch], config: Config
+    learner: MetaLearner, hyperparameters: RunHyperparameters, digits: dict[str, Batch], config: Config
 ) -> tuple[dict[str, Any], np.ndarray]:
     """Held-out loss, test loss and test accuracy over fresh training runs, each with its 95 % interval.
 
@@ -367,7 +369,7 @@ def score(
 def compare(
     config: Config,
     learner: MetaLearner,
-    learned: Hyperparameters,
+    learned: RunHyperparameters,
     learn_seconds: float,
     digits: dict[str, Batch],
 ) -> dict[str, Any]:
@@ -413,7 +415,7 @@ def compare(
     }
 
 
-def relative_flops(config: Config, hyperparameters: Hyperparameters, episode: Episode) -> float:
+def relative_flops(config: Config, hyperparameters: RunHyperparameters, episode: Episode) -> float:
     """The operations of a training run with its hypergradient, divided by those of one without."""
     objective = make_learner(config).objective
     return count_flops(jax.grad(objective, has_aux=True), hyperparameters, episode) / count_flops(
@@ -449,7 +451,7 @@ def run(config: Config) -> dict[str, Any]:
     with runs.open_run(config.run_dir, config, runs.digest_of_batches(digits.values())) as run_dir:
         learner, sampler = make_learner(config), make_sampler(digits["training"], digits["heldout"])
 
-        def validate(hyperparameters: Hyperparameters) -> float:
+        def validate(hyperparameters: RunHyperparameters) -> float:
             found = evaluate_objective(
                 learner,
                 jax.device_get(hyperparameters),  # as in the scores, which then are the same program

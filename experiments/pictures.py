@@ -35,6 +35,7 @@ class ImageTask(NamedTuple):
       query_labels: [M].
       probabilities: [K+1, M, N], before the first and after every inner step; [1, M, N] if the learner does not
         iterate.
+      is_ink: whether images of one channel are drawings, whose ink is 1 and drawn dark; otherwise 1 is white.
     """
 
     title: str
@@ -43,6 +44,7 @@ class ImageTask(NamedTuple):
     query_images: np.ndarray
     query_labels: np.ndarray
     probabilities: np.ndarray
+    is_ink: bool = True
 
 
 class CurveTask(NamedTuple):
@@ -183,7 +185,7 @@ def adapting_images(files: Sequence[Path], task: ImageTask) -> None:
         axes.text(x + 0.15, y - CELL / 2, class_name(label), fontsize=14, fontweight="bold", ha="center", va="center")
         x += 0.35
         for place, index in enumerate(support[label]):
-            _image(axes, task.support_images[index], x + place * (CELL + GAP), y)
+            _image(axes, task, task.support_images[index], x + place * (CELL + GAP), y)
         x += num_support * (CELL + GAP)
         if num_steps:
             for line, step in enumerate(shown):
@@ -218,11 +220,12 @@ def _notes(task: ImageTask, leaves_out_steps: bool, num_support: int, num_query:
     return [*notes, *([f"Shown: {', '.join(left_out)}."] if left_out else [])]
 
 
-def _image(axes: Axes, image: np.ndarray, x: float, y: float, *, is_wrong: bool = False) -> None:
-    """Draws an image [H, W, channels] with its upper left corner at (x, y); drawings in one channel as dark ink."""
+def _image(axes: Axes, task: ImageTask, image: np.ndarray, x: float, y: float, *, is_wrong: bool = False) -> None:
+    """Draws an image [H, W, channels] of a task with its upper left corner at (x, y)."""
     extent = (x, x + CELL, y - CELL, y)
     if image.shape[-1] == 1:
-        axes.imshow(image[..., 0], extent=extent, cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        colours = "gray_r" if task.is_ink else "gray"
+        axes.imshow(image[..., 0], extent=extent, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
     else:
         axes.imshow(np.clip(image, 0, 1), extent=extent, interpolation="nearest")
     frame = {"linewidth": 2.8, "edgecolor": "black"} if is_wrong else {"linewidth": 0.6, "edgecolor": "0.5"}
@@ -237,7 +240,7 @@ def _image(axes: Axes, image: np.ndarray, x: float, y: float, *, is_wrong: bool 
 def _query(axes: Axes, task: ImageTask, index: int, shown: Sequence[int], x: float, y: float) -> None:
     """A query image, and below it a bar for each inner step."""
     label = task.query_labels[index]
-    _image(axes, task.query_images[index], x, y, is_wrong=task.probabilities[-1, index].argmax() != label)
+    _image(axes, task, task.query_images[index], x, y, is_wrong=task.probabilities[-1, index].argmax() != label)
     for line, step in enumerate(shown):
         probabilities = task.probabilities[step, index]
         bottom = y - CELL - (line + 1) * LINE - 0.02

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 
@@ -60,5 +61,6 @@ def memory_in_use() -> str:
     """The largest memory so far: of a device if it says so, else of this process."""
     peak = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
     if peak is None:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return f"{peak / 1e9:.1f} GB"

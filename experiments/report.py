@@ -30,7 +30,7 @@ from experiments import (
     sinusoid,
     translation_report,
 )
-from experiments.commands import EXPERIMENTS, by_command, changed_flags, flags_but_seed
+from experiments.commands import EXPERIMENTS, by_command, changed_flags, command, flags_but_seed
 from maml_jax import CATALOGUE
 
 HERE = Path(__file__).parent
@@ -134,6 +134,21 @@ def _curve_label(result: dict) -> str:
     """The method of a result on sinusoids with its rate and its changed flags."""
     rate = f"rate {result['config']['inner_lr']:g}"
     return ", ".join([figures.title(result["algorithm"]), rate, *_further_flags(result)])
+
+
+def _by_curve(results: list[dict]) -> dict[str, list[dict]]:
+    """The results on sinusoids by the name of their curve, seeds together.
+
+    Raises:
+      RunError: if two commands have the same name.
+    """
+    found: dict[str, list[dict]] = {}
+    for group in by_command(results).values():
+        if (other := found.setdefault(_curve_label(group[0]), group)) is not group:
+            raise runs.RunError(
+                f"`{command(other[0])}` and `{command(group[0])}` have one row in the tables; keep the results of one"
+            )
+    return found
 
 
 def _after(step: int, curves: list[list[float | None]]) -> str:
@@ -323,10 +338,10 @@ def details(results: list[dict]) -> str:
 def seed_curves(results: list[dict]) -> dict[str, list[list[dict]]]:
     """The learning curves of every command on sinusoids that has several seeds with one, by the name of the method."""
     logs = {}
-    for group in by_command([result for result in results if result["experiment"] == "sinusoid"]).values():
+    for label, group in _by_curve([result for result in results if result["experiment"] == "sinusoid"]).items():
         curves = [result["curve"] for result in group if result.get("curve")]
         if len(curves) > 1:
-            logs[_curve_label(group[0])] = curves
+            logs[label] = curves
     return logs
 
 
@@ -368,10 +383,9 @@ def sinusoid_section(tables: Mapping[str, str], has_seeds: bool) -> str:
         "rate is that of the gradient steps at test; a task has diverged when its error is above "
         f"{sinusoid.DIVERGED:g}, and then the mean says little and the median more. The figure has the mean over seeds "
         "of the median over tasks. Costs are those of a meta-step of 25 tasks, measured in turns by `python -m "
-        "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper. All methods train with "
-        "one inner step, Reptile with ten. With one step, MAML++ is a learned rate for each layer. "
-        "iMAML is not here. Its meta-gradient does not see the inner steps, so nothing keeps them stable: with ten "
-        "steps of 0.001 and λ = 100 they diverged during a training, after 3,215 meta-steps.\n\n"
+        "benchmarks.methods --workload sinusoid`. Published errors are those of the MAML paper. Methods that adapt in "
+        "training do so with one inner step, Reptile with ten. With one step, MAML++ is a learned rate for each layer. "
+        "iMAML is not here. Its meta-gradient does not see the inner steps, so nothing keeps them stable.\n\n"
         f"### 5 support points\n\n{tables['sinusoid-5']}\n\n### 10 support points\n\n{tables['sinusoid-10']}\n\n"
         f"![error against inner steps](figures/sinusoid.png)\n\n{curves}"
     )
@@ -438,11 +452,12 @@ def draw(directory: Path, of: Mapping[str, list[dict]], curves_of_seeds: dict[st
     """Writes every figure that there are results for."""
     if of["sinusoid"]:
         curves = {}
-        for group in by_command(of["sinusoid"]).values():
+        for label, group in _by_curve(of["sinusoid"]).items():
             name, flags = group[0]["algorithm"], flags_but_seed(group[0])
             is_plain = not any(flag.startswith("--inner-lr ") for flag in flags) and not _further_flags(group[0])
-            label = name if is_plain else _curve_label(group[0])
-            curves[label] = [evaluation for result in group for evaluation in result["evaluations"]]
+            curves[name if is_plain else label] = [
+                evaluation for result in group for evaluation in result["evaluations"]
+            ]
         figures.inner_curves(directory / "sinusoid.png", curves)
     if panels := orders_panels(of):
         labels = {f"{figures.title(name)}, rate 0.001": figures.title(name) for name in ("maml", "fomaml")}
@@ -487,7 +502,9 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
         + domain_section(tables["domains"])
         + hyperparameter_section(of["hyperparameters"], tables["hyperparameters"])
     )
-    provenance = "# How each result was made\n\nMade by `python -m experiments.report`, as [RESULTS.md](RESULTS.md) is."
+    provenance = (
+        "# How each training was made\n\nMade by `python -m experiments.report`, as [RESULTS.md](RESULTS.md) is."
+    )
     for name in EXPERIMENTS:
         if of[name]:
             provenance += f"\n\n## {name}\n\n{details(of[name])}"
@@ -507,7 +524,7 @@ def main() -> None:
     config = tyro.cli(Config, prog="python -m experiments.report", description=__doc__)
     with cli.mistakes_in_one_paragraph():
         for run_dir in config.add:
-            print(add(run_dir, HERE / "results"))
+            print(add(run_dir.expanduser(), HERE / "results"))
         write(HERE / "results", HERE / "RESULTS.md", PAGES)
 
 

@@ -22,6 +22,7 @@ from experiments.runs import (
     differing_settings,
     finite,
     open_run,
+    read_json,
     read_record,
     read_results,
     results_before,
@@ -118,6 +119,8 @@ def run_seeds(run: Callable[[Any], dict], training_of: Callable[[Any], Training]
         behind = members[steps.index(None) if None in steps else 0]
         together = train_together(members, trainings[seeds.index(behind.config.seed)])
         execution = together[0].execution
+        if "devices" not in execution and (config.run_dir / "seeds.json").exists():  # nothing was trained by this call
+            execution = read_json(config.run_dir / "seeds.json")["execution"]
         del training, trainings, members, behind, together  # the images of every seed
     # Other seeds have these settings too, but may not be tested yet.
     results = [*(run(of_seed) for of_seed in configs), *filter(None, map(read_results, others))]

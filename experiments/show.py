@@ -196,6 +196,7 @@ def image_figure(
             query_images=np.asarray(images.query.inputs),
             query_labels=labels,
             probabilities=np.asarray(jax.nn.softmax(outputs)),
+            is_ink=shown.experiment == "omniglot",
         ),
     )
     return words

@@ -30,6 +30,8 @@ from maml_jax.algorithms import Problem as Problem
 from maml_jax.algorithms import RecurrentUnits as RecurrentUnits
 from maml_jax.algorithms import ReptileDescent as ReptileDescent
 from maml_jax.algorithms import RidgeHead as RidgeHead
+from maml_jax.algorithms import RunHyperparameters as RunHyperparameters
+from maml_jax.algorithms import RunInfo as RunInfo
 from maml_jax.algorithms import SequenceInfo as SequenceInfo
 from maml_jax.algorithms import SetStatistics as SetStatistics
 from maml_jax.algorithms import anil as anil
@@ -61,6 +63,7 @@ from maml_jax.algorithms import replace_inner_state as replace_inner_state
 from maml_jax.algorithms import reptile as reptile
 from maml_jax.algorithms import siamese as siamese
 from maml_jax.algorithms import switch_at as switch_at
+from maml_jax.algorithms import training_run as training_run
 from maml_jax.algorithms import with_context as with_context
 from maml_jax.evaluate import evaluate as evaluate
 from maml_jax.evaluate import evaluate_objective as evaluate_objective
@@ -123,6 +126,8 @@ __all__ = [
     "RecurrentUnits",
     "ReptileDescent",
     "RidgeHead",
+    "RunHyperparameters",
+    "RunInfo",
     "SequenceInfo",
     "SetStatistics",
     "anil",
@@ -180,5 +185,6 @@ __all__ = [
     "siamese",
     "switch_at",
     "tasks",
+    "training_run",
     "with_context",
 ]

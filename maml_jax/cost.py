@@ -132,7 +132,7 @@ def inner_grad_costs(
 
     Returns:
       Costs by name: "first_order", "mixed_mode" and "reverse_over_reverse" of the meta-gradient, and "forward" of one
-      application of θ to the support set and one to the query set of every task.
+      prediction for the support set and one for the query set of every task.
     """
 
     def gradient(inner_grad):
@@ -140,17 +140,21 @@ def inner_grad_costs(
             build(inner_grad=inner_grad), params, episodes, chunk_size=chunk_size
         )
 
-    def forward(params, episodes):
-        predict = partial(build(inner_grad=first_order).predict, params)
+    learner = build(inner_grad=first_order)
+    support = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), episodes.support)
+    task_params, _ = jax.eval_shape(learner.adapt, params, support)
+
+    def forward(task_params, episodes):
+        predict = partial(learner.predict, task_params)
         return jax.lax.map(lambda episode: (predict(episode.support.inputs), predict(episode.query.inputs)), episodes)
 
-    functions = {
-        "forward": forward,
-        "first_order": gradient(first_order),
-        "mixed_mode": gradient(mixed_mode),
-        "reverse_over_reverse": gradient(jax.value_and_grad),
+    costs = {"forward": cost_of(forward, task_params, episodes)}
+    transforms = {
+        "first_order": first_order,
+        "mixed_mode": mixed_mode,
+        "reverse_over_reverse": jax.value_and_grad,
     }
-    return {name: cost_of(function, params, episodes) for name, function in functions.items()}
+    return costs | {name: cost_of(gradient(transform), params, episodes) for name, transform in transforms.items()}
 
 
 def _count(jaxpr: Any, is_needed: list[bool]) -> tuple[int, list[bool]]:

@@ -68,8 +68,9 @@ def evaluate(
       An `Evaluation` with leaves [K+1, ...]; K = 0 for a learner that does not iterate.
 
     Raises:
-      ValueError: if a count is wrong, `metric_fn` is no function or returns no number, `num_episodes` does not divide
-        over `mesh`, the learner's `adapt` ignores `observe_fn`, or `stochastic` is set and an episode has no key.
+      ValueError: if a count is wrong, `metric_fn` is not a function or returns no number, `num_episodes` does not
+        divide over `mesh`, the learner's `adapt` ignores `observe_fn`, or `stochastic` is set and an episode has no
+        key.
     """
     check_function("metric_fn", metric_fn, "losses.accuracy")
     score = (_query_scores, metric_fn, one_query_at_a_time, stochastic)

@@ -56,7 +56,7 @@ def gradient_step(optimizer: optax.GradientTransformation) -> OuterRule:
     Optimisers that ask for the value, the gradient or the function (`value`, `grad`, `value_fn` of optax) get them.
 
     Raises:
-      ValueError: if `optimizer` is no optax transformation.
+      ValueError: if `optimizer` is not an optax transformation.
     """
     check_optimizer("optimizer", optimizer)
 
@@ -110,12 +110,18 @@ def init_meta_state(
       A `MetaState` at step 0. Its arrays are copies, which training may overwrite.
 
     Raises:
-      ValueError: if a parameter is not floating, or `optimizer` is no optimiser.
+      ValueError: if a parameter is not floating, or `optimizer` is not an optimiser.
     """
     params = learner_at(learner, jnp.zeros((), jnp.int32)).init(key, inputs)
     check_floating(params)
     state = MetaState(params, _as_rule(optimizer).init(params), jnp.zeros((), jnp.int32))
-    return jax.tree.map(jnp.copy, state)
+    return jax.tree.map(_strong_copy, state)
+
+
+def _strong_copy(x: Any) -> jax.Array:
+    """A copy whose type is not weak, as that of `jnp.array(1.0)` is: after an update it is not, and that is another."""
+    x = jnp.copy(x)
+    return jax.lax.convert_element_type(x, x.dtype) if getattr(x, "weak_type", False) else x
 
 
 def _gradient_fn(learner, step, chunk_size, mesh) -> GradientFn:
@@ -137,10 +143,14 @@ class StateProgram:
     Attributes:
       jitted: the function of `(state, argument, *data)`.
       data: arrays that are arguments of the compiled program and not constants in it.
+      mesh: that of the program, or None.
+      donate: whether the state is donated.
     """
 
     jitted: Callable
     data: tuple = ()
+    mesh: jax.sharding.Mesh | None = None
+    donate: bool = False
 
     def __call__(self, state: MetaState, argument: ArrayTree) -> tuple[MetaState, Any]:
         """Runs it, and compiles it when it is called the first time."""
@@ -149,6 +159,8 @@ class StateProgram:
                 "the state was donated to an earlier call and holds no values any more; use the state that this call "
                 "returned, or build the program with donate=False"
             )
+        if self.mesh is not None:
+            state = parallel.replicate(state, self.mesh, donate=self.donate)
         return self.jitted(state, argument, *self.data)
 
     def lower(self, state: MetaState, argument: ArrayTree) -> jax.stages.Lowered:
@@ -187,7 +199,7 @@ def make_meta_step(
       meta-batch, T does not divide over the mesh, or the state was donated before.
 
     Raises:
-      ValueError: if `optimizer` is no optimiser, or `chunk_size` no positive integer.
+      ValueError: if `optimizer` is not an optimiser, or `chunk_size` not a positive integer.
     """
     rule = _as_rule(optimizer)
     _check_chunk_size(chunk_size)
@@ -197,7 +209,7 @@ def make_meta_step(
         gradient_fn = _gradient_fn(learner, state.step, chunk_size, mesh)
         return _update(rule, gradient_fn, state, episodes)
 
-    return StateProgram(jax.jit(step, donate_argnums=(0,) if donate else ()))
+    return StateProgram(jax.jit(step, donate_argnums=(0,) if donate else ()), mesh=mesh, donate=donate)
 
 
 def _update(rule: OuterRule, gradient_fn: GradientFn, state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:
@@ -241,7 +253,7 @@ def pmap_meta_step(
       is donated. It raises ValueError if `episodes` is no meta-batch or T does not divide over the devices.
 
     Raises:
-      ValueError: if `optimizer` is no optimiser or an outer rule that looks at the episodes, or `chunk_size` no
+      ValueError: if `optimizer` is not an optimiser or an outer rule that looks at the episodes, or `chunk_size` not a
         positive integer.
     """
     devices = jax.local_devices() if devices is None else list(devices)
@@ -257,12 +269,15 @@ def pmap_meta_step(
         local_gradient = _gradient_fn(learner, state.step, chunk_size, mesh=None)
         return _update(rule, lambda *args: parallel.pmean(local_gradient(*args)), state, episodes)
 
+    mesh = parallel.task_mesh(devices)
     # Every device has the same state; out_axes=None takes one copy.
     mapped = jax.pmap(local_step, parallel.AXIS, in_axes=(None, 0), out_axes=None, devices=devices)
 
     def step(state: MetaState, episodes: Episode) -> tuple[MetaState, Any]:
-        parallel.check_divides(count_tasks(episodes), len(devices), "meta_batch_size")
-        return mapped(state, jax.tree.map(lambda x: x.reshape(len(devices), -1, *x.shape[1:]), episodes))
+        num_tasks = count_tasks(episodes)
+        parallel.check_divides(num_tasks, len(devices), "meta_batch_size")
+        divided = jax.tree.map(lambda x: x.reshape(len(devices), num_tasks // len(devices), *x.shape[1:]), episodes)
+        return mapped(parallel.replicate(state, mesh), divided)
 
     return step
 
@@ -297,10 +312,11 @@ def make_train_loop(
       donate: see `make_meta_step`.
 
     Returns:
-      `loop(state, key) -> (state, info)`, jitted, with `info` leaves [num_steps].
+      `loop(state, key) -> (state, info)`, jitted, with `info` leaves [num_steps]. The next call takes the same key: the
+      step in the state makes its tasks new ones. With `donate`, a state can be passed only once.
 
     Raises:
-      ValueError: if a count is not a positive integer, `optimizer` is no optimiser, or the tasks do not divide over
+      ValueError: if a count is not a positive integer, `optimizer` is not an optimiser, or the tasks do not divide over
         the mesh.
     """
     meta_batch_size = check_integer("meta_batch_size", meta_batch_size, at_least=1)
@@ -327,4 +343,4 @@ def make_train_loop(
 
         return jax.lax.scan(body, state, length=num_steps)
 
-    return StateProgram(jax.jit(loop, donate_argnums=(0,) if donate else ()), (data,))
+    return StateProgram(jax.jit(loop, donate_argnums=(0,) if donate else ()), (data,), mesh, donate)

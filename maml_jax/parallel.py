@@ -5,6 +5,7 @@ meta-gradient. With several processes the mesh spans the devices of all of them.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jax.flatten_util import ravel_pytree
@@ -43,6 +44,33 @@ def check_mesh(mesh: Mesh | None, num_tasks: int, what: str) -> None:
     if not is_mesh or mesh.axis_types != (jax.sharding.AxisType.Auto,):
         raise ValueError(f"mesh {mesh!r} must be made by parallel.task_mesh(devices), or None for one device")
     check_divides(num_tasks, mesh.size, what)
+
+
+def replicate(tree: ArrayTree, mesh: Mesh, *, donate: bool = False) -> ArrayTree:
+    """A pytree with a copy on every device of a mesh, which is where a program on the mesh leaves its results.
+
+    A program that is first called with arrays of one device and then with its own results is compiled twice.
+
+    Args:
+      tree: arrays. What is traced, and what is on all of the devices already, comes back as it is.
+      mesh: from `task_mesh`.
+      donate: whether arrays that are copied are deleted.
+    """
+    devices = set(mesh.devices.flat)
+    if all(_is_on(leaf, devices) for leaf in jax.tree.leaves(tree)):
+        return tree
+    # `device_put` refuses keys on devices of other processes, and a compiled program does not.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.jit(lambda tree: tree, out_shardings=everywhere, donate_argnums=(0,) if donate else ())(tree)
+
+
+def _is_on(leaf: Any, devices: set[jax.Device]) -> bool:
+    try:
+        return leaf.sharding.device_set == devices
+    except jax.errors.ConcretizationTypeError:
+        return True
+    except AttributeError:  # a tracer, or an array of numpy
+        return isinstance(leaf, jax.Array)
 
 
 def pmean(tree: ArrayTree, axis_name: str = AXIS) -> ArrayTree:

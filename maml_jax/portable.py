@@ -60,7 +60,7 @@ class LearnerConfig:
       hyperparameters: those of the training, as fields of `CATALOGUE[algorithm].hyperparameters`.
       way: N, the number of classes. If the entry of the catalogue has `any_way`, it may be changed when the learner
         is built.
-      inner_steps: inner gradient steps at test; None for an algorithm without them.
+      inner_steps: inner gradient steps at test, or those of the fine-tuning; None for an algorithm without them.
       network: "conv4", or "multi-scale", which has no last layer, for algorithms that classify by embeddings.
       features: filters of each convolution.
       pooling: the geometry of `models.conv4`.
@@ -117,6 +117,7 @@ class LearnerConfig:
         object.__setattr__(self, "input_shape", tuple(self.input_shape))
         if not isinstance(self.hyperparameters, Mapping):
             raise ValueError(f"hyperparameters must be a record with names, got {self.hyperparameters!r}")
+        object.__setattr__(self, "hyperparameters", dict(self.hyperparameters))
         self._check_inner_steps(self._hyperparameters())
 
     @property
@@ -374,7 +375,9 @@ def _build(config: LearnerConfig, inner_steps: int | None) -> MetaLearner:
     )
     hyperparameters = config._hyperparameters()
     if inner_steps is not None:
-        hyperparameters = dataclasses.replace(hyperparameters, num_inner_steps=inner_steps)
+        # Fine-tuning has steps of its own.
+        name = "num_finetuning_steps" if getattr(hyperparameters, "head", "") == "fine-tuned" else "num_inner_steps"
+        hyperparameters = dataclasses.replace(hyperparameters, **{name: inner_steps})
     return learner_at(CATALOGUE[config.algorithm].build(problem, hyperparameters), jnp.int32(_LAST_STEP))
 
 

@@ -22,7 +22,7 @@ PRNGKey = chex.PRNGKey
 
 
 class Batch(NamedTuple):
-    """Examples of one task: two pytrees whose leaves share their leading axis, one entry an example."""
+    """Examples of one task: two pytrees with leaves [S, ...], an entry of the leading axis for each example."""
 
     inputs: ArrayTree
     targets: ArrayTree
@@ -120,7 +120,7 @@ class InitFn(Protocol):
 
 
 class AdaptFn(Protocol):
-    """`(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`."""
+    """`(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`; see `MetaLearner`."""
 
     def __call__(
         self,
@@ -151,7 +151,10 @@ class MetaLearner(NamedTuple):
       init: `(key, inputs) -> meta_params`, where inputs [S, ...] show the shape of one support set.
       adapt: `(meta_params, support, *, key=None, observe_fn=None) -> (task_params, info)`, what is deployed. Without a
         key it is deterministic. With one it may draw an order of the support set, and a stochastic model draws too.
-        Without `jax.jit` around it, the loop of the inner steps is compiled anew in every call.
+        Without `jax.jit` around it, the loop of the inner steps is compiled anew in every call. `info` is an
+        `InnerInfo`, or another record with a field `observed`. It holds the values of `observe_fn(task_params)` before
+        the first and after every inner step, stacked to [K+1, ...], or [1, ...] for a learner that observes only its
+        end. `evaluate` reads this field.
       predict: `(task_params, inputs) -> outputs`, one output an input, [M, ...].
       objective: `(meta_params, episode) -> (scalar, info)`, how it is trained: what `jax.grad` is taken of.
     """

@@ -7,7 +7,7 @@ import optax
 import pytest
 from jax import lax
 
-from maml_jax import Batch, Episode, losses, maml, models, parallel
+from maml_jax import Batch, Episode, losses, maml, meta_sgd, models, parallel
 from maml_jax.cost import Cost, cost_of, count_flops, inner_grad_costs, temporary_bytes
 from maml_jax.inner import first_order, mixed_mode
 from maml_jax.meta_gradient import meta_gradient
@@ -259,6 +259,17 @@ def test_inner_grad_costs():
     # With ten points, the activations of one pass have half the size of the parameters. Both passes are kept.
     assert growth["reverse_over_reverse"] > 1.5 * growth["mixed_mode"]
     assert growth["forward"] == 0
+
+
+def test_inner_grad_costs_of_meta_parameters_that_are_not_those_of_the_network():
+    episodes = sinusoid_episodes(2)
+    model = models.mlp(features=(4, 1))
+    make = partial(meta_sgd, model, losses.mean_squared_error, inner_lr=0.1, num_inner_steps=1)
+    meta_params = make().init(jax.random.key(0), episodes.support.inputs[0])
+    costs = inner_grad_costs(make, meta_params, episodes)
+    of_model = count_flops(model.apply, meta_params["params"], episodes.support.inputs[0])
+    assert costs["forward"].flops == 2 * 2 * of_model
+    assert costs["first_order"].flops < costs["mixed_mode"].flops
 
 
 def test_temporaries_and_cost_of():

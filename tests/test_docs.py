@@ -259,7 +259,7 @@ def test_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if page.stem == "your_images":
-        draw_images(tmp_path / "my_images")
+        draw_images(tmp_path / "my_pool")
     trained = train_a_run(tmp_path / "runs" / "my_run") if page.stem == "runs" else None
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert blocks

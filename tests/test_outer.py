@@ -22,6 +22,7 @@ from maml_jax import (
     maml,
     parallel,
     pmap_meta_step,
+    reptile,
 )
 from maml_jax.meta_gradient import meta_gradient
 from maml_jax.tasks import few_shot
@@ -160,6 +161,29 @@ def test_a_loop_is_compiled_once():
     for seed in range(3):
         state, _ = loop(state, jax.random.key(seed))
     assert state.step == 6
+
+
+def test_a_parameter_of_a_weak_type_is_compiled_once():
+    scaled = Model(lambda key, inputs: {"scale": jnp.array(1.0)}, lambda params, inputs: params["scale"] * inputs[:, 0])
+    learner = maml(scaled, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=1)
+    optimizer = optax.sgd(0.1)
+    state = init_meta_state(learner, optimizer, jax.random.key(0), jnp.zeros((6, 4)))
+    assert not state.params["scale"].weak_type
+    loop = make_train_loop(learner, optimizer, make_episode, meta_batch_size=2, num_steps=2)
+    for _ in range(2):
+        state, _ = loop(state, jax.random.key(1))
+    assert loop.jitted._cache_size() == 1
+
+
+def test_a_query_set_may_be_empty(episodes):
+    # Reptile adapts to the support set alone.
+    learner = reptile(linear_model, half_mse, inner_optimizer=optax.sgd(ALPHA), num_inner_steps=2)
+    optimizer = optax.sgd(1.0)
+    empty = episodes._replace(query=jax.tree.map(lambda x: x[:, :0], episodes.query))
+    state = init_meta_state(learner, optimizer, jax.random.key(0), jnp.zeros((6, 4)))
+    expected, _ = make_meta_step(learner, optimizer, donate=False)(state, empty)
+    found, _ = pmap_meta_step(learner, optimizer, devices=jax.devices()[:2])(state, empty)
+    chex.assert_trees_all_close(found.params, expected.params, rtol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["meta_batch_size", "num_steps"])

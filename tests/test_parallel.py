@@ -121,6 +121,19 @@ def test_a_mesh_of_every_device_has_one_axis():
     assert mesh.size == len(jax.devices()) == 8
 
 
+def test_what_is_on_every_device_or_traced_is_not_copied():
+    mesh = parallel.task_mesh(jax.devices()[:2])
+    tree = {"here": jnp.ones(3), "host": np.ones(2), "key": jax.random.key(0)}
+    everywhere = parallel.replicate(tree, mesh)
+    chex.assert_trees_all_equal(everywhere["here"], tree["here"])
+    assert all(leaf.sharding.device_set == set(mesh.devices.flat) for leaf in jax.tree.leaves(everywhere))
+    assert parallel.replicate(everywhere, mesh) is everywhere
+    assert not tree["here"].is_deleted()
+    parallel.replicate(tree, mesh, donate=True)
+    assert tree["here"].is_deleted()
+    assert "copy" not in str(jax.make_jaxpr(lambda x: parallel.replicate(x, mesh))(jnp.ones(3)))
+
+
 def test_each_task_gathers_its_results_on_every_device():
     mesh = parallel.task_mesh(jax.devices()[:4])
     doubled = parallel.each_task(lambda factor, tasks: {"out": factor * tasks}, mesh)(2.0, jnp.arange(8.0))["out"]
@@ -209,6 +222,24 @@ def test_pmap_refuses_tasks_that_do_not_divide():
     step = pmap_meta_step(LEARNER, OPTIMIZER, devices=jax.devices()[:3])
     with pytest.raises(ValueError, match="meta_batch_size=8 does not divide over the 3 devices"):
         step(initial_state(), META_BATCHES[0])
+
+
+@pytest.mark.parametrize("make", [make_meta_step, pmap_meta_step, make_train_loop])
+def test_the_program_of_an_initial_state_is_that_of_its_results(caplog, make):
+    devices = jax.devices()[:2]
+    mesh = parallel.task_mesh(devices)
+    if make is make_train_loop:
+        program = make(LEARNER, OPTIMIZER, SAMPLER, meta_batch_size=NUM_TASKS, num_steps=2, mesh=mesh)
+        argument = jax.random.key(1)
+    else:
+        program = make(LEARNER, OPTIMIZER, **({"devices": devices} if make is pmap_meta_step else {"mesh": mesh}))
+        argument = META_BATCHES[0]
+    state, _ = program(initial_state(), argument)
+    for leaf in jax.tree.leaves(state):
+        assert leaf.is_fully_replicated
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        program(state, argument)
+    assert "Finished XLA compilation" not in caplog.text
 
 
 def test_pmap_leaves_the_state_usable_and_returns_it_on_every_device():

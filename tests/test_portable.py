@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import types
 from pathlib import Path
 
 import chex
@@ -122,6 +123,28 @@ def test_inner_steps_of_training_and_test_may_differ(tmp_path):
     chex.assert_trees_all_equal(restored, params)
     shapes = jax.eval_shape(lambda p: outputs_by_step(learner, p, SUPPORT, QUERIES), restored)
     assert shapes.shape == (4, 4, 3)
+
+
+def test_inner_steps_are_those_of_the_fine_tuning_too():
+    def shapes(head):
+        config = LearnerConfig(
+            algorithm="pretrained-classifier",
+            hyperparameters={"head": head, "num_classes": 3, "num_finetuning_steps": 5},
+            way=3,
+            inner_steps=2,
+            features=2,
+            flatten=True,
+        )
+        learner = build_learner(config)
+        return jax.eval_shape(lambda params: learner.adapt(params, SUPPORT)[1].support_loss, random_params(config))
+
+    assert shapes("fine-tuned").shape == shapes("linear").shape == (2,)
+
+
+def test_hyperparameters_may_be_any_mapping(tmp_path):
+    config = dataclasses.replace(MAML, hyperparameters=types.MappingProxyType(dict(MAML.hyperparameters)))
+    save_learner(tmp_path / "learner.npz", random_params(MAML), config)
+    assert load_learner(tmp_path / "learner.npz").config == MAML
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):

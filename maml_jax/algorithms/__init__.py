@@ -10,7 +10,10 @@ from maml_jax.algorithms.cavia import cavia as cavia
 from maml_jax.algorithms.cavia import with_context as with_context
 from maml_jax.algorithms.classifier import PretrainedHead as PretrainedHead
 from maml_jax.algorithms.classifier import pretrained_classifier as pretrained_classifier
+from maml_jax.algorithms.hypergradient import RunHyperparameters as RunHyperparameters
+from maml_jax.algorithms.hypergradient import RunInfo as RunInfo
 from maml_jax.algorithms.hypergradient import hypergradient as hypergradient
+from maml_jax.algorithms.hypergradient import training_run as training_run
 from maml_jax.algorithms.imaml import ImplicitDescent as ImplicitDescent
 from maml_jax.algorithms.imaml import imaml as imaml
 from maml_jax.algorithms.leo import LatentDescent as LatentDescent
@@ -74,6 +77,8 @@ __all__ = [
     "RecurrentUnits",
     "ReptileDescent",
     "RidgeHead",
+    "RunHyperparameters",
+    "RunInfo",
     "SequenceInfo",
     "SetStatistics",
     "anil",
@@ -105,5 +110,6 @@ __all__ = [
     "reptile",
     "siamese",
     "switch_at",
+    "training_run",
     "with_context",
 ]

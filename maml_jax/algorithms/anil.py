@@ -43,7 +43,7 @@ def anil(
       A `MetaLearner`, as `maml` does.
 
     Raises:
-      ValueError: as `maml` does, and if `head` is no function; when it is used, if `head` selects no parameter.
+      ValueError: as `maml` does, and if `head` is not a function; when it is used, if `head` selects no parameter.
 
     References:
       Raghu et al., 2020, section 4.

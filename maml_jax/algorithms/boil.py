@@ -45,7 +45,7 @@ def boil(
       A `MetaLearner`, as `maml` does.
 
     Raises:
-      ValueError: as `maml` does, and if `head` is no function; when it is used, if no parameter is left to adapt.
+      ValueError: as `maml` does, and if `head` is not a function; when it is used, if no parameter is left to adapt.
 
     References:
       Oh et al., 2021, section 3.

@@ -42,8 +42,8 @@ def cavia(
       {"params": θ, "context": c_K [C]} and an `InnerInfo`.
 
     Raises:
-      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range. `init` raises it if the network does not take a pair.
+      ValueError: if `inner_optimizer` is not an optax transformation, `model` not a `Model`, or a count not an integer
+        in its range. `init` raises it if the network does not take a pair.
 
     References:
       Zintgraf et al., 2019, equations 4 and 5.
@@ -77,14 +77,20 @@ def cavia(
 
 
 def with_context(model: Model) -> Model:
-    """A network with inputs `(x [S, ..., D], context [C])`, which it concatenates to [S, ..., D + C].
+    """Makes a network whose inputs are pairs `(x [S, ..., D], context [C])`, concatenated to [S, ..., D + C].
 
     It is for vectors in front of a layer without normalisation. A context that is the same for all examples adds a
     constant to each unit or filter, and a normalisation by the statistics of a batch takes that out again. For images
     the paper modulates features after a normalisation: see `context_block` of `models.conv4`.
 
+    Args:
+      model: the network on [S, ..., D + C].
+
+    Returns:
+      A `Model`.
+
     Raises:
-      ValueError: if `model` is no `Model`.
+      ValueError: if `model` is not a `Model`.
     """
     check_model(model)
 

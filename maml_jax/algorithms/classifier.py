@@ -74,7 +74,7 @@ def pretrained_classifier(
 
     Raises:
       ValueError: if a count is out of its range, the head is unknown or lacks its `inner_optimizer`, or `embedding` is
-        no `Model`; when it is used, if embeddings are no [S, D] or labels do not fit.
+        not a `Model`; when it is used, if embeddings are no [S, D] or labels do not fit.
 
     References:
       Vinyals et al., 2016, section 4.1, for the neighbours and fine-tuning; Chen et al., 2019, "Baseline", for the

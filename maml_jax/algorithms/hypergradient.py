@@ -36,13 +36,13 @@ from maml_jax.types import (
 )
 
 
-class Hyperparameters(NamedTuple):
-    """What is learned; any real number is allowed everywhere.
+class RunHyperparameters(NamedTuple):
+    """The hyperparameters of a training run of K steps, in a form in which every real number is allowed.
 
     Attributes:
-      log_rates: by layer, [K], the logarithm of the learning rate of every step.
-      momentum_logits: [K], the logit of the momentum of every step.
-      log_l2: by layer, the logarithm of the strength of the L2 penalty.
+      log_rates: by the name of a layer, [K], the natural logarithm of the learning rate of every step.
+      momentum_logits: [K], the logit of the momentum of every step, log(γ / (1 − γ)).
+      log_l2: by the name of a layer, a scalar, the natural logarithm of the strength of the L2 penalty.
     """
 
     log_rates: dict[str, jax.Array]
@@ -121,7 +121,7 @@ def scheduled_descent(steps: Steps) -> optax.GradientTransformation:
 def training_run(
     model: Model,
     loss_fn: LossFn,
-    hyperparameters: Hyperparameters,
+    hyperparameters: RunHyperparameters,
     network: dict[str, ArrayTree],
     training_set: Batch,
     chosen: jax.Array,
@@ -200,7 +200,7 @@ def hypergradient(
     loss_fn: LossFn,
     *,
     metric_fn: LossFn | None = None,
-    initial: Callable[[Sequence[str]], Hyperparameters],
+    initial: Callable[[Sequence[str]], RunHyperparameters],
     num_inner_steps: int,
     batch_size: int,
     num_segments: int = 1,
@@ -217,22 +217,24 @@ def hypergradient(
         deterministic.
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
       metric_fn: `(outputs, targets) -> scalar` of the query set after the run, for the info; None for none.
-      initial: `(names of the layers) -> Hyperparameters`, before the first meta-step.
+      initial: `(names of the layers) -> RunHyperparameters`, those before the first meta-step. With a rate of 0.1, a
+        momentum of 0.9 and a penalty of 1e-4 for all K steps it returns `RunHyperparameters({name: jnp.full(K,
+        jnp.log(0.1)) for name in names}, jnp.full(K, jnp.log(9.0)), {name: jnp.log(1e-4) for name in names})`.
       num_inner_steps: K, the mini-batches of a run.
       batch_size: B, their size.
-      num_segments: see `training_run`.
-      truncation: see `training_run`.
-      inner_grad: see `training_run`.
+      num_segments: the number of parts whose first state alone is stored; see `training_run`.
+      truncation: the number of last steps that are differentiated; None for all.
+      inner_grad: how the gradient of a mini-batch is differentiated.
 
     Returns:
-      A `MetaLearner` with `Hyperparameters` as meta-parameters. `adapt` gives the trained network and an `InnerInfo`,
-      with the loss of every mini-batch [K] and one observation, after the run; `evaluate` needs `stochastic=True`. The
-      info of `objective` is a `RunInfo`.
+      A `MetaLearner` with `RunHyperparameters` as meta-parameters. `adapt` gives the trained network and an
+      `InnerInfo`, with the loss of every mini-batch [K] and one observation, after the run; `evaluate` needs
+      `stochastic=True`. The info of `objective` is a `RunInfo`.
 
     Raises:
-      ValueError: if `model` is no `Model`, a count no positive integer, `num_segments` does not divide the steps that
-        are differentiated, or `truncation` exceeds `num_inner_steps`; from `init`, if the parameters of `model` are
-        no dictionary, or `initial` returns something else; from `adapt`, if there is no key; from `objective`, if
+      ValueError: if `model` is not a `Model`, a count not a positive integer, `num_segments` does not divide the steps
+        that are differentiated, or `truncation` exceeds `num_inner_steps`; from `init`, if the parameters of `model`
+        are no dictionary, or `initial` returns something else; from `adapt`, if there is no key; from `objective`, if
         there is no query example.
 
     References:
@@ -250,9 +252,9 @@ def hypergradient(
                 f"the parameters of the model must be a dictionary of layers, got a {type(network).__name__}; every "
                 "layer has rates and a penalty of its own"
             )
-        if not isinstance(hyperparameters := initial(sorted(network)), Hyperparameters):
+        if not isinstance(hyperparameters := initial(sorted(network)), RunHyperparameters):
             raise ValueError(
-                f"initial must return Hyperparameters(log_rates, momentum_logits, log_l2), got a "
+                f"initial must return RunHyperparameters(log_rates, momentum_logits, log_l2), got a "
                 f"{type(hyperparameters).__name__}"
             )
         return hyperparameters

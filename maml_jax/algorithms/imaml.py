@@ -46,8 +46,8 @@ def imaml(
     takes memory that does not depend on K. It is exact if φ_K is a solution and the conjugate gradients converge.
 
     This is the paper's method. The authors' code differs: its K steps are on L_S without the proximal term, one step on
-    only that term follows (`penalty_last=True`), and the system is damped. For λ = 2 its meta-gradient is half that of
-    `damping=22`.
+    only that term follows (`penalty_last=True`), and the system is damped. For λ = 2 the meta-gradient of their code is
+    half of what is computed here with `damping=22`.
 
     Args:
       model: the network.
@@ -68,8 +68,8 @@ def imaml(
       model is deterministic in the inner problem, which must be one problem, and draws in the query pass.
 
     Raises:
-      ValueError: if `strength` is not positive, `damping` negative, `inner_optimizer` no optax transformation, `model`
-        no `Model`, a loss no function, or a count no integer in its range.
+      ValueError: if `strength` is not positive, `damping` negative, `inner_optimizer` not an optax transformation,
+        `model` not a `Model`, a loss not a function, or a count not an integer in its range.
 
     References:
       Rajeswaran et al., 2019, Algorithms 1 and 2.

@@ -114,8 +114,8 @@ def leo(
       "weight_rates" [D]}. `info` of `adapt` covers the steps of both loops, one after another.
 
     Raises:
-      ValueError: if `embedding` is no `Model` or a number is out of range; when it is used, if embeddings are no
-        [S, D], labels do not fit, or the objective is given an episode without a key.
+      ValueError: if `embedding` is not a `Model` or a number is out of range; when it is used, if embeddings are no [S,
+        D], labels do not fit, or the objective is given an episode without a key.
 
     References:
       Rusu et al., 2019, Algorithm 1 and section 2.3; for the published numbers https://github.com/deepmind/leo.

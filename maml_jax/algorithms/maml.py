@@ -45,8 +45,9 @@ def maml(
         need an `eps_root`.
       num_inner_steps: K ≥ 0. With K = 0 the objective is the query loss at θ.
       where: `(name) -> bool`, the parameters that adapt, by their path such as "norm_0/offset"; by default all.
-      inner_grad: how the inner gradient is differentiated: `mixed_mode` (exact, flat memory), `checkpointed`
-        or `jax.value_and_grad` (exact, reverse over reverse), or `first_order`.
+      inner_grad: how the inner gradient is differentiated: `mixed_mode` (exact; stores one copy of the adapting
+        parameters for each step and no activations), `checkpointed` or `jax.value_and_grad` (exact, reverse over
+        reverse), or `first_order`.
       num_microbatches: parts of the support set whose gradients are computed one after another.
       data_per_step: whether each inner step has a support set of its own, leaves [K, S, ...].
 
@@ -54,8 +55,8 @@ def maml(
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range.
+      ValueError: if `inner_optimizer` is not an optax transformation, `model` not a `Model`, or a count not an integer
+        in its range. `adapt` raises it for an empty support set, and the objective for an empty query set.
 
     References:
       Finn et al., 2017, Algorithm 2. https://arxiv.org/abs/1703.03400
@@ -87,8 +88,9 @@ def fomaml(
 ) -> MetaLearner:
     """Builds first-order MAML: the meta-gradient is ∇L_Q at φ_K, without second derivatives.
 
-    It is `maml` with `inner_grad=first_order`; see there for the arguments. If the inner optimiser uses more than the
-    gradient, as weight decay does, its derivatives with respect to that remain.
+    It is `maml` with `inner_grad=first_order`, and the arguments, what is returned and what is raised are those of
+    `maml`. If the inner optimiser uses more than the gradient, as weight decay does, its derivatives with respect to
+    that remain.
 
     References:
       Finn et al., 2017, section 5.2. https://arxiv.org/abs/1703.03400

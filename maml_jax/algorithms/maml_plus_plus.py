@@ -23,6 +23,7 @@ from maml_jax.types import (
     LossFn,
     MetaLearner,
     Model,
+    at_least_float32,
     check_function,
     check_integer,
     check_not_negative,
@@ -58,8 +59,10 @@ def maml_plus_plus(
       num_inner_steps: K ≥ 0. A learner with more steps than the trained one uses the last rates and parameters.
       learn_rates: whether the rate of each parameter array and step is learned. Otherwise its gradient is zero; an
         outer optimiser with weight decay needs a mask that leaves it out.
-      step_weights: w [K], the weights of the query losses after each step, such as `multi_step_weights` gives; None
-        for only the last one.
+      step_weights: w [K], the weights of the query losses after each step; None for only the last one. Those of
+        `multi_step_weights` depend on the meta-step, so the learner is a function of it: `lambda step:
+        maml_plus_plus(..., step_weights=multi_step_weights(step, K, 5000))`. Only training takes the function;
+        `evaluate` takes a learner without weights.
       per_step: `(name) -> bool`, parameters of which every φ_k has its own, such as scales and offsets of
         normalisations. They are meta-learned and do not adapt. The paper uses set k for the support pass of step k
         and for the query pass after it; here φ_k has set k in both, so there are K + 1 sets. The paper also keeps
@@ -72,8 +75,8 @@ def maml_plus_plus(
       parameters that do not adapt; the leaves of θ that `per_step` names have a leading axis [K+1].
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, a count no integer in its range, or
-        `step_weights` not K weights; when it is used, if `per_step` or `where` selects no parameter.
+      ValueError: if `model` is not a `Model`, `inner_lr` not a number of at least 0, a count not an integer in its
+        range, or `step_weights` not K weights; when it is used, if `per_step` or `where` selects no parameter.
 
     References:
       Antoniou et al., 2019, section 4: multi-step loss, per-step normalisation weights, per-layer per-step rates.
@@ -111,7 +114,8 @@ def maml_plus_plus(
             def of_leaf(grad, rate, values):
                 if values is None:
                     return -_at(rate, count) * grad
-                return _at(values, count + 1) - _at(values, count)
+                wide = at_least_float32(values)  # the difference is added to the set before, and must give the next one
+                return _at(wide, count + 1) - _at(wide, count)
 
             return jax.tree.map(of_leaf, grads, rates, stepped), count + 1
 
@@ -180,7 +184,7 @@ def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_step
       w [K], with sum 1.
 
     Raises:
-      ValueError: if a count is no positive integer.
+      ValueError: if a count is not a positive integer.
     """
     check_integer("num_inner_steps", num_inner_steps, at_least=1)
     check_integer("num_annealing_steps", num_annealing_steps, at_least=1)
@@ -194,15 +198,24 @@ def multi_step_weights(step: jax.Array, num_inner_steps: int, num_annealing_step
 def switch_at(boundary: int, step: jax.Array, before: MetaLearner, after: MetaLearner) -> MetaLearner:
     """One learner until a meta-step and another from then on, in one compiled program.
 
-    Only the objective of the present one is computed, unless the step is vmapped, as with several seeds in one program:
-    then both are, and one is kept. Both must have the same meta-parameters and the same info.
-    Derivative-order annealing switches from `first_order` to an exact inner gradient.
+    Derivative-order annealing switches from `first_order` to an exact inner gradient. Only the objective of the present
+    learner is computed, unless the step is vmapped, as with several seeds in one program: then both are, and one is
+    kept. Both learners must have the same meta-parameters and the same info.
 
     Args:
       boundary: the first meta-step of `after`.
       step: the meta-step, traced.
       before: the learner of the first meta-steps.
       after: the other one; it also gives `init`, `adapt` and `predict`.
+
+    Returns:
+      A `MetaLearner` for this step.
+
+    Raises:
+      TypeError: from the objective, if the two have another info.
+
+    References:
+      Antoniou et al., 2019, section 4: derivative-order annealing.
     """
 
     def objective(meta_params, episode):

@@ -135,7 +135,7 @@ def mann(
       `SequenceInfo`.
 
     Raises:
-      ValueError: if a number is out of its range or `embedding` no `Model`; when it is used, if embeddings are no
+      ValueError: if a number is out of its range or `embedding` not a `Model`; when it is used, if embeddings are no
         [S, D] or labels do not fit. The objective raises it if the episode has no key.
 
     References:

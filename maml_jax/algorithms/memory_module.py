@@ -84,7 +84,7 @@ def memory_module(
       observes once.
 
     Raises:
-      ValueError: if a number is out of its range or `embedding` no `Model`; when it is used, if embeddings are no
+      ValueError: if a number is out of its range or `embedding` not a `Model`; when it is used, if embeddings are no
         [S, D] or labels do not fit.
 
     References:

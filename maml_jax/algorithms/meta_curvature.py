@@ -49,7 +49,8 @@ def meta_curvature(
       adapts}.
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0, or a count no integer in its range.
+      ValueError: if `model` is not a `Model`, `inner_lr` not a number of at least 0, or a count not an integer in its
+        range.
 
     References:
       Park and Oliva, 2019, equations 7 to 9.

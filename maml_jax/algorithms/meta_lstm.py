@@ -63,7 +63,7 @@ def meta_lstm(
       [-0.01, 0.01], b_f in [4, 5] and b_i in [-5, -4].
 
     Raises:
-      ValueError: if `model` is no `Model`, or a count no integer in its range.
+      ValueError: if `model` is not a `Model`, or a count not an integer in its range.
 
     References:
       Ravi and Larochelle, 2017, section 3 for the gates and the constants, and Algorithm 1.

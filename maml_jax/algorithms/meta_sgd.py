@@ -49,8 +49,8 @@ def meta_sgd(
       A `MetaLearner` with the meta-parameters {"params": θ, "rates": α}; α is None where a parameter does not adapt.
 
     Raises:
-      ValueError: if `model` is no `Model`, `inner_lr` no number of at least 0 nor two in rising order, or a count no
-        integer in its range.
+      ValueError: if `model` is not a `Model`, `inner_lr` not a number of at least 0 nor two in rising order, or a count
+        not an integer in its range.
 
     References:
       Li et al., 2017, equations 2 and 3.

@@ -86,9 +86,9 @@ def mldg(
       once. The info of `objective` has F(θ) as `support_loss` [1].
 
     Raises:
-      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, `num_held_out` no positive
-        integer, or `beta` negative or not finite. The objective raises it if the episode has no key, its support
-        set is not [D, B, ...], or D is too small.
+      ValueError: if `inner_optimizer` is not an optax transformation, `model` not a `Model`, `num_held_out` not a
+        positive integer, or `beta` negative or not finite. The objective raises it if the episode has no key, its
+        support set is not [D, B, ...], or D is too small.
 
     References:
       Li et al., 2018, Algorithm 1 and equation 1. https://arxiv.org/abs/1710.03463
@@ -115,8 +115,8 @@ def mldg(
             )
         split_key, train_key, test_key = jax.random.split(episode.key, 3)
         order = jax.random.permutation(split_key, num_domains)
-        meta_test = jax.tree.map(lambda x: x[order[:num_held_out]], episode.support)
-        meta_train = jax.tree.map(lambda x: x[order[num_held_out:]], episode.support)
+        meta_test = jax.tree.map(lambda x: jnp.asarray(x)[order[:num_held_out]], episode.support)
+        meta_train = jax.tree.map(lambda x: jnp.asarray(x)[order[num_held_out:]], episode.support)
         stepped, info = inner_loop(
             lambda params, domains: train_loss(params, domains, train_key),
             inner_optimizer,
@@ -152,7 +152,7 @@ def erm(model: Model, loss_fn: LossFn, *, across_fn: AcrossFn | None = None) -> 
       A `MetaLearner` as that of `mldg`; in training the `support_loss` of its `info` is empty, [0].
 
     Raises:
-      ValueError: if `model` is no `Model`. The objective raises it if the support set is not [D, B, ...].
+      ValueError: if `model` is not a `Model`. The objective raises it if the support set is not [D, B, ...].
 
     References:
       Li et al., 2018, the baseline "Deep-All" of the experiments.

@@ -39,8 +39,8 @@ def pretrained(
       A `MetaLearner`; in training the `support_loss` of its `info` is empty, [0].
 
     Raises:
-      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, or a count no integer in its
-        range.
+      ValueError: if `inner_optimizer` is not an optax transformation, `model` not a `Model`, or a count not an integer
+        in its range.
 
     References:
       Finn et al., 2017, section 5.1 and appendix C.

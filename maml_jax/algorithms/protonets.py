@@ -27,7 +27,7 @@ def protonets(embedding: Model, loss_fn: LossFn, *, way: int) -> MetaLearner:
       divided by D.
 
     Raises:
-      ValueError: if `way` is no positive integer or `embedding` no `Model`; when it is used, if embeddings are no
+      ValueError: if `way` is not a positive integer or `embedding` not a `Model`; when it is used, if embeddings are no
         [S, D] or labels do not fit.
 
     References:

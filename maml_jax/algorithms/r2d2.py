@@ -56,8 +56,8 @@ def r2d2(
       one only if it is learned, and task parameters {"params": meta-parameters, "weights": W}.
 
     Raises:
-      ValueError: if `way` is no positive integer, `strength` or `scale` is not positive, or `embedding` no `Model`;
-        when it is used, if embeddings are no [S, D] or labels do not fit.
+      ValueError: if `way` is not a positive integer, `strength` or `scale` is not positive, or `embedding` not a
+        `Model`; when it is used, if embeddings are no [S, D] or labels do not fit.
 
     References:
       Bertinetto et al., 2019, section 3.2. https://arxiv.org/abs/1805.08136

@@ -58,9 +58,10 @@ def reptile(
       loss_fn: `(outputs, targets) -> scalar`, a mean over one batch.
       inner_optimizer: any optax transformation; the paper's is `optax.adam(1e-3, b1=0)`.
       num_inner_steps: K ≥ 0. With K = 1 Reptile is training on all tasks at once.
-      batch_size: examples of each inner step, drawn from the support set without replacement until it is used up,
-        and then anew, by the key of `adapt`; without one, in the same order in every call. A support set that is not
-        larger is used whole. None for the whole support set in each step.
+      batch_size: examples of each inner step. They are drawn without replacement until the support set is used up,
+        and then anew. Their order comes from the key of the episode in training, and from that of `adapt` otherwise.
+        Without one it is the same in every call. A support set of at most so many examples is used whole, as it is
+        with None.
       carry_state: whether the state of the inner optimiser is carried from task to task, as in the authors' code. It
         is then a part of the meta-parameters, and the outer optimiser must be wrapped in `replace_inner_state`: any
         other moves the state by its own rule, and no error says so. The authors' code computes the tasks of a
@@ -73,9 +74,9 @@ def reptile(
       meta-parameters are {"params": θ, "inner_state": state}.
 
     Raises:
-      ValueError: if `inner_optimizer` is no optax transformation, `model` no `Model`, `loss_fn` no function, or a
-        count no integer in its range; from `init`, if a state with random keys or an array of integers were to be
-        carried.
+      ValueError: if `inner_optimizer` is not an optax transformation, `model` not a `Model`, `loss_fn` not a function,
+        or a count not an integer in its range; from `init`, if a state with random keys or an array of integers were to
+        be carried.
 
     References:
       Nichol et al., 2018, Algorithms 1 and 2, sections 4 and 6. https://arxiv.org/abs/1803.02999
@@ -170,7 +171,14 @@ def _draw_batches(support: Batch, batch_size: int | None, num_steps: int, key: P
 
 
 def replace_inner_state(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The outer optimiser for `carry_state`: `optimizer` moves θ, and the inner state is replaced by its new value."""
+    """The outer optimiser for `carry_state`: `optimizer` moves θ, and the inner state is replaced by its new value.
+
+    Args:
+      optimizer: any optax transformation.
+
+    Returns:
+      A transformation of the meta-parameters {"params": θ, "inner_state": state}.
+    """
     parts = {"params": optimizer, "inner_state": optax.sgd(1.0)}
     return optax.partition(parts, lambda params: {name: name for name in parts})
 

@@ -34,7 +34,7 @@ def siamese(embedding: Model, *, way: int) -> MetaLearner:
       and the offset at 2: with weights near zero all pairs start alike, and learning is slow.
 
     Raises:
-      ValueError: if `way` is no positive integer or `embedding` no `Model`; when it is used, if embeddings are no
+      ValueError: if `way` is not a positive integer or `embedding` not a `Model`; when it is used, if embeddings are no
         [S, D] or labels do not fit.
 
     References:

@@ -81,9 +81,9 @@ def neural_statistician(
       info of its objective is an `Evidence`.
 
     Raises:
-      ValueError: if a network is no `Model` or a number is out of range; when it is used, if inputs are not one
-        floating array, the networks' outputs or the labels do not fit, or the objective is given an episode without
-        a key.
+      ValueError: if a network is not a `Model` or a number is out of range; when it is used, if inputs are not one
+        floating array, the networks' outputs or the labels do not fit, or the objective is given an episode without a
+        key.
 
     References:
       Edwards and Storkey, 2017, section 3 for the model and the bound, section 5 for α, and section 5.3 for

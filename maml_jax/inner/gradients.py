@@ -18,7 +18,7 @@ from jax.custom_derivatives import zero_from_primal
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from maml_jax.inner.pullback import contains, with_pullback
-from maml_jax.types import ArrayTree, InnerGradFn, check_integer, combine, partition
+from maml_jax.types import ArrayTree, InnerGradFn, at_least_float32, check_integer, combine, partition
 
 
 def first_order(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -62,7 +62,7 @@ def checkpointed(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: boo
     Returns:
       `(*args) -> (value, grads)`, or `((value, aux), grads)`.
     """
-    return jax.checkpoint(jax.value_and_grad(fun, argnums, has_aux=has_aux))
+    return _storing_arguments(fun, argnums, has_aux, is_forward=False)
 
 
 def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool = False) -> Callable:
@@ -105,8 +105,75 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
       Pearlmutter, 1994, Fast exact multiplication by the Hessian (the product with Hv); Kemaev et al.,
       2025, Scalable meta-learning via mixed-mode differentiation. https://arxiv.org/abs/2505.00793
     """
+    return _storing_arguments(fun, argnums, has_aux, is_forward=True)
 
-    def mixed_value_and_grad(*args, **kwargs):
+
+def check_inner_grad(
+    fun: Callable,
+    *args: ArrayTree,
+    inner_grad: InnerGradFn = mixed_mode,
+    num_products: int = 3,
+    rtol: float = 1e-2,
+) -> float:
+    """Compares derivatives of an inner gradient with those of reverse over reverse.
+
+    A transform that claims to be exact agrees with `jax.value_and_grad` to rounding. `mixed_mode` does not if `fun`
+    contains a derivative rule that is not the derivative of a function.
+
+    Args:
+      fun: `(*args) -> scalar`, the inner loss; its first argument holds the parameters.
+      args: where to compare. Floating arrays are varied, other leaves are constants.
+      inner_grad: the transform to check.
+      num_products: how many products of the derivative with random vectors are compared.
+      rtol: the largest difference allowed, relative to the norm of the product.
+
+    Returns:
+      The largest relative difference.
+
+    Raises:
+      ValueError: if it is larger than `rtol` or not a number, or `num_products` not a positive integer.
+    """
+    num_products = check_integer("num_products", num_products, at_least=1)
+    args = (jax.tree.map(jnp.asarray, args[0]), *args[1:])
+    floating, fixed = partition(args, lambda _, leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
+
+    def product_of(transform):
+        def product(cotangent):
+            _, pullback = jax.vjp(lambda floating: transform(fun)(*combine(floating, fixed))[1], floating)
+            # In float16 the bound below is zero, and squares overflow.
+            return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(at_least_float32(pullback(cotangent)))])
+
+        return jax.jit(product)
+
+    product, exact_product = product_of(inner_grad), product_of(jax.value_and_grad)
+    worst = 0.0
+    for index in range(num_products):
+        keys = iter(jax.random.split(jax.random.key(index), len(jax.tree.leaves(args[0]))))
+        cotangent = jax.tree.map(lambda x, keys=keys: jax.random.normal(next(keys), x.shape, x.dtype), args[0])
+        difference = jnp.linalg.norm(product(cotangent) - exact_product(cotangent))
+        relative = difference / jnp.maximum(jnp.linalg.norm(exact_product(cotangent)), 1e-30)
+        worst = float(np.maximum(worst, relative))  # NaN stays
+    if np.isnan(worst):
+        raise ValueError("a derivative of the inner gradient is not finite here; compare at other parameters or data")
+    if not worst <= rtol:
+        raise ValueError(
+            f"the derivative of the inner gradient differs from reverse over reverse by {worst:.1%}. A custom "
+            "derivative rule in the loss is probably no true derivative; choose inner_grad=checkpointed"
+        )
+    return worst
+
+
+def _storing_arguments(fun: Callable, argnums: int | tuple[int, ...], has_aux: bool, *, is_forward: bool) -> Callable:
+    """`jax.value_and_grad` that stores only its arguments when it is differentiated.
+
+    Args:
+      fun: as in `mixed_mode`.
+      argnums: as in `mixed_mode`.
+      has_aux: as in `mixed_mode`.
+      is_forward: whether it is differentiated forward over reverse where it can be; otherwise it is run again.
+    """
+
+    def value_and_gradient(*args, **kwargs):
         # JAX's own check of `argnums` and of the differentiated arguments, on a function that costs nothing.
         jax.value_and_grad(lambda *args, **kwargs: jnp.zeros(()), argnums)(*args, **kwargs)
         positions = [operator.index(n) % len(args) for n in np.atleast_1d(argnums)]
@@ -157,66 +224,12 @@ def mixed_mode(fun: Callable, argnums: int | tuple[int, ...] = 0, has_aux: bool 
                 product = jax.tree.map(jnp.add, product, pullback(_with_zeros(aux_bar, aux)))
             return product
 
-        value_and_grads = with_pullback(plain, backward) if suits else jax.checkpoint(plain)
+        value_and_grads = with_pullback(plain, backward) if suits and is_forward else jax.checkpoint(plain)
         (value, aux), grads = value_and_grads(chosen, floating, fixed)
         grads = tuple(grads) if isinstance(argnums, tuple | list) else grads[0]
         return ((value, combine(aux, static_aux)) if has_aux else value), grads
 
-    return mixed_value_and_grad
-
-
-def check_inner_grad(
-    fun: Callable,
-    *args: ArrayTree,
-    inner_grad: InnerGradFn = mixed_mode,
-    num_products: int = 3,
-    rtol: float = 1e-2,
-) -> float:
-    """Compares derivatives of an inner gradient with those of reverse over reverse.
-
-    A transform that claims to be exact agrees with `jax.value_and_grad` to rounding. `mixed_mode` does not if `fun`
-    contains a derivative rule that is not the derivative of a function.
-
-    Args:
-      fun: `(*args) -> scalar`, the inner loss; its first argument holds the parameters.
-      args: where to compare. Floating arrays are varied, other leaves are constants.
-      inner_grad: the transform to check.
-      num_products: how many products of the derivative with random vectors are compared.
-      rtol: the largest difference allowed, relative to the norm of the product.
-
-    Returns:
-      The largest relative difference.
-
-    Raises:
-      ValueError: if it is larger than `rtol` or not a number, or `num_products` no positive integer.
-    """
-    num_products = check_integer("num_products", num_products, at_least=1)
-    args = (jax.tree.map(jnp.asarray, args[0]), *args[1:])
-    floating, fixed = partition(args, lambda _, leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.inexact))
-
-    def product_of(transform):
-        def product(cotangent):
-            _, pullback = jax.vjp(lambda floating: transform(fun)(*combine(floating, fixed))[1], floating)
-            return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(pullback(cotangent))])
-
-        return jax.jit(product)
-
-    product, exact_product = product_of(inner_grad), product_of(jax.value_and_grad)
-    worst = 0.0
-    for index in range(num_products):
-        keys = iter(jax.random.split(jax.random.key(index), len(jax.tree.leaves(args[0]))))
-        cotangent = jax.tree.map(lambda x, keys=keys: jax.random.normal(next(keys), x.shape, x.dtype), args[0])
-        difference = jnp.linalg.norm(product(cotangent) - exact_product(cotangent))
-        relative = difference / jnp.maximum(jnp.linalg.norm(exact_product(cotangent)), 1e-30)
-        worst = float(np.maximum(worst, relative))  # NaN stays
-    if np.isnan(worst):
-        raise ValueError("a derivative of the inner gradient is not finite here; compare at other parameters or data")
-    if not worst <= rtol:
-        raise ValueError(
-            f"the derivative of the inner gradient differs from reverse over reverse by {worst:.1%}. A custom "
-            "derivative rule in the loss is probably no true derivative; choose inner_grad=checkpointed"
-        )
-    return worst
+    return value_and_gradient
 
 
 def _hoist(fun: Callable, *args: ArrayTree) -> tuple[Callable, list, bool]:

@@ -61,7 +61,7 @@ def proximal_solution(
       φ_K and an `InnerInfo`; `support_loss` [K] is L_S without the proximal term.
 
     Raises:
-      ValueError: if `strength` is a number that is not positive, `damping` one that is negative, or a count is no
+      ValueError: if `strength` is a number that is not positive, `damping` one that is negative, or a count is not an
         integer in its range.
 
     References:
@@ -177,7 +177,8 @@ def conjugate_gradients(operator: Callable[[ArrayTree], ArrayTree], target: Arra
     _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest) & (largest > 0), largest, 1.0))
     # Squares of float16 fit into float32, and a scaled product may not fit into float16.
     is_narrow = any(leaf.dtype == jnp.float16 for leaf in jax.tree.leaves(target))
-    scale = jnp.ldexp(jnp.ones_like(largest), 0 if is_narrow else -jnp.clip(exponent, -126, 126))
+    limit = -jnp.finfo(largest.dtype).minexp  # 2 to the power of this and of minus this are normal numbers
+    scale = jnp.ldexp(jnp.ones_like(largest), 0 if is_narrow else -jnp.clip(exponent, -limit, limit))
     start = jax.tree.map(lambda x: scale * x, start)
     squared = optax.tree.norm(start, squared=True)
     zero = optax.tree.full_like(start, jnp.where(jnp.isfinite(squared), 0.0, jnp.nan))

@@ -69,8 +69,8 @@ def gradient_based(
       A `MetaLearner`. `adapt` gives φ_K and an `InnerInfo`.
 
     Raises:
-      ValueError: if a count is no integer in its range, `model` is no `Model`, a loss, `rule`, `start`, `init` or
-        `inner_grad` no function, or microbatches are asked for of data per step; from `adapt`, if there are inner
+      ValueError: if a count is not an integer in its range, `model` is not a `Model`, a loss, `rule`, `start`, `init`
+        or `inner_grad` not a function, or microbatches are asked for of data per step; from `adapt`, if there are inner
         steps and no support example, or `rule` returns no optimiser; from the objective, if the query set is empty.
     """
     num_inner_steps = check_integer("num_inner_steps", num_inner_steps, at_least=0)
@@ -163,6 +163,11 @@ def feed_forward(
 
 
 def observed_once(task_params: ArrayTree, observe_fn: ObserveFn | None) -> InnerInfo:
-    """The info of a learner that does not iterate: no loss [0], and one observation [1, ...] if there is a function."""
+    """The info of a learner that does not iterate: no loss [0], and one observation [1, ...] if there is a function.
+
+    Args:
+      task_params: what the learner adapts to.
+      observe_fn: `(task_params) -> pytree`, or None.
+    """
     observed = None if observe_fn is None else jax.tree.map(lambda x: jnp.asarray(x)[None], observe_fn(task_params))
     return InnerInfo(jnp.zeros(0), observed)

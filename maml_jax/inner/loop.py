@@ -74,7 +74,7 @@ def inner_loop(
       `observed` [K+1, ...], and `opt_state`.
 
     Raises:
-      ValueError: if a count is wrong, `params` are not all floating, `where` selects none of them, the loss is no
+      ValueError: if a count is wrong, `params` are not all floating, `where` selects none of them, the loss is not a
         scalar, or leading axes of `per_step` and `support` do not fit `num_steps` and `num_microbatches`.
 
     References:
@@ -90,7 +90,7 @@ def inner_loop(
     if num_microbatches > 1:
         what = f"a multiple of num_microbatches={num_microbatches} examples"
         _check_leading_axis(support, "support", lambda size: size % num_microbatches == 0, what)
-        support = jax.tree.map(lambda x: x.reshape(num_microbatches, -1, *x.shape[1:]), support)
+        support = jax.tree.map(lambda x: x.reshape(num_microbatches, len(x) // num_microbatches, *x.shape[1:]), support)
     value = jax.eval_shape(loss_fn, params, *_batch(support, per_step, num_microbatches))
     found = f"shape {value.shape}" if hasattr(value, "shape") else f"a {type(value).__name__}"
     if found != "shape ()":

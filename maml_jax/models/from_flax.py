@@ -39,12 +39,12 @@ def from_linen(module: nn.Module, *, rngs: Sequence[str] = (), frozen: Mapping[s
       A `Model` whose parameters are the module's "params" collection.
 
     Raises:
-      ValueError: if `module` is no linen module, `rngs` is a string, or `frozen` holds "params". `init` raises it if
+      ValueError: if `module` is not a linen module, `rngs` is a string, or `frozen` holds "params". `init` raises it if
         the module keeps variables that are not frozen, such as the running averages of `nn.BatchNorm`, which are state
         that an inner loop would have to carry; if `frozen` lacks one of a collection, or has another shape; if the
         module changes a frozen variable; if it needs more arguments than its inputs; if it draws from a stream that
-        `rngs` does not name, or without a key; and if
-        a given parameter has a name or a shape that the module does not have.
+        `rngs` does not name, or without a key; and if a given parameter has a name or a shape that the module does not
+        have.
     """
     if not isinstance(module, nn.Module):
         raise ValueError(f"module must be a flax.linen module, got {module!r}; of a class make an instance")

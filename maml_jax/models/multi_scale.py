@@ -68,7 +68,7 @@ def multi_scale(
       side.
 
     Raises:
-      ValueError: if there are not four numbers of filters, or one is no positive integer.
+      ValueError: if there are not four numbers of filters, or one is not a positive integer.
 
     References:
       Bertinetto et al., 2019, and the authors' code. https://github.com/bertinetto/r2d2

@@ -49,7 +49,7 @@ def gru(*, hidden_size: int, heads: Mapping[str, int], memory: int | None = None
       A `RecurrentModel` whose outputs are a dictionary of arrays [width]. They start near 0.
 
     Raises:
-      ValueError: if a number is no positive integer, or `memory` below 2.
+      ValueError: if a number is not a positive integer, or `memory` below 2.
 
     References:
       Cho et al., 2014, section 2.3. https://arxiv.org/abs/1406.1078

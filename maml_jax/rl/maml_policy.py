@@ -62,7 +62,7 @@ def maml_policy(
       parameters are {"start": θ, "rates": α, "baseline": b, "inverse_temperature": β, "critic": those of the values}.
 
     Raises:
-      ValueError: if `model` is no `Model`, a count no positive integer, `inner_lr` not positive or `baseline` not
+      ValueError: if `model` is not a `Model`, a count not a positive integer, `inner_lr` not positive or `baseline` not
         finite. `init` and `step` raise it if inputs or logits have another size.
 
     References:

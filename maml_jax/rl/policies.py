@@ -29,7 +29,7 @@ def categorical_policy(model: Model, *, observation_ndim: int = 1) -> Model:
       A `Model` from observations [..., *observation] to a `Categorical` with logits [..., A].
 
     Raises:
-      ValueError: if `model` is no `Model`, or `observation_ndim` a negative number.
+      ValueError: if `model` is not a `Model`, or `observation_ndim` a negative number.
     """
     model = _on_any_batch(model, observation_ndim)
     return model._replace(apply=lambda params, inputs, **key: Categorical(model.apply(params, inputs, **key)))
@@ -54,7 +54,7 @@ def normal_policy(
       the model, "log_std": [A]}.
 
     Raises:
-      ValueError: if `model` is no `Model`, a count is wrong, or a standard deviation not positive.
+      ValueError: if `model` is not a `Model`, a count is wrong, or a standard deviation not positive.
     """
     model = _on_any_batch(model, observation_ndim)
     action_size = check_integer("action_size", action_size, at_least=1)
@@ -105,8 +105,8 @@ def scaled_start(model: Model, where: Callable[[str], bool], factor: float) -> M
       A `Model` whose `apply` is that of `model`.
 
     Raises:
-      ValueError: if `model` is no `Model`, or `factor` negative or not finite; from `init`, if `where` is false for all
-        parameters.
+      ValueError: if `model` is not a `Model`, or `factor` negative or not finite; from `init`, if `where` is false for
+        all parameters.
     """
     check_model(model)
     check_not_negative("factor", factor)

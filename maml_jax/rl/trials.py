@@ -116,7 +116,7 @@ def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = 
       whether an episode has ended.
 
     Raises:
-      ValueError: if a number is no positive integer, or `memory` below 2.
+      ValueError: if a number is not a positive integer, or `memory` below 2.
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     network = models.gru(hidden_size=hidden_size, heads={"logits": num_actions, "value": 1}, memory=memory)
@@ -157,7 +157,8 @@ def associative_policy(
       A `RecurrentPolicy` with inputs [..., O + A + 2], as those of `gru_policy`.
 
     Raises:
-      ValueError: if a number is no positive integer, or `memory` below 2. `init` raises it if inputs have another size.
+      ValueError: if a number is not a positive integer, or `memory` below 2. `init` raises it if inputs have another
+        size.
     """
     num_actions = check_integer("num_actions", num_actions, at_least=1)
     size = check_integer("observation_size", observation_size, at_least=1)

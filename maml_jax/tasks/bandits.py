@@ -22,7 +22,7 @@ def bandits(num_arms: int) -> Environment:
       An `Environment` whose tasks are the probabilities [A].
 
     Raises:
-      ValueError: if `num_arms` is no positive integer.
+      ValueError: if `num_arms` is not a positive integer.
     """
     num_arms = check_integer("num_arms", num_arms, at_least=1)
 

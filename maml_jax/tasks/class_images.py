@@ -107,7 +107,7 @@ def cached_classes(
 
     Raises:
       OSError: if the cache cannot be written or read.
-      ValueError: if `size` is no positive integer or `colour` no bool.
+      ValueError: if `size` is not a positive integer or `colour` no bool.
     """
     size = check_integer("size", size, at_least=1)
     if not isinstance(colour, bool):

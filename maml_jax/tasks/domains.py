@@ -34,7 +34,7 @@ def make_sampler(domains: Sequence[Batch], *, batch_size: int) -> SampleEpisodeF
       [0, B, ...]. `algorithms.mldg` draws its split from the key of the episode.
 
     Raises:
-      ValueError: if `batch_size` is no positive integer, there is no domain, a domain has no example, or the leaves
+      ValueError: if `batch_size` is not a positive integer, there is no domain, a domain has no example, or the leaves
         of the domains do not fit together.
     """
     batch_size = check_integer("batch_size", batch_size, at_least=1)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from maml_jax.tasks.image_files import (
+    MOST_PIXELS,
     check_image_name,
     class_files,
     numbers,
@@ -108,8 +109,9 @@ def as_drawing(pixels: np.ndarray, *, size: int = 28, ink: Ink = "auto") -> np.n
 
     Raises:
       ModuleNotFoundError: if Pillow is not installed.
-      ValueError: if the shape is wrong, a pixel is not finite, `ink` is unknown, or nothing is drawn: the ink differs
-        from the background by less than a tenth of the range from black to white.
+      ValueError: if the shape is wrong, the square has more than 100 million pixels, a pixel is not finite, `ink` is
+        unknown, or nothing is drawn: the ink differs from the background by less than a tenth of the range from black
+        to white.
     """
     size = check_integer("size", size, at_least=1)
     if ink not in ("auto", "dark", "light"):
@@ -117,6 +119,9 @@ def as_drawing(pixels: np.ndarray, *, size: int = 28, ink: Ink = "auto") -> np.n
     pixels = np.asarray(pixels, np.float32)
     if pixels.ndim != 2 or not pixels.size:
         raise ValueError(f"an image must have the shape [height, width], got {list(pixels.shape)}")
+    if max(pixels.shape) ** 2 > MOST_PIXELS:
+        height, width = pixels.shape
+        raise ValueError(f"{width}x{height} is a square of more than {MOST_PIXELS:,} pixels when it is padded; crop it")
     if not np.isfinite(pixels).all():
         raise ValueError("an image has pixels that are NaN or infinite")
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])

@@ -62,8 +62,8 @@ def make_sampler(
       order.
 
     Raises:
-      ValueError: if a number is no positive integer, if not exactly one of `query_shot` and `num_queries` is given, if
-        both kinds of rotation are requested, if `images` has another dtype or shape or a feature that is not finite,
+      ValueError: if a number is not a positive integer, if not exactly one of `query_shot` and `num_queries` is given,
+        if both kinds of rotation are requested, if `images` has another dtype or shape or a feature that is not finite,
         or if it has too few classes or examples.
 
     References:
@@ -103,7 +103,7 @@ def make_batch_sampler(
       `rotated_classes`. The query set is empty, [0, ...].
 
     Raises:
-      ValueError: if `batch_size` is no positive integer, or `images` is no such data.
+      ValueError: if `batch_size` is not a positive integer, or `images` is no such data.
     """
     table = class_table(images, must_rotate=rotated_classes)
     settings = batch_draws(table.counts, batch_size=batch_size, rotated_classes=rotated_classes)

@@ -19,7 +19,7 @@ _FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "MPO", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"),
     *("TIFF", "WEBP"),
 )  # pixels only: Pillow runs another program for some of the others, such as EPS
-_MOST_PIXELS = 100_000_000
+MOST_PIXELS = 100_000_000
 _AT_ONCE = 64  # files in memory
 
 
@@ -132,8 +132,8 @@ def upright(file: str | Path | BinaryIO, name: str) -> Iterator[Any]:
 
     try:
         with image.open(file, formats=_formats()) as opened:
-            if opened.width * opened.height > _MOST_PIXELS:
-                raise ValueError(f"{opened.width}x{opened.height} is more than {_MOST_PIXELS:,} pixels")
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"{opened.width}x{opened.height} is more than {MOST_PIXELS:,} pixels")
             yield ImageOps.exif_transpose(opened)
     except Exception as error:
         raise ValueError(

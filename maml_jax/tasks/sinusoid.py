@@ -30,7 +30,7 @@ def make_sampler(*, shot: int, query_shot: int, oracle: bool = False) -> SampleE
       set has [query_shot, ...]. It is a `jax.tree_util.Partial`; samplers with equal settings share compiled programs.
 
     Raises:
-      ValueError: if `shot` or `query_shot` is no positive integer.
+      ValueError: if `shot` or `query_shot` is not a positive integer.
     """
     settings = _Sinusoid(check_integer("shot", shot, 1), check_integer("query_shot", query_shot, 1), oracle)
     return jax.tree_util.Partial(settings)

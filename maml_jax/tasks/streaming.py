@@ -99,7 +99,7 @@ def make_train_loop(
       image that cannot be read, is raised by the call.
 
     Raises:
-      ValueError: if a count is no positive integer, or `sample_episode` is of another kind.
+      ValueError: if a count is not a positive integer, or `sample_episode` is of another kind.
     """
     meta_batch_size = check_integer("meta_batch_size", meta_batch_size, at_least=1)
     num_steps, ahead = check_integer("num_steps", num_steps, at_least=1), check_integer("ahead", ahead, at_least=1)

@@ -38,7 +38,7 @@ def random_mdps(num_states: int = 10, num_actions: int = 5) -> Environment:
       An `Environment` whose tasks are `TabularMDP`s.
 
     Raises:
-      ValueError: if a number is no positive integer.
+      ValueError: if a number is not a positive integer.
     """
     num_states = check_integer("num_states", num_states, at_least=1)
     num_actions = check_integer("num_actions", num_actions, at_least=1)
@@ -88,7 +88,7 @@ def value_iteration(mdp: TabularMDP, horizon: int) -> tuple[jax.Array, jax.Array
       The values V [H+1, S] and the best actions [H, S]; of several best ones, the first.
 
     Raises:
-      ValueError: if `horizon` is no positive integer.
+      ValueError: if `horizon` is not a positive integer.
     """
     horizon = check_integer("horizon", horizon, at_least=1)
 

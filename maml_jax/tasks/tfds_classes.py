@@ -91,6 +91,12 @@ def load(
                 if number >= 0 and names[number] in records:
                     records[names[number]].append((part, index))
         counts = {of_class: len(found) for of_class, found in records.items()}
+        if empty := [of_class for of_class, count in counts.items() if not count]:
+            raise ValueError(
+                f"{len(empty)} of {len(counts)} classes of {builder.data_dir} have no image in {chosen}, such as "
+                f"{empty[0]!r}; read more parts, or leave these classes out by a split_file (in the experiments "
+                "--split-file)"
+            )
         check_counts(counts, min_images, str(builder.data_dir))
         return counts, decode_images(_contents(builder, image, records), size, colour)
 

@@ -21,7 +21,7 @@ from maml_jax import (
     make_train_loop,
     models,
 )
-from maml_jax.algorithms.hypergradient import Hyperparameters, default_segments, training_run
+from maml_jax.algorithms.hypergradient import RunHyperparameters, default_segments, training_run
 from maml_jax.inner.steps import mini_batches
 from maml_jax.parallel import task_mesh
 
@@ -34,7 +34,7 @@ def problem(x64):
     model = models.mlp(features=(4, 3), activation=nn.tanh, param_dtype=jnp.float64)
     rng = np.random.default_rng(0)
     data = Batch(jnp.asarray(rng.normal(size=(12, 5))), jnp.asarray(rng.integers(0, 3, 12)))
-    start = Hyperparameters(
+    start = RunHyperparameters(
         {name: jnp.asarray(rng.normal(-0.5, 0.3, STEPS)) for name in LAYERS},
         jnp.asarray(rng.normal(size=STEPS)),
         {name: jnp.asarray(rng.normal(-2.0, 0.3)) for name in LAYERS},
@@ -85,7 +85,7 @@ def test_one_device_and_two_take_the_same_path():
 
     def initial(names):
         rates = {name: jnp.full(STEPS, -1.0) for name in names}
-        return Hyperparameters(rates, jnp.zeros(STEPS), {name: jnp.float32(-3.0) for name in names})
+        return RunHyperparameters(rates, jnp.zeros(STEPS), {name: jnp.float32(-3.0) for name in names})
 
     def sample(key):
         data_key, label_key, run_key = jax.random.split(key, 3)
@@ -197,7 +197,7 @@ def test_a_run_without_a_key_is_refused():
 def test_a_run_is_evaluated_once_at_its_end():
     def initial(layers):
         strengths = dict.fromkeys(layers, jnp.float32(-9.0))
-        return Hyperparameters(dict.fromkeys(layers, jnp.zeros(2)), jnp.zeros(2), strengths)
+        return RunHyperparameters(dict.fromkeys(layers, jnp.zeros(2)), jnp.zeros(2), strengths)
 
     learner = hypergradient(
         models.mlp(features=(3,)), losses.cross_entropy, initial=initial, num_inner_steps=2, batch_size=5
@@ -221,7 +221,7 @@ def test_what_is_learned_and_trained_has_the_right_form():
         learner = hypergradient(model, losses.cross_entropy, initial=initial, num_inner_steps=2, batch_size=2)
         return learner.init(jax.random.key(0), jnp.zeros((4, 5)))
 
-    with pytest.raises(ValueError, match=r"initial must return Hyperparameters\(.*\), got a dict"):
+    with pytest.raises(ValueError, match=r"initial must return RunHyperparameters\(.*\), got a dict"):
         build(models.mlp(features=(3,)), lambda layers: {"log_rates": 0.0})
     flat = Model(lambda key, inputs: jnp.zeros((5, 3)), lambda params, inputs: inputs @ params)
     with pytest.raises(ValueError, match="must be a dictionary of layers, got a ShapeDtypeStruct"):
@@ -234,7 +234,7 @@ def test_mini_batches_are_drawn_from_all_examples_whatever_the_targets():
 
     def initial(layers):
         strengths = dict.fromkeys(layers, jnp.float32(-9.0))
-        return Hyperparameters(dict.fromkeys(layers, jnp.zeros(2)), jnp.zeros(2), strengths)
+        return RunHyperparameters(dict.fromkeys(layers, jnp.zeros(2)), jnp.zeros(2), strengths)
 
     learner = hypergradient(models.mlp(features=(1,)), loss, initial=initial, num_inner_steps=2, batch_size=5)
     inputs, column = jnp.zeros((9, 3)), jnp.zeros((9, 1))
@@ -245,7 +245,7 @@ def test_mini_batches_are_drawn_from_all_examples_whatever_the_targets():
 def test_the_key_gives_the_weights_and_the_order_of_the_examples():
     # One step of a run whose weights do not depend on the key tells which examples were in its mini-batch.
     model = Model(lambda key, inputs: {"dense": jnp.zeros(6)}, lambda params, inputs: inputs @ params["dense"])
-    start = Hyperparameters({"dense": jnp.zeros(1)}, jnp.zeros(1), {"dense": jnp.float32(-9.0)})
+    start = RunHyperparameters({"dense": jnp.zeros(1)}, jnp.zeros(1), {"dense": jnp.float32(-9.0)})
     data = Batch(jnp.eye(6), jnp.ones(6))
     settings = {"initial": lambda layers: start, "num_inner_steps": 1, "batch_size": 2}
     learner = hypergradient(model, losses.mean_squared_error, **settings)
@@ -274,7 +274,7 @@ def test_the_objective_trains_on_the_support_set_and_is_scored_on_the_query_set(
     rng = np.random.default_rng(0)
     batches = [Batch(jnp.asarray(rng.normal(size=(n, 5))), jnp.asarray(rng.integers(0, 3, n))) for n in (6, 4)]
     episode, model = Episode(*batches, jax.random.key(3)), models.mlp(features=(3,), param_dtype=jnp.float64)
-    start = Hyperparameters({"dense_0": jnp.zeros(3)}, jnp.zeros(3), {"dense_0": jnp.zeros(())})
+    start = RunHyperparameters({"dense_0": jnp.zeros(3)}, jnp.zeros(3), {"dense_0": jnp.zeros(())})
     settings = {"initial": lambda layers: start, "num_inner_steps": 3, "batch_size": 4, "truncation": 1}
     settings["inner_grad"] = jax.value_and_grad
     learner = hypergradient(model, losses.cross_entropy, metric_fn=losses.accuracy, **settings)

@@ -141,6 +141,15 @@ def test_each_step_has_parameters_of_its_own(x64):
     assert jnp.all(grads != 0)
 
 
+def test_parameters_of_each_step_are_not_sums_of_rounded_differences():
+    learner = maml_plus_plus(TWO_PARTS, half_mse, inner_lr=ALPHA, num_inner_steps=2, per_step=lambda n: n == "scale")
+    scales = jnp.array([1.0, 1e-3, 5e-4], jnp.bfloat16)
+    meta_params = {"params": {"w": THETA, "scale": scales}, "rates": {"w": RATES[:2], "scale": None}}
+    support = make_episode(jax.random.key(3)).support
+    _, info = learner.adapt(meta_params, support, observe_fn=lambda params: params["scale"])
+    chex.assert_trees_all_equal(info.observed, scales)
+
+
 def test_more_steps_than_trained_use_the_last_rates_and_parameters(x64):
     episode = make_episode(jax.random.key(4))
 

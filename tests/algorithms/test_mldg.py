@@ -175,6 +175,13 @@ def test_every_split_has_the_same_probability(num_held_out):
     assert np.abs(counts - mean).max() < 5 * np.sqrt(mean * (1 - 1 / possible))
 
 
+def test_an_episode_of_numpy_may_be_a_constant_of_the_program():
+    episode, theta = make_episode(0), jnp.array(THETA)
+    of_numpy = episode._replace(support=jax.tree.map(np.asarray, episode.support))
+    found = jax.jit(lambda theta: build().objective(theta, of_numpy)[0])(theta)
+    chex.assert_trees_all_close(found, build().objective(theta, episode)[0], rtol=1e-6)
+
+
 def test_an_episode_without_a_key_is_refused():
     with pytest.raises(ValueError, match=r"key of the episode, which is None; set it with episode\._replace\(key="):
         build().objective(jnp.array(THETA), make_episode(0)._replace(key=None))

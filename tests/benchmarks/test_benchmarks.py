@@ -182,6 +182,19 @@ def test_unequal_gradients_end_the_comparison():
         peers.check({"a": 0.0, "b": 1e-3, "c": float("nan")}, 1e-4)
 
 
+def test_peers_on_a_cpu_are_not_compared_with_jax_on_an_accelerator(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    with pytest.raises(peers.RunError, match="the peers run on the CPU and JAX on gpu; set JAX_PLATFORMS=cpu"):
+        peers.installed_peers()
+    assert sinusoid.torch_loop(sinusoid.Config()) is None
+    assert navigation.in_torch(None) is None
+
+
+def test_the_home_directory_may_be_written_as_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert common.results_folder(common.Settings(results_dir=Path("~/found"))) == tmp_path / "found"
+
+
 # Each runs, at its smallest
 
 

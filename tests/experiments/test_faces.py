@@ -216,6 +216,14 @@ def test_losses_between_domains_need_two(characters, algorithm, settings, messag
     faces.examples_of(faces.with_paper_defaults(config_of("erm", held_out=others, across_weight=0.0)))
 
 
+def test_the_loss_between_domains_needs_two_in_meta_train(characters):
+    others = tuple(faces.RENDERINGS)[2:]
+    with pytest.raises(ValueError, match="--num-held-out 1 leaves one of the 2 source domains for meta-train"):
+        faces.examples_of(faces.with_paper_defaults(config_of("mldg", held_out=others)))
+    for settings in ({"across_weight": 0.0}, {"losses": "cdt"}):
+        faces.examples_of(faces.with_paper_defaults(config_of("mldg", held_out=others, **settings)))
+
+
 def result(algorithm, seed, rate, **config):
     metrics = {"tar_at_0.01": {"mean": [rate], "ci95": [0.01]}}
     roc = np.linspace(0, 1, 41).tolist()

@@ -30,6 +30,18 @@ def test_the_bar_of_several_seeds_ends_at_the_smallest_and_the_largest():
     np.testing.assert_allclose((mean, *bar.ravel()), (56.0, 15.0, 8.0))
     mean, bar = figures.mean_and_bar([(63.0, 1.8)])
     np.testing.assert_allclose((mean, *bar.ravel()), (63.0, 1.8, 1.8))
+    assert np.isnan(figures.mean_and_bar([(None, None)])[0])
+
+
+def test_a_training_that_diverged_is_drawn_and_the_others_beside_it(tmp_path):
+    kept = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("omniglot_*maml_*seed-0.json"))]
+    (first, *_) = [result for result in kept if result["algorithm"] == "maml" and result["meta_steps"] == 60_000]
+    for statistic in ("mean", "ci95"):
+        first["metrics"]["accuracy"][statistic][-1] = None
+    (tmp_path / "figures").mkdir()
+    few_shot_report.draw(tmp_path / "figures", defaultdict(list, omniglot=kept))
+    panels = {("Omniglot", "accuracy, %"): {"MAML": [[20.0, np.nan]], "FOMAML": [[20.0, np.nan]]}}
+    figures.orders(tmp_path / "orders.png", {"MAML": [], "FOMAML": []}, panels)
 
 
 def test_report_and_pages_are_those_of_the_committed_results(tmp_path):
@@ -312,6 +324,9 @@ def test_curves_of_other_settings_have_labels_of_their_own(tmp_path, monkeypatch
     monkeypatch.setattr(report.figures, "inner_curves", lambda file, curves: drawn.update(curves))
     report.draw(tmp_path, defaultdict(list, sinusoid=[*short, *waves, *fast]), {})
     assert drawn.keys() == {"maml", expected[0], expected[2]}
+    same = [wave | {"config": wave["config"] | {"eval_shots": [5]}} for wave in waves]
+    with pytest.raises(runs.RunError, match=r"maml --eval-shots 5` .* have one row in the tables"):
+        report.seed_curves([*waves, *same])
 
 
 def test_hyperparameters_of_several_seeds_are_averaged():

@@ -112,6 +112,9 @@ def test_no_result_hides_another():
     rows = {row[0]: row[1:] for row in rows_of(table)}
     assert rows["RL²"] == ["6.55 ± 0.50 (published 6.7)", "900"]
     assert rows["RL², seed 1"] == ["1.23 ± 0.50 (published 6.7)", "900"]
+    others = results[1] | {"strategies": {name: metric(9.99) for name in results[1]["strategies"]}}
+    mixed = rl_report.strategies_table([results[0], others], lambda r: [], published.BANDITS, rl_report.BANDIT_SIZES)
+    assert "9.99" not in mixed
     with pytest.raises(ValueError, match="two results are RL², seed 1 in 10 pulls, 5 arms"):
         rl_report.strategies_table([*results, results[1]], lambda r: [], published.BANDITS, rl_report.BANDIT_SIZES)
     older = {name: value for name, value in results[0].items() if name != "regret"}

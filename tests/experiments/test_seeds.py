@@ -76,6 +76,12 @@ def test_the_summary_has_the_mean_over_seeds_and_its_interval(together):
     assert (run_dir / "figures" / "learning_curve.pdf").exists()
 
 
+def test_a_finished_command_that_is_given_again_keeps_how_it_was_executed(together):
+    run_dir, summary = together
+    assert {"devices", "temporary_bytes"} <= summary["execution"].keys()
+    assert sinusoid.run(config_of(run_dir, seeds=4))["execution"] == summary["execution"]
+
+
 def test_the_report_takes_in_every_seed_as_a_result_of_its_own(together, tmp_path):
     run_dir, _ = together
     for reader in (lambda directory: report.add(directory, tmp_path), runs.load):

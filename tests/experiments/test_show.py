@@ -203,6 +203,13 @@ def test_mistakes_are_marked_by_more_than_colour(channels, figures_drawn):
     assert {"before", "1 step", "support", "query", "A", "B", "C"} <= set(found)
 
 
+@pytest.mark.parametrize("is_ink", [True, False])
+def test_ink_is_dark_and_light_is_light(is_ink, figures_drawn):
+    pictures.adapting_images(["a.png"], image_task([np.repeat(np.eye(3), 2, axis=0)])._replace(is_ink=is_ink))
+    drawn = [image for axes in figures_drawn[0].axes for image in axes.images]
+    assert {sum(image.cmap(1.0)[:3]) for image in drawn} == {0.0 if is_ink else 3.0}
+
+
 def test_a_single_prediction_has_no_steps(figures_drawn):
     pictures.adapting_images(["a.png"], image_task([np.repeat(np.eye(3), 2, axis=0)]))
     assert not {"before", "1 step"} & set(texts(figures_drawn[0]))

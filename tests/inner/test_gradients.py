@@ -185,14 +185,15 @@ def test_an_argument_named_twice_is_refused():
         mixed_mode(product, argnums=(0, -2))(jnp.ones(3), {"x": jnp.ones(3)})
 
 
-def test_numpy_argnums_and_values_that_are_no_arrays_pass_through():
+@pytest.mark.parametrize("transform", [mixed_mode, checkpointed])
+def test_numpy_argnums_and_values_that_are_no_arrays_pass_through(transform):
     def loss(a, flag, *, name):
         assert flag is True
         return jnp.sum(jnp.sin(a)), {"name": name, "nothing": None, "a": a, "half": 0.5}
 
     ours, jax_own = (
         t(loss, argnums=np.int64(0), has_aux=True)(jnp.arange(3.0), True, name="x")
-        for t in (mixed_mode, jax.value_and_grad)
+        for t in (transform, jax.value_and_grad)
     )
     (_, aux), _ = ours
     assert (aux["name"], aux["nothing"], aux["half"]) == ("x", None, 0.5)
@@ -630,6 +631,10 @@ def test_a_product_that_is_no_number_is_no_agreement():
         check_inner_grad(lambda p: jnp.linalg.norm(0.0 * p), jnp.ones(3))
     with pytest.raises(ValueError, match="num_products must be an integer of at least 1, got 0"):
         check_inner_grad(lambda p: jnp.sum(p**2), jnp.ones(3), num_products=0)
+
+
+def test_a_linear_loss_in_half_precision_agrees():
+    assert check_inner_grad(lambda p: jnp.sum(3 * p), jnp.ones(3, jnp.float16)) == 0.0
 
 
 def test_a_rule_that_hides_a_custom_vjp_is_named_and_checkpointed_takes_it(x64):

@@ -234,9 +234,19 @@ def test_conjugate_gradients_solve_in_as_many_steps_as_there_are_eigenvalues(x64
 
 @pytest.mark.parametrize(
     ("scale", "dtype"),
-    [(1e20, jnp.float32), (3e38, jnp.float32), (1e-23, jnp.float32), (200.0, jnp.float16), (1e-4, jnp.float16)],
+    [
+        (1e20, jnp.float32),
+        (3e38, jnp.float32),
+        (1e-23, jnp.float32),
+        (200.0, jnp.float16),
+        (1e-4, jnp.float16),
+        (1e-200, jnp.float64),
+        (1e200, jnp.float64),
+    ],
 )
-def test_squares_in_conjugate_gradients_neither_overflow_nor_vanish(scale, dtype):
+def test_squares_in_conjugate_gradients_neither_overflow_nor_vanish(scale, dtype, request):
+    if dtype == jnp.float64:
+        request.getfixturevalue("x64")
     target = jnp.array([1.0, -0.5, 0.25], dtype) * jnp.asarray(scale, dtype)
     solution = conjugate_gradients(lambda u: 2 * u, target, 3)
     assert solution.dtype == dtype

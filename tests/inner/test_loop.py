@@ -271,6 +271,20 @@ def test_microbatches_give_the_gradient_of_the_whole_batch(x64, inner_grad):
     chex.assert_trees_all_close(parts, whole, rtol=1e-11)
 
 
+def test_a_part_of_the_support_set_may_have_no_entries(episode):
+    support = {"batch": episode.support, "none": jnp.zeros((len(episode.support.targets), 0))}
+
+    def loss(params, support):
+        batch = support["batch"]
+        return jnp.mean(jnp.square(batch.inputs @ params - batch.targets)) + jnp.sum(support["none"])
+
+    params = jnp.zeros(episode.support.inputs.shape[1])
+    whole, parts = (
+        inner_loop(loss, optax.sgd(0.1), params, support, num_steps=1, num_microbatches=number)[0] for number in (1, 2)
+    )
+    chex.assert_trees_all_close(whole, parts, rtol=1e-5)
+
+
 def test_sums_over_microbatches_are_not_in_half_precision():
     phi, _ = inner_loop(
         lambda params, support: params.sum() * support.mean(),

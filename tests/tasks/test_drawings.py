@@ -220,6 +220,7 @@ def test_one_class_is_no_task(classes, tmp_path, count):
         (block(), {"ink": "red"}, r"unknown ink 'red'; choose auto, dark or light"),
         (block(), {"size": 0}, r"size must be an integer of at least 1, got 0"),
         (block(ink=240), {}, r"there is no dark ink"),
+        (np.zeros((1, 10_001)), {}, r"10001x1 is a square of more than 100,000,000 pixels when it is padded; crop it"),
         (np.where(np.eye(5) > 0, np.nan, 255.0), {}, r"an image has pixels that are NaN or infinite"),
     ],
 )
