@@ -2,7 +2,7 @@
 
 - Markdown pages and figures of experiments/ and benchmarks/ keep their paths, so their links to each other work.
 - Notebooks become pages.
-- Links of a page of docs/ are those of the repository. On the site, docs/ is the root, and notebooks are pages.
+- Links are those of the repository. On the site, docs/ is the root, and notebooks are pages.
 - In a page of docs/, a line `→ [HEADING](FILE#ANCHOR)` becomes that section of a file of the repository.
 """
 
@@ -54,6 +54,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     depth = page.file.src_uri.count("/")
     if Path(config.docs_dir, page.file.src_uri).is_file():
         markdown = markdown.replace("](../" + "../" * depth, "](" + "../" * depth).replace(".ipynb)", ".md)")
+    else:
+        markdown = markdown.replace("](" + "../" * depth + "docs/", "](" + "../" * depth)
     return _SECTION.sub(lambda match: section(ROOT / match[2], match[1], "../" * depth), markdown)
 
 
