@@ -38,12 +38,15 @@ def check_divides(num_tasks: int, num_devices: int, what: str) -> None:
 
 def check_mesh(mesh: Mesh | None, num_tasks: int, what: str) -> None:
     """Raises ValueError unless `mesh` is None, or one of `task_mesh` over which the tasks divide."""
-    if mesh is None:
-        return
+    if mesh is not None:
+        _check_is_mesh(mesh)
+        check_divides(num_tasks, mesh.size, what)
+
+
+def _check_is_mesh(mesh: Mesh) -> None:
     is_mesh = isinstance(mesh, Mesh) and mesh.axis_names == (AXIS,)
     if not is_mesh or mesh.axis_types != (jax.sharding.AxisType.Auto,):
         raise ValueError(f"mesh {mesh!r} must be made by parallel.task_mesh(devices), or None for one device")
-    check_divides(num_tasks, mesh.size, what)
 
 
 def replicate(tree: ArrayTree, mesh: Mesh, *, donate: bool = False) -> ArrayTree:
@@ -55,7 +58,11 @@ def replicate(tree: ArrayTree, mesh: Mesh, *, donate: bool = False) -> ArrayTree
       tree: arrays. What is traced, and what is on all of the devices already, comes back as it is.
       mesh: from `task_mesh`.
       donate: whether arrays that are copied are deleted.
+
+    Raises:
+      ValueError: if `mesh` is not one of `task_mesh`.
     """
+    _check_is_mesh(mesh)
     devices = set(mesh.devices.flat)
     if all(_is_on(leaf, devices) for leaf in jax.tree.leaves(tree)):
         return tree

@@ -41,7 +41,8 @@ def test_a_training_that_diverged_is_drawn_and_the_others_beside_it(tmp_path):
     (tmp_path / "figures").mkdir()
     few_shot_report.draw(tmp_path / "figures", defaultdict(list, omniglot=kept))
     panels = {("Omniglot", "accuracy, %"): {"MAML": [[20.0, np.nan]], "FOMAML": [[20.0, np.nan]]}}
-    figures.orders(tmp_path / "orders.png", {"MAML": [], "FOMAML": []}, panels)
+    curves = {name: [[{"step": step, "loss": 0.5} for step in (100, 200)]] for name in ("MAML", "FOMAML")}
+    figures.orders(tmp_path / "orders.png", curves, panels)
 
 
 def test_report_and_pages_are_those_of_the_committed_results(tmp_path):
@@ -325,7 +326,7 @@ def test_curves_of_other_settings_have_labels_of_their_own(tmp_path, monkeypatch
     report.draw(tmp_path, defaultdict(list, sinusoid=[*short, *waves, *fast]), {})
     assert drawn.keys() == {"maml", expected[0], expected[2]}
     same = [wave | {"config": wave["config"] | {"eval_shots": [5]}} for wave in waves]
-    with pytest.raises(runs.RunError, match=r"maml --eval-shots 5` .* have one row in the tables"):
+    with pytest.raises(runs.RunError, match=r"maml --eval-shots 5` have one row in the tables"):
         report.seed_curves([*waves, *same])
 
 
