@@ -5,8 +5,8 @@ format do not matter. After a training on photographs (experiments.images) they 
 ratio. After one on Omniglot they are drawings: turned grey, padded to a square, scaled to 28x28, and the ink becomes
 light on a dark background, so a photograph should show the drawing and little else. ProtoNets take any number of
 classes of at least 2, MAML takes exactly as many as it was trained with. The network of a run must be conv4 or
-multi-scale, and its ensemble 1, so LEO, MANN and the LSTM cannot be used at their published settings. A run with
-statistics of training images (--population) reads these images; a file does not.
+multi-scale, and its ensemble 1, so LEO, MANN, the LSTM and MAML++ cannot be used at their published settings. A run
+with statistics of training images (--population) reads these images; a file does not.
 
 A confidence is a softmax of the outputs. Centroids and neighbours of a pretrained classifier and the memory module
 have cosines as outputs, so their confidences are close to each other, and only their order says something.

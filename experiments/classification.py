@@ -289,6 +289,11 @@ def features_of(data: DataSet, config: Any, split: str, rotated_classes: bool) -
         statistics, on the same split of the same data.
     """
     wanted = " ".join(typed(name, getattr(config, name)) for name in data.split_by)
+    if several := runs.seed_directories(Path(config.pretrained_run)):
+        raise RunError(
+            f"{config.pretrained_run} holds several seeds; name one of its directories {', '.join(several)} with "
+            "--pretrained-run"
+        )
     if not (Path(config.pretrained_run) / "config.json").exists():
         where = "" if config.data_dir is None else f" --data-dir {config.data_dir}"
         raise RunError(
@@ -421,6 +426,7 @@ def score(
         key,
         metric_fn=losses.accuracy,
         num_episodes=num_episodes,
+        chunk_size=config.chunk_size,
         mesh=devices.mesh_of_any(num_episodes),
         one_query_at_a_time=config.inductive,
         stochastic=CATALOGUE[config.algorithm].classifies,  # the order of the support set, if it matters

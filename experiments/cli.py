@@ -102,6 +102,7 @@ _IGNORED_BY: dict[str, set[str]] = {
     **{name: {"navigation random"} for name in _OF_OUTER_UPDATES},  # which is not trained
     "train_way": {"pretrained-classifier"},
     "train_shot": {"pretrained-classifier"},
+    "query_shot": {"sinusoid reptile"},  # which is tested on --eval-query-shot
     "shot": {"translation pretrained"},  # nothing adapts in its training
 }
 """By setting, the methods that do not read it, and so have no such flag; of one experiment where it is named."""
@@ -389,9 +390,12 @@ def _check_read(given: Any, default: Any) -> None:
     for name, other, read_with in _READ_WITH:
         is_changed = found.get(name) is not None and found[name] != of_method[name]
         if is_changed and other in found and found[other] not in read_with:
+            record = given if hasattr(given, other) else given.hyperparameters
+            offered = get_args(get_type_hints(type(record))[other]) or read_with
+            remedies = [typed(other, value) for value in read_with if value in offered]
             raise ValueError(
                 f"{typed(name, found[name])} has no effect with {typed(other, found[other])}; leave it at "
-                f"{of_method[name]}, or choose {' or '.join(typed(other, value) for value in read_with)}"
+                f"{of_method[name]}, or choose {' or '.join(remedies)}"
             )
 
 

@@ -26,6 +26,7 @@ from experiments.runs import (
     console,
     metrics_log,
     on_signal,
+    read_log,
     read_record,
     read_results,
     results_before,
@@ -159,6 +160,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     mesh = devices.mesh_for(config.meta_batch_size // minibatches if is_alone else len(members))
     optimizer = training.optimizer(config, mesh if is_alone else None)
     now = starting_point(members, training, optimizer, mesh)
+    for member in members:
+        check_validated(member, now.step)
     with processes.watchdog("the look at earlier results", PROCESS_TIMEOUT_SECONDS):
         processes.on_process_zero(lambda: check_not_lost([member.run_dir for member in members], now.step))
     train_key = keys[0].train if is_alone else jnp.stack([k.train for k in keys])
@@ -193,8 +196,10 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                     elapsed = time.perf_counter() - start
                 num_calls += 1
             infos = [now.of_member(info, index) for index in range(len(members))]
-            for of_seed, member in zip(infos, members, strict=True):
-                check_finite(of_seed, now.step, member.run_dir, config, is_skipped=is_skipped)
+            for index, (of_seed, member) in enumerate(zip(infos, members, strict=True)):
+                count = optax.tree.get(now.of_member(now.state, index).opt_state, "notfinite_count", 0)
+                skipping = {"is_skipped": is_skipped, "num_in_a_row": int(count) if is_skipped else 0}
+                check_finite(of_seed, now.step, member.run_dir, config, **skipping)
             now.seconds["train"] += elapsed / len(members)
             now.step += num_steps
             records = [record_of(of_seed, now.step, elapsed / len(members), is_skipped) for of_seed in infos]
@@ -411,17 +416,32 @@ def program_of(
     return Program(lambda state, key: compiled(state, key, *loop.data), temporary_bytes)
 
 
+def check_validated(member: Member, step: int) -> None:
+    """Raises RunError if a training is to end where it was stopped, at a meta-step without a validation."""
+    if step != member.config.num_meta_steps or member.training.validate is None:
+        return
+    if any(record["step"] == step and "val" not in record for record in read_log(member.run_dir)):
+        raise RunError(
+            f"{member.run_dir} was stopped at meta-step {step}, where it has no validation, so it cannot end there; "
+            "give a larger --num-meta-steps"
+        )
+
+
 def record_of(info: MetaInfo, step: int, elapsed: float, is_skipped: bool) -> dict[str, float]:
-    """A line of metrics.jsonl: means over the meta-steps of a compiled call that were finite."""
+    """A line of metrics.jsonl: means over the meta-steps of a compiled call that were finite, NaN if none was."""
+
+    def mean_of_finite(values: np.ndarray) -> np.ndarray:
+        return values[info.finite].mean(0) if info.finite.any() else np.full(values.shape[1:], np.nan)
+
     record = {
         "step": step,
-        "loss": float(info.loss[info.finite].mean()),
-        "grad_norm": float(info.grad_norm[info.finite].mean()),
+        "loss": float(mean_of_finite(info.loss)),
+        "grad_norm": float(mean_of_finite(info.grad_norm)),
         "steps_per_second": len(info.loss) / elapsed,
     }
     for name in ("reward", "returns", "kl", "entropy"):  # of reinforcement learning
         if (values := getattr(info.objective, name, None)) is not None:
-            means = np.asarray(values)[info.finite].mean(0)
+            means = mean_of_finite(np.asarray(values))
             record |= {f"return_{k}": float(x) for k, x in enumerate(means)} if means.ndim else {name: float(means)}
     return record | ({"skipped": int(np.sum(~np.isfinite(info.grad_norm)))} if is_skipped else {})
 

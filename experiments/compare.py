@@ -28,7 +28,7 @@ from experiments import figures, intervals, pictures, runs
 from experiments.cli import OptionalPath, Precision, check_seed, main
 from experiments.intervals import format_mean
 from experiments.paired import holm, paired_test, sign_test
-from experiments.retest import ACCURACY, METRICS, Metric, Run, Test, fingerprint, open_run, tests
+from experiments.retest import ACCURACY, ANY, METRICS, Metric, Run, Test, fingerprint, open_run, tests
 from experiments.runs import RunError, console, messages_to_stderr
 from maml_jax.types import check_integer
 
@@ -126,7 +126,7 @@ def differing(a: Test, b: Test) -> dict[str, list[Any]]:
     """By name, in what two tests differ; empty if their scores are comparable."""
     names = dict.fromkeys([*a.protocol, *b.protocol])
     values = {name: [a.protocol.get(name), b.protocol.get(name)] for name in names}
-    return {name: pair for name, pair in values.items() if pair[0] != pair[1]}
+    return {name: pair for name, pair in values.items() if pair[0] != pair[1] and ANY not in pair}
 
 
 def matches(a: Sequence[Test], b: Sequence[Test]) -> list[tuple[int, int, dict[str, list[Any]]]]:

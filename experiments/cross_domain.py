@@ -32,7 +32,7 @@ from experiments import classification, figures, intervals, packs, runs
 from experiments.cli import OptionalPath, Precision, check_run_dir, check_seed, main
 from experiments.runs import RunError, console
 from maml_jax import CATALOGUE, Model, ensemble, losses
-from maml_jax.algorithms.classifier import Head, pretrained_classifier
+from maml_jax.algorithms.classifier import Head, PretrainedHead, pretrained_classifier
 from maml_jax.portable import build_learner, load_learner
 from maml_jax.tasks import variable
 from maml_jax.types import (
@@ -202,8 +202,11 @@ def _methods_of_file(file: Path, heads: Sequence[Head], name: str) -> list[Metho
     _, params, config = load_learner(file)
 
     def build(way: int, head: Head | None) -> MetaLearner:
-        hyperparameters = dict(config.hyperparameters) | ({} if head is None else {"head": head})
-        return build_learner(dataclasses.replace(config, way=way, hyperparameters=hyperparameters))
+        changed: dict[str, Any] = {"way": way}
+        if head is not None:
+            changed["hyperparameters"] = dict(config.hyperparameters) | {"head": head}
+            changed["inner_steps"] = PretrainedHead(**changed["hyperparameters"]).num_head_steps
+        return build_learner(dataclasses.replace(config, **changed))
 
     def expected(way: int) -> MetaLearner:
         inner_steps = config.hyperparameters.get("num_inner_steps") if config.inner_steps is not None else None
@@ -415,6 +418,7 @@ def run(config: Config) -> dict:
                     f"{run_dir} holds a test of other learners: those at {', '.join(map(str, config.learners))} have "
                     "changed since; choose another --run-dir"
                 )
+            draw(run_dir / "figures" / "accuracy.png", results)
             show(results)
             return results
         found, seconds = {}, 0.0

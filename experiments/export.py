@@ -43,6 +43,8 @@ def run(config: Config) -> Path:
             f"{config.run_dir} is not finished: it holds no results.json. Run the command that started it again, and "
             "it goes on where it was"
         )
+    if config.file.expanduser().exists() and not config.overwrite:
+        raise RunError(f"{config.file} already exists and is not overwritten; delete it, or give --overwrite")
     save_learner(config.file, runs.load(config.run_dir).params, learner_config, overwrite=config.overwrite)
     console.print(f"{config.file}: {config.file.stat().st_size / 1e3:.0f} kB, {learner_config.made_by}", markup=False)
     return config.file
@@ -73,8 +75,9 @@ def config_of_run(run_dir: Path) -> LearnerConfig:
         )
     hyperparameters = config.hyperparameters
     inner_steps = config.eval_inner_steps if hasattr(hyperparameters, "num_inner_steps") else None
-    if getattr(hyperparameters, "head", "") == "fine-tuned":
-        inner_steps = hyperparameters.num_finetuning_steps
+    if config.algorithm == "pretrained-classifier":  # whose steps are those of the test
+        hyperparameters = dataclasses.replace(hyperparameters, num_inner_steps=inner_steps)
+        inner_steps = hyperparameters.num_head_steps
     return LearnerConfig(
         algorithm=config.algorithm,
         hyperparameters=dataclasses.asdict(hyperparameters),

@@ -221,8 +221,6 @@ def read_classes(config: Config, split: str) -> ClassImages:
         "val": config.shot,
         "test": config.shot,
     }
-    if config.leave_out_small:
-        shots["test"] = max(shot for _, shot in classification.tested_settings(config, DATA.settings))
     needed = 1 if is_pretraining(config, split) else shots[split] + config.query_shot
     if not config.leave_out_small:
         return image_folder.check_examples(found, needed)

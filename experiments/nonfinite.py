@@ -9,8 +9,13 @@ from experiments.runs import RunError, flag
 from maml_jax import checkpoint
 from maml_jax.types import MetaInfo
 
+MOST_SKIPPED = 100
+"""Meta-steps in a row whose meta-gradient is not finite, before a training that leaves such steps out stops."""
 
-def check_finite(info: MetaInfo, step: int, run_dir: Path, config: Any, *, is_skipped: bool = False) -> None:
+
+def check_finite(
+    info: MetaInfo, step: int, run_dir: Path, config: Any, *, is_skipped: bool = False, num_in_a_row: int = 0
+) -> None:
     """Raises RunError naming the first meta-step after `step` that is not finite, and where it ceased to be.
 
     Args:
@@ -18,11 +23,13 @@ def check_finite(info: MetaInfo, step: int, run_dir: Path, config: Any, *, is_sk
       step: the meta-steps before the call.
       run_dir: the directory of the run.
       config: its settings, for what can be changed.
-      is_skipped: whether meta-gradients that are not finite are left out. Then only a call without any other raises,
-        and a finite meta-gradient with a loss or parameters that are not finite.
+      is_skipped: whether meta-gradients that are not finite are left out. Then only a call of several meta-steps
+        without any other raises, or `MOST_SKIPPED` in a row, and a finite meta-gradient with a loss or parameters that
+        are not finite.
+      num_in_a_row: how many meta-gradients up to the last one of the call were not finite.
     """
     bad = ~info.finite
-    if is_skipped and not bad.all():
+    if is_skipped and not (bad.all() and (len(bad) > 1 or num_in_a_row >= MOST_SKIPPED)):
         bad &= np.isfinite(info.grad_norm)  # the others had no update
     if not bad.any():
         return

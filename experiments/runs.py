@@ -87,7 +87,7 @@ MOST_VALIDATED = {"omniglot": math.inf, "images": math.inf, "bandits": 2000, "md
 EXTENDABLE = ("num_meta_steps", "eval_episodes")
 """Settings that may grow when a run is resumed, and go back; see `_may_change`."""
 _OF_SEED = re.compile(r"seed-\d+")
-_SET_ASIDE = re.compile(r"results_\d+_\d+\.json")
+_SET_ASIDE = re.compile(r"results_\d+_(\d+|None)\.json")
 
 
 class Streams(NamedTuple):
@@ -523,9 +523,9 @@ def check_data(run_dir: Path, data_digest: str | None) -> None:
     # A run made before the network that embeds its images was part of the checksum has that of the images alone.
     if read_record(file).get("sha256") not in (data_digest, data_digest.split()[0]):
         raise RunError(
-            f"the run directory {run_dir} was made with other data; give the data that it was begun with (--data-dir "
-            "or an environment variable names them, and the network of --pretrained-run must not be trained further), "
-            "or choose another --run-dir"
+            f"the run directory {run_dir} was made with other data. If they have moved, repeat its command once with "
+            "their --data-dir, or let the environment variable name them; the network of --pretrained-run must not be "
+            "trained further. For other data choose another --run-dir"
         )
 
 

@@ -345,5 +345,7 @@ def _as_leaf(value: np.ndarray, like: Any) -> Any:
         return jax.jit(lambda data: jax.random.wrap_key_data(data, dtype=like.dtype), out_shardings=like.sharding)(
             value
         )
+    # An array that no device was chosen for may still be moved to a mesh.
+    sharding = like.sharding if getattr(like, "committed", True) else None
     with jax.enable_x64(True):  # without it float64 becomes float32
-        return jax.device_put(value, like.sharding)
+        return jax.device_put(value, sharding)

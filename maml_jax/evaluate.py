@@ -158,6 +158,8 @@ def _evaluate(score, learner, meta_params, sample_episode, key, num_episodes, ch
         program = _program(score, learner, is_built, sample_episode, chunk_size, mesh)
     except TypeError:  # a part that cannot be hashed: the program is not kept, and every call compiles
         program = _program.__wrapped__(score, learner, is_built, sample_episode, chunk_size, mesh)
+    if mesh is not None:
+        meta_params = parallel.replicate(meta_params, mesh)
     scores = program((meta_params, learner_data, sample_data), task_keys(key, num_episodes))
     per_episode = at_least_float32(as_floating(scores))
     quantile = float(stdtrit(num_episodes - 1, 0.975))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -66,9 +67,19 @@ def replicate(tree: ArrayTree, mesh: Mesh, *, donate: bool = False) -> ArrayTree
     devices = set(mesh.devices.flat)
     if all(_is_on(leaf, devices) for leaf in jax.tree.leaves(tree)):
         return tree
-    # `device_put` refuses keys on devices of other processes, and a compiled program does not.
     everywhere = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(lambda tree: tree, out_shardings=everywhere, donate_argnums=(0,) if donate else ())(tree)
+    if mesh.is_multi_process:  # `device_put` refuses keys on devices of other processes
+        return jax.jit(lambda tree: tree, out_shardings=everywhere, donate_argnums=(0,) if donate else ())(tree)
+    placed = jax.device_put(tree, everywhere)
+    if donate:
+        placed = _copy(placed)  # on their own device, arrays that were placed share the buffer
+        jax.tree.map(lambda leaf: leaf.delete() if isinstance(leaf, jax.Array) else None, tree)
+    return placed
+
+
+@jax.jit
+def _copy(tree: ArrayTree) -> ArrayTree:
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _is_on(leaf: Any, devices: set[jax.Device]) -> bool:

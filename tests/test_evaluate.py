@@ -89,6 +89,16 @@ def test_evaluating_again_does_not_trace_again():
     chex.assert_tree_all_finite(evaluation)
 
 
+def test_parameters_on_one_device_and_on_all_have_one_program(caplog):
+    mesh = parallel.task_mesh(jax.devices()[:2])
+    settings = {"metric_fn": half_mse, "num_episodes": 4, "mesh": mesh}
+    first = evaluate(LEARNER, THETA, make_episode, KEY, **settings)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        again = evaluate(LEARNER, parallel.replicate(THETA, mesh), make_episode, KEY, **settings)
+    assert "Finished XLA compilation" not in caplog.text
+    chex.assert_trees_all_equal(first, again)
+
+
 @pytest.mark.parametrize("num_episodes", [1, 0])
 def test_fewer_than_two_episodes_are_refused(num_episodes):
     with pytest.raises(ValueError, match=f"num_episodes must be an integer of at least 2, got {num_episodes}"):

@@ -12,6 +12,7 @@ import pytest
 
 from maml_jax import (
     Model,
+    checkpoint,
     evaluate,
     init_meta_state,
     losses,
@@ -119,6 +120,30 @@ def test_a_mesh_of_every_device_has_one_axis():
     mesh = parallel.task_mesh()
     assert mesh.axis_names == ("tasks",)
     assert mesh.size == len(jax.devices()) == 8
+
+
+def test_a_restored_state_and_parameters_of_other_devices_go_to_a_mesh(tmp_path):
+    mesh = parallel.task_mesh(jax.devices()[:2])
+    checkpoint.save(tmp_path, 0, initial_state())
+    restored = checkpoint.restore(tmp_path, 0, like=initial_state())
+    loop = make_train_loop(LEARNER, OPTIMIZER, SAMPLER, meta_batch_size=4, num_steps=1, mesh=mesh)
+    state, _ = loop(restored, jax.random.key(1))
+    expected, _ = loop(initial_state(), jax.random.key(1))
+    chex.assert_trees_all_equal(jax.device_get(state), jax.device_get(expected))
+    on_other = jax.device_put(state.params, jax.devices()[3])
+    found = [
+        evaluate(
+            LEARNER,
+            params,
+            SAMPLER,
+            jax.random.key(2),
+            metric_fn=losses.mean_squared_error,
+            num_episodes=4,
+            mesh=parallel.task_mesh(jax.devices()[:number]),
+        ).mean
+        for params, number in ((state.params, 1), (state.params, 4), (on_other, 2))
+    ]
+    chex.assert_trees_all_close(found[0], found[1], found[2], rtol=1e-5)
 
 
 def test_what_is_on_every_device_or_traced_is_not_copied():

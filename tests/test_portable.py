@@ -141,6 +141,14 @@ def test_inner_steps_are_those_of_the_fine_tuning_too():
     assert shapes("fine-tuned").shape == shapes("linear").shape == (2,)
 
 
+def test_a_file_does_not_depend_on_x64(tmp_path):
+    config = dataclasses.replace(PROTONETS, algorithm="matching")  # which has a number of its own, a scale
+    save_learner(tmp_path / "learner.npz", random_params(config), config)
+    with jax.enable_x64(True):
+        params = load_learner(tmp_path / "learner.npz").params
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(params))
+
+
 def test_hyperparameters_may_be_any_mapping(tmp_path):
     config = dataclasses.replace(MAML, hyperparameters=types.MappingProxyType(dict(MAML.hyperparameters)))
     save_learner(tmp_path / "learner.npz", random_params(MAML), config)

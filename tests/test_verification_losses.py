@@ -219,6 +219,16 @@ def test_equal_domains_are_aligned_and_well_separated_identities_cost_nothing():
     assert hard(apart, IDENTITIES) == 0.0
 
 
+def test_with_a_threshold_of_one_equal_embeddings_are_no_pair():
+    # The cosine of a vector with itself rounds to one or to less.
+    for seed in range(8):
+        x = jax.random.normal(jax.random.key(seed), (5,))
+        found = losses.hard_pair_attention(positive_threshold=1.0, negative_threshold=1.0)(
+            jnp.stack([x, x, -x]), jnp.zeros(3, int)
+        )
+        chex.assert_trees_all_close(found, 2.0, rtol=1e-6)
+
+
 def test_which_pairs_are_hard_is_not_differentiated(x64):
     # Just above and below the threshold the loss jumps, and its derivative is that of the chosen pairs alone.
     loss = losses.hard_pair_attention(positive_threshold=1.0, negative_threshold=-1.0)

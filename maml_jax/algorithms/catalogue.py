@@ -160,8 +160,8 @@ def _maml_plus_plus(problem: Problem, settings: MAMLPlusPlus) -> MetaLearner | C
 
 
 def _pretrained_classifier(problem: Problem, settings: PretrainedHead) -> MetaLearner:
-    num_steps = settings.num_finetuning_steps if settings.head == "fine-tuned" else settings.num_inner_steps
-    builder = functools.partial(pretrained_classifier, inner_optimizer=settings.rule(), num_inner_steps=num_steps)
+    steps = {"inner_optimizer": settings.rule(), "num_inner_steps": settings.num_head_steps}
+    builder = functools.partial(pretrained_classifier, **steps)
     return _build_classifier(builder, "num_classes", "head")(problem, settings)
 
 

@@ -177,6 +177,11 @@ class PretrainedHead:
     num_finetuning_steps: int = 15
     """The steps when the whole network is fine-tuned."""
 
+    @property
+    def num_head_steps(self) -> int:
+        """The gradient steps that fit the head at test, if it is fitted so."""
+        return self.num_finetuning_steps if self.head == "fine-tuned" else self.num_inner_steps
+
     def __post_init__(self):
         """Raises ValueError for a number that is out of its range."""
         check_positive("inner_lr", self.inner_lr)

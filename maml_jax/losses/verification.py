@@ -50,7 +50,9 @@ def hard_pair_attention(*, positive_threshold: float, negative_threshold: float)
         same, pairs = _same(targets), _pairs(len(targets))
         # |a - b|² / 2 of unit vectors is one minus their cosine.
         half_distance = 1.0 - cosine
-        positive = _mean_of(half_distance, pairs & same & (seen < positive_threshold))
+        # The cosine of equal embeddings may round to less than one.
+        largest = jnp.minimum(positive_threshold, 1 - 4 * jnp.finfo(seen.dtype).eps)
+        positive = _mean_of(half_distance, pairs & same & (seen < largest))
         return positive - _mean_of(half_distance, pairs & ~same & (seen > negative_threshold))
 
     return loss

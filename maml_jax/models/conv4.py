@@ -4,6 +4,7 @@ Vinyals et al., 2016, https://arxiv.org/abs/1606.04080; Finn et al., 2017, secti
 https://arxiv.org/abs/1703.03400.
 """
 
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -55,7 +56,7 @@ class Conv4(nn.Module):
             if self.pooling:
                 hidden = max_pool(hidden)
         flatten = self.pooling if self.flatten is None else self.flatten
-        hidden = hidden.reshape(hidden.shape[0], -1) if flatten else hidden.mean((1, 2))
+        hidden = hidden.reshape(len(hidden), math.prod(hidden.shape[1:])) if flatten else hidden.mean((1, 2))
         if self.way is None:
             return hidden
         default_init = nn.initializers.xavier_uniform() if flatten else nn.initializers.normal(1.0)

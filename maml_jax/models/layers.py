@@ -1,6 +1,7 @@
 """Convolution and pooling that stay fast when every task has its own weights."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -54,7 +55,9 @@ def conv_matmul(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, int]) 
     # which takes three times as long.
     phase_shape = [n + (k - 1) // s for n, k, s in zip((height, width), kernel.shape, strides, strict=False)]
     pads = [(low, n * s - low - m) for (low, _), n, s, m in zip(same_pads, phase_shape, strides, size, strict=True)]
-    padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0))).reshape(batch, phase_shape[0], strides[0], phase_shape[1], -1)
+    padded = jnp.pad(inputs, ((0, 0), *pads, (0, 0))).reshape(
+        batch, phase_shape[0], strides[0], phase_shape[1], strides[1] * channels
+    )
     phases = [phase.squeeze(2) for phase in lax.split(padded, (1,) * strides[0], axis=2)]
     views = [
         phases[i % strides[0]][
@@ -66,8 +69,9 @@ def conv_matmul(inputs: jax.Array, kernel: jax.Array, strides: tuple[int, int]) 
         for i in range(kernel.shape[0])
         for j in range(0, kernel.shape[1], strides[1])
     ]
-    patches = jnp.concatenate(views, axis=-1).reshape(batch * height * width, -1)
-    return _product(patches, kernel.reshape(patches.shape[1], -1)).reshape(batch, height, width, -1)
+    filters, size = kernel.shape[-1], math.prod(kernel.shape[:-1])
+    patches = jnp.concatenate(views, axis=-1).reshape(batch * height * width, size)
+    return _product(patches, kernel.reshape(size, filters)).reshape(batch, height, width, filters)
 
 
 def _product(rows: jax.Array, kernel: jax.Array) -> jax.Array:

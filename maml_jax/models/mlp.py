@@ -1,5 +1,6 @@
 """Fully connected networks."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -28,7 +29,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """[S, ...] -> [S, features[-1]]."""
-        hidden = inputs.reshape(inputs.shape[0], -1)
+        hidden = inputs.reshape(len(inputs), math.prod(inputs.shape[1:]))
         for index, width in enumerate(self.features):
             is_last = index + 1 == len(self.features)
             hidden = nn.Dense(

@@ -3,6 +3,7 @@
 Bertinetto et al., 2019, Meta-learning with differentiable closed-form solvers. https://arxiv.org/abs/1805.08136
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import flax.linen as nn
@@ -37,7 +38,7 @@ class MultiScale(nn.Module):
             if index >= 2:
                 kept.append(hidden)
         kept[0] = _overlapping_pool(kept[0])
-        return jnp.concatenate([part.reshape(len(part), -1) for part in kept], 1)
+        return jnp.concatenate([part.reshape(len(part), math.prod(part.shape[1:])) for part in kept], 1)
 
 
 def _overlapping_pool(inputs: jax.Array) -> jax.Array:

@@ -45,6 +45,7 @@ def discounted_returns(reward: jax.Array, discount: float = 1.0) -> jax.Array:
       [H, ...].
     """
     reward = reward.astype(jnp.result_type(reward, 0.0))
+    discount = jnp.asarray(discount, reward.dtype)
 
     def add(later, reward):
         return (total := reward + discount * later), total
@@ -87,7 +88,9 @@ def generalised_advantages(
         )
     goes_on = jnp.concatenate([mask[1:], jnp.zeros_like(mask[:1])])
     following = jnp.concatenate([value[1:], jnp.zeros_like(value[:1])])
-    error = (reward + discount * goes_on * following - value) * mask
+    # A product with the mask would keep what is not finite.
+    error = jnp.where(mask > 0, reward + discount * jnp.where(goes_on > 0, following, 0) - value, 0)
+    discount, decay = (jnp.asarray(number, error.dtype) for number in (discount, decay))
 
     def add(later, step):
         error, goes_on = step
@@ -118,18 +121,20 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     horizon, num_trajectories = mask.shape
     parts = [leaf.reshape(horizon, num_trajectories, -1) for leaf in jax.tree.leaves(observation)]
     seen = jnp.concatenate(parts, -1).astype(returns.dtype)
-    seen -= jnp.sum(seen * mask[..., None], (0, 1), keepdims=True) / jnp.maximum(jnp.sum(mask), 1.0)
+    # A product with the mask would keep what is not finite.
+    is_valid, returns = mask[..., None] > 0, jnp.where(mask > 0, returns, 0)
+    seen -= jnp.sum(jnp.where(is_valid, seen, 0), (0, 1), keepdims=True) / jnp.maximum(jnp.sum(mask), 1.0)
     time = jnp.arange(horizon, dtype=returns.dtype)[:, None, None] / 100.0
     time = jnp.broadcast_to(time, (horizon, num_trajectories, 1))
     features = jnp.concatenate([seen, jnp.square(seen), time, time**2, time**3, jnp.ones_like(time)], -1)
     # Columns of one size, because float32 loses the small ones beside the square of a large number. The penalty is part
     # of the size. Otherwise a number that hardly changes would get a large penalty, and float32 would lose the others.
-    squares = jnp.sum(mask[..., None] * jnp.square(features), (0, 1), keepdims=True) + ridge
+    squares = jnp.sum(jnp.square(jnp.where(is_valid, features, 0)), (0, 1), keepdims=True) + ridge
     size = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
     features = features / size
-    valid = features * mask[..., None]
+    valid = jnp.where(is_valid, features, 0)
     exactly = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # float32 on every device
-    gram = exactly("tnd,tne->de", valid, features) + jnp.diag(ridge / jnp.square(size.reshape(-1)))
+    gram = exactly("tnd,tne->de", valid, valid) + jnp.diag(ridge / jnp.square(size.reshape(-1)))
     # Least squares, because an observation that never changes makes the features collinear, and then the ridge is lost
     # in the rounding of float32.
     coefficients, *_ = jnp.linalg.lstsq(gram, exactly("tnd,tn->d", valid, returns))
@@ -141,7 +146,7 @@ def standardised(values: jax.Array, mask: jax.Array) -> jax.Array:
 
     Equal values give 0.
     """
-    count, centred = jnp.maximum(jnp.sum(mask), 1.0), values * mask
+    count, centred = jnp.maximum(jnp.sum(mask), 1.0), jnp.where(mask > 0, values, 0)
     for _ in range(2):  # again, because the rounding of the first mean would be all that is left of equal values
         centred = (centred - jnp.sum(centred) / count) * mask
     return centred / (jnp.sqrt(jnp.sum(jnp.square(centred)) / count) + 1e-8)

@@ -1,5 +1,6 @@
 """Policies: models whose outputs are distributions over actions."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -54,12 +55,15 @@ def normal_policy(
       the model, "log_std": [A]}.
 
     Raises:
-      ValueError: if `model` is not a `Model`, a count is wrong, or a standard deviation not positive.
+      ValueError: if `model` is not a `Model`, a count is wrong, a standard deviation not positive, or `std` below
+        `smallest_std`.
     """
     model = _on_any_batch(model, observation_ndim)
     action_size = check_integer("action_size", action_size, at_least=1)
     check_positive("std", std)
     check_positive("smallest_std", smallest_std)
+    if std < smallest_std:
+        raise ValueError(f"std={std} is below smallest_std={smallest_std} and is not learned; choose a larger std")
 
     def init(key, inputs):
         return {"network": model.init(key, inputs), "log_std": jnp.log(jnp.full(action_size, std, jnp.float32))}
@@ -80,7 +84,11 @@ def _on_any_batch(model: Model, observation_ndim: int) -> Model:
     observation_ndim = check_integer("observation_ndim", observation_ndim, at_least=0)
 
     def flat(inputs):
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[x.ndim - observation_ndim :]), inputs)
+        def flatten(x):
+            batch, observation = x.shape[: x.ndim - observation_ndim], x.shape[x.ndim - observation_ndim :]
+            return x.reshape(math.prod(batch), *observation)
+
+        return jax.tree.map(flatten, inputs)
 
     def apply(params, inputs, **key):
         leaf = jax.tree.leaves(inputs)[0]

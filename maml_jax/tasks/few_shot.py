@@ -349,7 +349,9 @@ def _on_device(images: jax.Array | Sequence[jax.Array], table: ClassTable) -> tu
     else:
         examples = images.reshape(-1, *images.shape[2:])
     if jnp.issubdtype(examples.dtype, jnp.floating) and (values := values_of(examples)) is not None:
-        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        with np.errstate(over="ignore"):  # a large float64 is infinite in float32
+            on_device = values.astype(jax.dtypes.canonicalize_dtype(values.dtype))
+        finite = np.isfinite(on_device).reshape(len(values), -1).all(1)
         if not finite.all():
             where = np.searchsorted(table.starts + table.counts, np.argmin(finite), side="right")
             raise ValueError(

@@ -383,3 +383,21 @@ def test_erm_adds_the_loss_of_all_domains(x64):
     outputs = jax.vmap(lambda x: linear_model.apply(theta, x))(episode.support.inputs)
     difference = joint.objective(theta, episode)[0] - plain.objective(theta, episode)[0]
     np.testing.assert_allclose(difference, spread(outputs, episode.support.targets), rtol=1e-12)
+
+
+def test_the_meta_train_domains_have_the_noise_of_the_step_where_others_are_seen_in_view_of_them():
+    model = Model(
+        lambda key, inputs: jnp.ones(1),
+        lambda params, x, *, key=None: x @ params + jax.random.normal(key, (len(x),)),
+        stochastic=True,
+    )
+    learner = mldg(
+        model,
+        lambda outputs, targets: 0.0 * jnp.sum(outputs),
+        inner_optimizer=optax.sgd(0.0),
+        across_fn=lambda outputs, targets: jnp.mean(outputs),
+        held_out_fn=lambda outputs, targets, others, other_targets: -jnp.mean(others),
+    )
+    support = Batch(jnp.zeros((4, 2, 1)), jnp.zeros((4, 2)))
+    value, _ = learner.objective(jnp.ones(1), Episode(support, support, jax.random.key(0)))
+    np.testing.assert_allclose(value, 0.0, atol=1e-6)

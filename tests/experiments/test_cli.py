@@ -107,6 +107,7 @@ def test_a_setting_that_cannot_be_is_named_by_its_flag():
         (sinusoid, ["meta-sgd", "--tune-inner-lr"], "no effect with meta-sgd, whose rates are learned"),
         (omniglot, ["leo", "--train-embedding"], "--train-embedding has no effect with --network features"),
         (images, ["leo", "--augment"], "--augment has no effect with --network features"),
+        (images, ["leo", "--stream"], "or choose --network conv4 or --network multi-scale or --network resnet12$"),
         (translation, ["fomaml", "--vector-size", "32"], "--vector-size 32 has no effect with --no-lexical"),
         (translation, ["fomaml", "--network", "gru", "--depth", "6"], "--depth 6 has no effect with --network gru"),
         (faces, ["erm", "--margin", "0.4"], "--margin 0.4 has no effect with --losses mfr"),

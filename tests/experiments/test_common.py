@@ -335,6 +335,30 @@ def test_a_step_that_is_left_out_leaves_the_carried_state_of_the_inner_optimiser
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
 
 
+def test_a_call_of_one_meta_step_may_be_left_out(tmp_path):
+    config = Config(on_nonfinite="skip", outer_optimizer="sgd", log_every=1, num_meta_steps=4)
+    bad = SAMPLE(types.task_keys(jax.random.fold_in(runs.streams(0).train, 2), 4)[1]).support.inputs[0, 0]
+    train(tmp_path, config, learner=spoilt(lambda episode: episode.support.inputs[0, 0] == bad))
+    assert [record["skipped"] for record in logged(tmp_path)] == [0, 0, 1, 0]
+    assert [record["loss"] is None for record in logged(tmp_path)] == [False, False, True, False]
+    info = MetaInfo(np.array([np.nan]), np.array([np.nan]), np.array([False]), None)
+    nonfinite.check_finite(info, 0, tmp_path, config, is_skipped=True, num_in_a_row=nonfinite.MOST_SKIPPED - 1)
+    with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 0"):
+        nonfinite.check_finite(info, 0, tmp_path, config, is_skipped=True, num_in_a_row=nonfinite.MOST_SKIPPED)
+
+
+def test_a_training_does_not_end_where_it_was_stopped_without_a_validation(tmp_path):
+    config = Config(num_meta_steps=6)
+    train(tmp_path, config, validate=lambda params: 0.5)
+    records = logged(tmp_path)
+    del records[-1]["val"]  # as of a run of more meta-steps that was stopped here
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(runs.RunError, match=r"was stopped at meta-step 6, where it has no validation, .* give a la"):
+        train(tmp_path, config, validate=lambda params: 0.5)
+    train(tmp_path, dataclasses.replace(config, num_meta_steps=8), validate=lambda params: 0.5)
+    assert logged(tmp_path)[-1]["val"] == 0.5
+
+
 def test_a_loss_that_is_not_finite_stops_a_run_that_leaves_out_gradients(tmp_path):
     info = MetaInfo(np.array([1.0, np.inf]), np.ones(2), np.array([True, False]), None)
     with pytest.raises(runs.RunError, match="the loss is not finite at meta-step 1"):

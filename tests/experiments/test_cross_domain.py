@@ -17,7 +17,7 @@ from experiments.runs import RunError
 from maml_jax import CATALOGUE, Model, checkpoint, losses, maml, portable
 from maml_jax.inner import class_means
 from maml_jax.tasks import variable
-from maml_jax.types import InnerInfo, MetaLearner
+from maml_jax.types import Batch, InnerInfo, MetaLearner
 
 NUM_EXAMPLES = 12
 KEYS = jax.random.split(jax.random.key(0), 6)
@@ -219,6 +219,20 @@ def test_a_file_of_export_is_tested_as_the_run_is(tmp_path, directories, data, a
         assert cross_domain.score(of_file, selection, data.images) == cross_domain.score(of_run, selection, data.images)
 
 
+@pytest.mark.parametrize("head", ["linear", "fine-tuned"])
+def test_a_head_of_a_file_takes_its_own_steps(tmp_path, head):
+    of_head = dataclasses.replace(omniglot.METHODS["pretrained-classifier"].hyperparameters, head=head)
+    run_dir = make_run(tmp_path / "pre", "pretrained-classifier", eval_inner_steps=3, hyperparameters=of_head)
+    config = export.config_of_run(run_dir)
+    portable.save_learner(tmp_path / "pre.npz", runs.load(run_dir).params, config)
+    support = Batch(np.zeros((2, *config.input_shape), np.float32), np.arange(2))
+    for path in (run_dir, tmp_path / "pre.npz"):
+        for method, steps in zip(cross_domain.methods_of(path, ("linear", "fine-tuned")), (3, 15), strict=True):
+            learner, params = method.at(2)
+            found = jax.eval_shape(lambda params, learner=learner: learner.adapt(params, support)[1], params)
+            assert found.support_loss.shape == (steps,)
+
+
 def test_ranks_by_hand():
     # The mean of 0.025 of the gaps 0.1, -0.1, 0.1, 0 between the first two has a half-width of 0.15: one group. That
     # of the third, 0.45, has 0.09: it is worse. The fourth is below it by 0.025 ± 0.08: they share the third and
@@ -267,7 +281,9 @@ def test_a_whole_run(tmp_path, directories, capsys, monkeypatch):
 
     with monkeypatch.context() as patched:  # a finished test is not repeated
         patched.setattr(cross_domain, "measure", None)
+        (tmp_path / "out" / "figures" / "accuracy.png").unlink()
         assert cross_domain.run(config) == results
+        assert (tmp_path / "out" / "figures" / "accuracy.png").exists()
     assert "accuracy in %, 4 episodes of each data set" in capsys.readouterr().out
     with monkeypatch.context() as patched:
         others = lambda name, *ignored: made_up(name)._replace(images=255 - made_up(name).images)  # noqa: E731

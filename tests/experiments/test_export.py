@@ -115,7 +115,7 @@ def test_the_file_says_how_it_was_made(maml, tmp_path):
 
 def test_a_file_is_overwritten_only_if_told_to(maml, tmp_path):
     (tmp_path / "maml.npz").write_text("older")
-    with pytest.raises(ValueError, match=r"maml\.npz already exists and is not overwritten"):
+    with pytest.raises(runs.RunError, match=r"maml\.npz already exists .*; delete it, or give --overwrite$"):
         export.run(export.Config(maml, tmp_path / "maml.npz"))
     assert (tmp_path / "maml.npz").read_text() == "older"
     export.run(export.Config(maml, tmp_path / "maml.npz", overwrite=True))

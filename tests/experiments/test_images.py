@@ -173,12 +173,25 @@ def test_published_settings_that_the_classes_do_not_allow_are_left_out(photograp
         classification.make_samplers(images.DATA, dataclasses.replace(config, train_way=9))
 
 
-def test_classes_that_are_too_small_for_a_later_test_are_left_out(photographs, tmp_path, monkeypatch):
+def test_classes_that_are_too_small_for_a_later_test_are_those_of_every_method(photographs, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "DATA", dataclasses.replace(images.DATA, settings=((3, 1), (3, 5))))
     settings = {"data_dir": photographs, "run_dir": tmp_path / "run", "way": 2, "train_way": 2, "leave_out_small": True}
     config = images.with_paper_defaults(config_of("protonets", **settings))
     assert len(images.examples(config, "val")) == 3
-    assert [len(of_class) for of_class in images.examples(config, "test")] == [30]  # of 5 examples and 2 queries
+    maml = images.with_paper_defaults(config_of("maml", **settings))
+    found, expected = ([len(of_class) for of_class in images.examples(c, "test")] for c in (config, maml))
+    assert found == expected
+    assert min(found) < 5 + 2
+    said = []
+    assert [test["shot"] for test, *_ in classification.tests(images.DATA, config, said.append)] == [1, 1]
+    assert "the 3-way 5-shot test is left out" in said[0]
+
+
+def test_the_chunk_size_is_that_of_the_test_too(monkeypatch):
+    given = {}
+    monkeypatch.setattr(classification, "evaluate", lambda *args, **keywords: given.update(keywords))
+    classification.score(config_of(chunk_size=3), None, None, None, jax.random.key(0), 4)
+    assert given["chunk_size"] == 3
 
 
 def test_the_split_file_and_the_colours_of_a_set_are_those_of_the_settings(monkeypatch, tmp_path):

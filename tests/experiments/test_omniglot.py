@@ -166,10 +166,14 @@ def test_leo_learns_on_the_features_of_a_pretrained_run(drawings, pretrained, tm
         patch.setattr(
             classification, "selected_params", lambda *args: jax.tree.map(lambda leaf: 2 * leaf, stored(*args))
         )
-        with pytest.raises(runs.RunError, match=r"leo was made with other data; .* must not be trained further"):
+        with pytest.raises(runs.RunError, match=r"leo was made with other data\. .* must not be trained further"):
             omniglot.load(tmp_path / "leo")
     with pytest.raises(runs.RunError, match=r"there is no run in nowhere; make it with `python -m experiments\.omni"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=Path("nowhere")))
+    (tmp_path / "several" / "seed-0").mkdir(parents=True)
+    (tmp_path / "several" / "seed-0" / "config.json").write_text("{}")
+    with pytest.raises(runs.RunError, match="several holds several seeds; name one of its directories seed-0"):
+        omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=tmp_path / "several"))
     with pytest.raises(runs.RunError, match="is a run of leo with --split-by alphabet; give a run of pretrained-class"):
         omniglot.run(dataclasses.replace(config, run_dir=tmp_path / "other", pretrained_run=tmp_path / "leo"))
     runs.write_json(tmp_path / "pretrained" / "data.json", {"sha256": "of other data"})

@@ -320,3 +320,9 @@ def test_data_without_the_network_that_embeds_them_are_those_of_an_older_run(tmp
         runs.write_json(tmp_path / runs.DATA_FILE, {"sha256": stored})
         with pytest.raises(runs.RunError, match="was made with other data"):
             runs.check_data(tmp_path, wanted)
+
+
+def test_results_that_were_set_aside_are_found_without_a_number_of_episodes_too(tmp_path):
+    for name in ("results_2000_None.json", "results_2000_600.json", "results.json", "results_2000.json"):
+        (tmp_path / name).write_text("{}")
+    assert [file.name for file in runs.results_before(tmp_path)] == ["results_2000_600.json", "results_2000_None.json"]

@@ -98,3 +98,19 @@ def test_bfloat16_changes_little():
     # The hidden layer is rounded to 8 bits. Rounding errors of the order of 2^-8 = 0.004 add up in sums of 4 and 8.
     chex.assert_trees_all_close(of_half, of_single, atol=0.03)
     assert of_half[0] != of_single[0]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        models.mlp(features=(4, 2)),
+        models.conv4(way=2, features=3),
+        models.conv4(way=2, features=3, pooling=True),
+        models.multi_scale(features=(2, 2, 2, 2)),
+    ],
+)
+def test_no_inputs_have_no_outputs(model):
+    inputs = jnp.zeros((2, 28, 28, 1))
+    params = model.init(jax.random.key(0), inputs)
+    some, none = (jax.eval_shape(model.apply, params, batch) for batch in (inputs, inputs[:0]))
+    assert none.shape == (0, *some.shape[1:])

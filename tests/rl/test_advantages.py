@@ -50,6 +50,32 @@ def test_shapes_that_would_be_broadcast_are_refused(wrong):
         rl.generalised_advantages(**arrays, discount=0.9, decay=0.5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_comes_after_the_end_of_a_trajectory_may_be_anything(value):
+    spoilt = {name: jnp.where(MASK > 0, x, value) for name, x in (("reward", REWARD), ("value", VALUE))}
+    arrays = {"mask": jnp.asarray(MASK), "discount": 0.9, "decay": 0.5}
+    found = rl.generalised_advantages(**spoilt, **arrays)
+    np.testing.assert_allclose(found, rl.generalised_advantages(jnp.asarray(REWARD), jnp.asarray(VALUE), **arrays))
+    np.testing.assert_allclose(
+        advantages.standardised(spoilt["value"], jnp.asarray(MASK)),
+        advantages.standardised(jnp.asarray(VALUE), jnp.asarray(MASK)),
+    )
+    observation = rng.normal(size=(H, N, 2)).astype(np.float32)
+    of_spoilt = jnp.where(MASK[..., None] > 0, observation, value)
+    fitted, expected = (
+        rl.linear_baseline(x, returns, jnp.asarray(MASK))
+        for x, returns in ((of_spoilt, spoilt["reward"]), (jnp.asarray(observation), jnp.asarray(REWARD)))
+    )
+    np.testing.assert_allclose(np.where(MASK > 0, fitted, 0), np.where(MASK > 0, expected, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_of_numpy_keeps_the_dtype_of_the_rewards(x64):
+    reward = jnp.asarray(REWARD, jnp.float32)
+    assert rl.discounted_returns(reward, np.float64(0.9)).dtype == jnp.float32
+    arrays = {"reward": reward, "value": reward, "mask": jnp.ones_like(reward), "discount": 0.9}
+    assert rl.generalised_advantages(**arrays, decay=np.float64(0.9)).dtype == jnp.float32
+
+
 def test_the_baseline_is_the_ridge_regression_of_numpy(x64):
     observation, returns = rng.normal(size=(H, N, 2)), rng.normal(size=(H, N))
     found = rl.linear_baseline(jnp.asarray(observation), jnp.asarray(returns), jnp.asarray(MASK), ridge=0.1)

@@ -261,6 +261,7 @@ def test_policies_take_any_batch_axes():
         ({"action_size": 0}, "action_size must be an integer of at least 1, got 0"),
         ({"std": 0.0}, r"std=0\.0 must be a positive number"),
         ({"smallest_std": -1.0}, r"smallest_std=-1\.0 must be a positive number"),
+        ({"std": 1e-8}, r"std=1e-08 is below smallest_std=1e-06 and is not learned; choose a larger"),
         ({"observation_ndim": -1}, "observation_ndim must be an integer of at least 0, got -1"),
     ],
 )

@@ -401,6 +401,7 @@ def test_a_whole_split_fits_into_one_episode():
         ([np.zeros(2), np.zeros(())], {}, r"class 1 is float64 \(\)"),
         ([np.zeros((2, 3)), np.full((3, 3), np.nan)], {"way": 2}, "a feature of class 1 is NaN or infinite"),
         (np.full((4, 2, 3), np.inf), {"way": 2}, "a feature of class 0 is NaN or infinite"),
+        (np.full((4, 2, 3), 1e300), {"way": 2}, "a feature of class 0 is NaN or infinite"),
         (telling_images()[..., :2, :], {"rotations": True}, "square images, got 3x2"),
         (telling_images()[..., :2, :], {"rotated_classes": True}, "square images, got 3x2"),
         (telling_features(), {"rotations": True}, "square images, got 2;"),
