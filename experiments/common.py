@@ -149,8 +149,9 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
 
     Raises:
       RunError: if the loss, the meta-gradient or the parameters cease to be finite. The last checkpoint stays. With
-        `config.on_nonfinite` "skip" only if that happens in every step of a compiled call. Also if there were
-        validations and none was finite.
+        `config.on_nonfinite` "skip" only if that happens in every step of a compiled call, or in
+        `nonfinite.MOST_SKIPPED` calls of one step. Also if there were validations and none was finite, or the training
+        is to end where it was stopped without one.
       SystemExit: after a signal, with the code 128 plus its number.
     """
     config, is_alone = members[0].config, len(members) == 1
