@@ -302,6 +302,15 @@ def made_up(a, b, metric, num_tests=1):
     return compare.sentence(pair | record | adjusted, num_tests)
 
 
+def test_what_a_test_does_not_depend_on_makes_no_difference():
+    def test_of(horizon, inner_steps):
+        return retest.Test("goals", {"horizon": horizon, "steps": inner_steps}, retest.RETURN, None, None)
+
+    assert compare.differing(test_of(100, retest.ANY), test_of(100, 3)) == {}
+    assert compare.differing(test_of(100, 4), test_of(100, 3)) == {"steps": [4, 3]}
+    assert compare.differing(test_of(100, retest.ANY), test_of(50, 3)) == {"horizon": [100, 50]}
+
+
 def test_a_sentence_says_which_is_better():
     ahead, behind = np.linspace(0.5, 0.9, 20), np.linspace(0.4, 0.8, 20) + 0.01 * (-1.0) ** np.arange(20)
     higher = made_up(ahead, behind, retest.ACCURACY)
