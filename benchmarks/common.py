@@ -192,8 +192,8 @@ def place(state: MetaState, episodes: Episode, mesh: jax.sharding.Mesh | None) -
     """Copies the state to every device of a mesh and divides the episodes over the devices, as in a training run."""
     if mesh is None:
         return state, episodes
-    everywhere, divided = (jax.sharding.NamedSharding(mesh, spec) for spec in (jax.P(), jax.P(parallel.AXIS)))
-    return jax.device_put(state, everywhere), jax.device_put(episodes, divided)
+    divided = jax.sharding.NamedSharding(mesh, jax.P(parallel.AXIS))
+    return parallel.replicate(state, mesh), jax.device_put(episodes, divided)
 
 
 def main(

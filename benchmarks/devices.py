@@ -99,8 +99,8 @@ def time_on(count: int, config: Config) -> dict[str, dict[str, Any]]:
             mesh=mesh,
         )
         args = (state, jax.random.key(2), *loop.data)
-        if mesh:
-            args = jax.device_put(args, jax.sharding.NamedSharding(mesh, jax.P()))
+        if mesh is not None:
+            args = parallel.replicate(args, mesh)
         compiled, compile_seconds = common.compile_of(loop.jitted, *args)
         call = common.stepping(compiled, *args)
         parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))

@@ -248,7 +248,7 @@ def train_in_turns(work: Workload, inner_steps: int, inner_lr: float, config: Co
     def start(seed: int) -> tuple[MetaState, jax.Array]:
         keys = streams(seed)
         started = init_meta_state(learners["second order"], optimizer, keys.init, inputs), keys.train
-        return started if mesh is None else jax.device_put(started, jax.sharding.NamedSharding(mesh, jax.P()))
+        return started if mesh is None else parallel.replicate(started, mesh)
 
     programs, compile_seconds = {}, {}
     for order, learner in learners.items():

@@ -198,9 +198,8 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
                 num_calls += 1
             infos = [now.of_member(info, index) for index in range(len(members))]
             for index, (of_seed, member) in enumerate(zip(infos, members, strict=True)):
-                count = optax.tree.get(now.of_member(now.state, index).opt_state, "notfinite_count", 0)
-                skipping = {"is_skipped": is_skipped, "num_in_a_row": int(count) if is_skipped else 0}
-                check_finite(of_seed, now.step, member.run_dir, config, **skipping)
+                in_a_row = now.count(index, "notfinite_count") if is_skipped else 0
+                check_finite(of_seed, now.step, member.run_dir, config, is_skipped=is_skipped, num_in_a_row=in_a_row)
             now.seconds["train"] += elapsed / len(members)
             now.step += num_steps
             records = [record_of(of_seed, now.step, elapsed / len(members), is_skipped) for of_seed in infos]
@@ -235,7 +234,7 @@ def train_together(members: Sequence[Member], training: Training) -> list[Traine
     for index, (member, best) in enumerate(zip(members, now.best, strict=True)):
         check_selected(best, member.run_dir, config)
         if is_skipped:
-            num_skipped = int(optax.tree.get(now.of_member(now.state, index).opt_state, "total_notfinite"))
+            num_skipped = now.count(index, "total_notfinite")
             console.print(
                 f"{num_skipped} meta-gradients were not finite and left out in {member.run_dir}", markup=False
             )
@@ -291,6 +290,10 @@ class Progress:
                     self.best[index] = keep_best(self.best[index], params, score, self.step)
                 if training.monitor is not None:
                     records[index] |= training.monitor(params)
+
+    def count(self, index: int, name: str) -> int:
+        """A number of meta-steps that the outer optimiser of a seed has counted, by its name in `optax`."""
+        return int(optax.tree.get(self.of_member(self.state, index).opt_state, name))
 
     def save(self) -> None:
         """Writes a checkpoint of every seed. Without a validation the state that is saved is the selected one."""
@@ -469,7 +472,7 @@ def initial_state(
 ) -> MetaState:
     """The state at step 0, on all devices of the mesh; of `inputs` only shapes and dtypes matter."""
     state = jax.jit(_draw_state(learner, optimizer, inputs))(key)
-    return state if mesh is None else jax.device_put(state, jax.sharding.NamedSharding(mesh, jax.P()))
+    return state if mesh is None else parallel.replicate(state, mesh)
 
 
 def blank_state(
