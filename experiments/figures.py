@@ -216,7 +216,7 @@ def accuracy(file: Path, results: Mapping[str, Sequence[dict]], work: Mapping[st
     left.set(xlabel=f"inner steps at test, up to {most_steps}", ylabel="test accuracy, %", ylim=(lowest - 4, None))
     left.xaxis.set_major_locator(MaxNLocator(integer=True))
     right.set(
-        xlabel="time of the training, relative to FOMAML",
+        xlabel="computed time of the training, relative to FOMAML",
         ylabel="test accuracy after the last step, %",
     )
     right.set_xscale("log")
