@@ -115,11 +115,22 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
     Returns:
       [H, N].
 
+    Raises:
+      ValueError: if the arrays do not share the axes H and N.
+
     References:
       Duan et al., 2016, supplementary material, section 2. https://arxiv.org/abs/1604.06778
     """
+    leaves = jax.tree.leaves(observation)
+    shapes = [list(jnp.shape(x)) for x in (returns, mask, *leaves)]
+    if len(shapes[1]) != 2 or shapes[0] != shapes[1] or any(shape[:2] != shapes[1] for shape in shapes[2:]):
+        raise ValueError(
+            f"returns and mask must be [H, N], time steps by trajectories, got {shapes[0]} and {shapes[1]}, and an "
+            f"observation must begin with these axes, got {', '.join(map(str, shapes[2:]))}"
+        )
     horizon, num_trajectories = mask.shape
-    parts = [leaf.reshape(horizon, num_trajectories, -1) for leaf in jax.tree.leaves(observation)]
+    returns = returns.astype(jnp.result_type(returns, 0.0))  # integers would take the fractions of the observations
+    parts = [leaf.reshape(horizon, num_trajectories, -1) for leaf in leaves]
     seen = jnp.concatenate(parts, -1).astype(returns.dtype)
     # A product with the mask would keep what is not finite.
     is_valid, returns = mask[..., None] > 0, jnp.where(mask > 0, returns, 0)

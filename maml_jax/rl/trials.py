@@ -128,6 +128,15 @@ def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = 
     return RecurrentPolicy(network.init, network.start, step, num_actions)
 
 
+def check_recurrent_policy(policy: RecurrentPolicy) -> None:
+    """Raises ValueError unless `policy` is a `RecurrentPolicy`."""
+    if not isinstance(policy, RecurrentPolicy):
+        raise ValueError(
+            f"policy must be an rl.RecurrentPolicy, got {type(policy).__name__}; rl.gru_policy, rl.associative_policy "
+            "and rl.maml_policy make one"
+        )
+
+
 def check_input_size(inputs: jax.Array, observation_size: int, num_actions: int) -> None:
     """Raises ValueError for inputs [..., I] of a recurrent policy that do not fit its flat observation and actions."""
     expected = observation_size + num_actions + 2
@@ -212,8 +221,9 @@ def run_trial(
       A `Trial` with L = E·H.
 
     Raises:
-      ValueError: if a count is wrong, or the environment breaks its contract.
+      ValueError: if a count is wrong, `policy` is no `RecurrentPolicy`, or the environment breaks its contract.
     """
+    check_recurrent_policy(policy)
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
     task = jax.tree.map(jnp.asarray, task)  # an environment may index it by what is traced
@@ -272,8 +282,10 @@ def make_trial_sampler(
       `sample_episode(key, params)`, an episode whose support set is the trial, [L, ...], with an empty query set.
 
     Raises:
-      ValueError: if a count is wrong, γ or λ negative or above 1, or the scale not positive.
+      ValueError: if `policy` is no `RecurrentPolicy`, a count is wrong, γ or λ negative or above 1, or the scale not
+        positive.
     """
+    check_recurrent_policy(policy)
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
     for name, value in {"discount": discount, "decay": decay}.items():
@@ -323,12 +335,13 @@ def rl2(
       and values. The info of the objective is a `TrialInfo`.
 
     Raises:
-      ValueError: if a weight is negative, or `clip` not positive.
+      ValueError: if `policy` is no `RecurrentPolicy`, a weight negative, or `clip` not positive.
 
     References:
       Duan et al., 2016. https://arxiv.org/abs/1611.02779
       Schulman et al., 2017, equation 9. https://arxiv.org/abs/1707.06347
     """
+    check_recurrent_policy(policy)
     surrogate = clipped_surrogate(clip)
     check_not_negative("value_weight", value_weight)
     check_not_negative("entropy_weight", entropy_weight)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +160,14 @@ def test_no_rates_are_tried_twice():
     assert navigation.rate_candidates(config_of("oracle")) == [[]]
 
 
+def test_later_rates_are_relative_to_the_first():
+    halved = dataclasses.replace(navigation.DESCENT, inner_lr=0.25)
+    cases = {config_of("random"): navigation.FIRST_RATES, config_of(hyperparameters=halved): [0.25]}
+    for config, firsts in cases.items():
+        expected = [(first, 2 * first * later) for first in firsts for later in navigation.LATER_RATES]
+        np.testing.assert_allclose(navigation.rate_candidates(config), expected)
+
+
 def test_adapting_is_descent_at_the_rates(finished):
     config, _ = finished
     _, params, _ = runs.load(config.run_dir)
@@ -182,6 +191,8 @@ def test_adapting_is_descent_at_the_rates(finished):
         ({"horizon": 0}, "--horizon must be an integer of at least 1, got 0"),
         ({"max_kl": float("inf")}, "--max-kl=inf must be a positive number"),
         ({"later_lr": -0.1}, r"--later-lr=-0\.1 must be a positive number"),
+        ({"later_lr": 0.1, "algorithm": "oracle"}, "--later-lr 0.1 has no effect with oracle, which makes no updates"),
+        ({"later_lr": 0.1, "eval_inner_steps": 1}, "--later-lr 0.1 has no effect with --eval-inner-steps 1; leave it"),
         ({"epochs": 6}, "--epochs 6 has no effect with --outer-rule trust-region; leave it at 5"),
         ({"outer_rule": "clipped", "metric_stride": 3}, "--metric-stride 3 has no effect with --outer-rule clipped"),
         ({"on_nonfinite": "skip"}, "--on-nonfinite skip needs --outer-rule clipped"),
@@ -259,7 +270,7 @@ def test_a_test_has_trajectories_of_its_own_number(monkeypatch):
 
     monkeypatch.setattr(navigation, "returns_at", returns_at)
     config = config_of(shot=3, eval_shot=5, later_lr=0.1)
-    navigation.test(config, {"log_std": np.zeros(2)})
+    assert navigation.test(config, {"log_std": np.log([0.5, 2.0])})["policy_std"] == pytest.approx([0.5, 2.0])
     assert given == [(navigation.NUM_VALIDATION_GOALS, 3), (40, 5), (4, 5)]
     params = navigation.make_policy(config).init(jax.random.key(0), jnp.zeros((1, 2)))
     episode = jax.eval_shape(navigation.sampler_of(config), jax.random.key(0), params)
@@ -287,3 +298,19 @@ def test_goals_that_are_divided_over_devices_have_the_same_returns(monkeypatch):
         found.append(program((params, rates), (goals, jax.random.split(jax.random.key(1), len(goals)))))
     np.testing.assert_allclose(*found, rtol=1e-5)
     assert [len(returns.devices()) for returns in found] == [1, 2]
+
+
+@pytest.mark.parametrize("algorithm", ["maml", "anil"])
+def test_training_adapts_at_its_rate_and_anil_its_last_layer_alone(algorithm):
+    config = config_of(algorithm, horizon=4, hyperparameters=dataclasses.replace(navigation.DESCENT, inner_lr=0.3))
+    policy, learner = navigation.make_policy(config), navigation.meta_learner_of(config)
+    params = learner.init(jax.random.key(0), jnp.zeros((1, 2)))
+    episode = jax.jit(navigation.sampler_of(config))(jax.random.key(1), params)
+    support, query = jax.tree.map(lambda x: x[0], episode.support), episode.query
+    grads = jax.grad(lambda p: navigation.rl.policy_gradient(policy.apply(p, support.inputs), support.targets))(params)
+    adapted = jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
+    if algorithm == "anil":
+        adapted = params | {"network": params["network"] | {"dense_2": adapted["network"]["dense_2"]}}
+    chex.assert_trees_all_close(learner.adapt(params, episode.support)[0], adapted, rtol=1e-4, atol=1e-6)
+    acted = policy.apply(adapted, query.inputs)
+    chex.assert_trees_all_close(query.targets.policy, acted, rtol=1e-4, atol=1e-5)

@@ -167,3 +167,25 @@ def test_a_picture_of_what_the_policy_does_is_shown_if_there_is_one(tmp_path, mo
     shown = rl_report.section(EMPTY | {"navigation": [navigation_result()]}, flags_of)
     assert "navigation_behaviour" not in without
     assert "![what the policy does](figures/navigation_behaviour.png)" in shown
+
+
+def test_trainings_of_another_length_are_other_methods():
+    longer = navigation_result(seed=1) | {"meta_steps": 1000}
+    rows = rows_of(rl_report.navigation_table([navigation_result(), longer], lambda result: ["--num-meta-steps 9"]))
+    assert [row[0] for row in rows[:4]] == ["MAML, 300 meta-steps"] * 2 + ["MAML, 1,000 meta-steps"] * 2
+    assert not any("mean of" in row[0] for row in rows)
+
+
+def test_the_drawn_regret_is_that_of_the_longest_training_and_the_first_seed():
+    def result(seed, meta_steps, regret):
+        return bandit_result(5, 6.5, seed=seed) | {"meta_steps": meta_steps, "regret": {"RL²": regret}}
+
+    results = [result(0, 900, [0.1]), result(2, 3000, [0.2]), result(1, 3000, [0.3])]
+    assert rl_report.regrets(results, lambda r: []) == {"10 pulls, 5 arms": {"RL²": [0.3]}}
+
+
+def test_the_optimum_is_stated_for_both_sets_of_goals():
+    result = navigation_result()
+    result["evaluations"][0]["optimum"], result["evaluations"][1]["optimum"] = -0.54, -0.5
+    text = rl_report.section(EMPTY | {"navigation": [result]}, flags_of)
+    assert "The optimum is -0.50 on the fresh goals and -0.54 on the published ones." in text

@@ -343,3 +343,73 @@ def test_posterior_sampling_is_better_than_chance_and_worse_than_knowledge():
 def test_ten_episodes_with_the_bonus_of_beb():
     # Duan et al., table 2: 150.2, the mean of 1,000 processes, with a standard error of about 0.8.
     assert_mean(act("BEB", num_episodes=10, parameter=0.04), 150.2)
+
+
+def test_the_bonus_of_ucb1():
+    score = BANDITS["UCB1"].make(10, 0.5)
+    found = score(None, Beliefs(jnp.array([3.0, 1.0]), jnp.array([2.0, 1.0])), 7)
+    expected = [3 / 5 + 0.5 * np.sqrt(2 * np.log(7) / 5), 1 / 2 + 0.5 * np.sqrt(2 * np.log(7) / 2)]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_who_explores_pulls_every_arm_as_often():
+    beliefs = Beliefs(jnp.array([1.0, 9.0, 1.0, 1.0, 1.0]), jnp.ones(5))
+    score = BANDITS["epsilon-greedy"].make(10, 0.3)
+    arms = jax.vmap(lambda key: jnp.argmax(score(key, beliefs, 0)))(jax.random.split(jax.random.key(0), 4000))
+    shares, expected = np.bincount(arms, minlength=5) / 4000, np.array([0.06, 0.76, 0.06, 0.06, 0.06])
+    np.testing.assert_array_less(np.abs(shares - expected), 5 * np.sqrt(expected * (1 - expected) / 4000))
+
+
+def test_the_most_probable_of_many_draws_is_near_the_mode_of_the_posterior():
+    # That of Beta(3, 2) is at 2/3.
+    score = BANDITS["optimistic Thompson sampling"].make(10, 500)
+    found = score(jax.random.key(0), Beliefs(jnp.array([3.0]), jnp.array([2.0])), 0)
+    np.testing.assert_allclose(found, [2 / 3], atol=0.01)
+
+
+def test_parameters_are_chosen_on_other_tasks_than_those_of_the_test(monkeypatch):
+    given = []
+
+    def play(strategy, key, *, num_tasks, num_pulls=1, parameter=None, **sizes):
+        given.append((tuple(jax.random.key_data(key).tolist()), num_tasks))
+        played = bandit_strategies.Played(np.zeros(num_tasks), np.zeros((num_tasks, num_pulls)))
+        return played if "num_arms" in sizes else played.reward
+
+    def keys_by_size(compare, **sizes):
+        given.clear()
+        compare(jax.random.key(0), **sizes)
+        return [{key for key, size in given if (size == sizes["num_tasks"]) is is_test} for is_test in (False, True)]
+
+    monkeypatch.setattr(bandit_strategies, "play", play)
+    monkeypatch.setattr(mdp_strategies, "total_rewards", play)
+    monkeypatch.setattr(mdp_strategies, "optimal_rewards", lambda key, **sizes: play(None, key, **sizes))
+    for tune, test in (
+        keys_by_size(bandit_strategies.compare, num_tasks=2500, num_arms=2, num_pulls=3),
+        keys_by_size(mdp_strategies.compare, num_tasks=400, num_episodes=2),
+    ):
+        assert len(tune) == len(test) == 1
+        assert tune != test
+
+
+def plans_of_ucrl2(scale, gain, record, step):
+    """What is done in state 0, where action 0 is known to pay `gain`: a hundredth less of it, and a hundredth more."""
+    plans = []
+    for factor in (0.99, 1.01):
+        reward_sum = record.reward_sum.at[0, 0].add(factor * gain * record.visits[0, 0])
+        plans.append(int(PLANS["UCRL2"](None, record._replace(reward_sum=reward_sum), scale)[step, 0]))
+    return plans
+
+
+def test_the_intervals_of_ucrl2():
+    # Jaksch et al., 2010, equations 3 and 4, with 10 states, 5 actions and δ = 0.05.
+    scale, visits = 0.5, jnp.full((10, 5), 50.0).at[:, 1].set(5.0)
+    time = 1 + 10 * (4 * 50 + 5)
+    few, many = (np.sqrt(7 * np.log(2 * 10 * 5 * time / 0.05) / (2 * count)) for count in (5, 50))
+    record = Record(visits, jnp.zeros((10, 5)), jnp.zeros((10, 5, 10)))
+    assert plans_of_ucrl2(scale, scale * (few - many), record, step=-1) == [1, 0]
+    # In the last but one step, action 1 may lead from state 0 to state 1, which pays 1; the others are sure not to.
+    visits = jnp.full((10, 5), 50.0)
+    seen = jnp.zeros((10, 5, 10)).at[0, :, 2].set(1e12).at[0, 1, 2].set(1000.0)
+    width = np.sqrt(14 * 10 * np.log(2 * 5 * (1 + 2500) / 0.05) / 1000)
+    record = Record(visits, jnp.zeros((10, 5)).at[1].set(50.0), seen)
+    assert plans_of_ucrl2(scale, scale * width / 2, record, step=-2) == [1, 0]

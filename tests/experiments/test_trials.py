@@ -475,3 +475,50 @@ def test_trials_that_are_divided_over_devices_are_the_same_ones(monkeypatch):
         found.append(program(params, jax.random.split(jax.random.key(1), 6)))
     chex.assert_trees_all_close(*found)
     assert [len(outcome.reward.devices()) for outcome in found] == [1, 2]
+
+
+def test_runs_of_mazes_are_compared_by_drawn_actions(monkeypatch):
+    given = []
+
+    def outcome(config, problem, params, key, count, *, greedy=False):
+        given.append((key, count, greedy))
+        return types.SimpleNamespace(reward=np.array([[1.0, 2.0], [3.0, 6.0]]))
+
+    monkeypatch.setattr(trials, "outcome", outcome)
+    np.testing.assert_array_equal(mazes.EXPERIMENT.reward(config_of(mazes), {}, 4, 2), [3.0, 9.0])
+    assert given == [(runs.streams(4).test, 2, False)]
+    given.clear()
+    for module in (bandits, mdps):
+        module.EXPERIMENT.reward(config_of(module), {}, 4, 2)
+    assert given == [(jax.random.split(runs.streams(4).test, 3)[0], 2, True)] * 2
+
+
+def test_the_shortest_paths_are_those_of_the_mazes_that_were_walked(monkeypatch):
+    config, key = config_of(mazes, eval_episodes=30), jax.random.key(3)
+    problem = mazes.problem_of(config)
+    params = trials.make_policy(problem, config.hyperparameters).init(
+        jax.random.key(0), jnp.zeros((1, problem.num_inputs))
+    )
+    shortest = trials.through_trials(config, problem, params, key, 30, lambda p, maze, t: mazes.shortest_path(maze))
+    assert len(set(shortest.tolist())) > 1
+    monkeypatch.setattr(trials, "outcome", lambda *args, **settings: trials.Outcome(*[np.ones((30, 2))] * 3))
+    assert mazes.walks_of(config, params, key)["shortest_path"] == pytest.approx(shortest.mean())
+
+
+def test_a_table_has_the_policy_the_strategies_and_the_published_rewards():
+    def reward(mean):
+        return {"mean": [mean], "ci95": [0.125]}
+
+    results = {
+        "algorithm": "rl2",
+        "metrics": {"reward": reward(6.5), "reward_of_draws": reward(6.25)},
+        "strategies": {"UCB1": reward(6.75) | {"parameter": 0.3}, "greedy": reward(6.0) | {"parameter": None}},
+    }
+    table = trials.reward_table(results, {"RL²": 6.7, "UCB1": 6.6}, "title")
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert rows == [
+        ("RL², most probable action", "", "6.500 ± 0.125", "6.7"),
+        ("RL², drawn action", "", "6.250 ± 0.125", ""),
+        ("UCB1", "0.3", "6.750 ± 0.125", "6.6"),
+        ("greedy", "", "6.000 ± 0.125", ""),
+    ]

@@ -188,3 +188,26 @@ def test_an_offset_of_the_observations_does_not_matter_in_float32(offset):
 def test_equal_values_are_standardised_to_zero(value):
     # What the two means leave is rounding of rounding, below the 1e-8 that the deviation is increased by.
     np.testing.assert_allclose(advantages.standardised(jnp.full((100, 20), value), jnp.ones((100, 20))), 0, atol=1e-3)
+
+
+def test_integer_returns_leave_the_fractions_of_the_observations():
+    observation, returns = jnp.asarray(rng.normal(size=(H, N, 2)), jnp.float32), jnp.arange(H * N).reshape(H, N)
+    found, expected = (
+        rl.linear_baseline(observation, values, jnp.ones((H, N))) for values in (returns, returns.astype(jnp.float32))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"observation": {"seen": np.zeros((N, H, 2))}}, r"must begin with these axes, got \[3, 6, 2\]"),
+        ({"returns": REWARD[:1]}, r"got \[1, 3\] and \[6, 3\]"),
+        ({"mask": MASK[:, :1]}, r"got \[6, 3\] and \[6, 1\]"),
+        ({"returns": REWARD[0], "mask": MASK[0]}, r"must be \[H, N\], .*, got \[3\] and \[3\]"),
+    ],
+)
+def test_a_baseline_of_arrays_that_do_not_fit_is_refused(wrong, message):
+    arrays = {"observation": np.zeros((H, N, 2)), "returns": REWARD, "mask": MASK} | wrong
+    with pytest.raises(ValueError, match=message):
+        rl.linear_baseline(**arrays)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from key_use import keys_by_use
 
 from maml_jax import Model, maml, meta_sgd, models, rl
 from maml_jax.rl import Categorical, Normal
@@ -306,3 +307,17 @@ def test_a_scaled_start_changes_what_is_named():
         rl.scaled_start(model, lambda name: name == "haed", 0.1).init(jax.random.key(0), jnp.zeros(1))
     with pytest.raises(ValueError, match="factor=nan must be a number of at least 0"):
         rl.scaled_start(model, lambda name: name == "head", float("nan"))
+
+
+def test_every_draw_of_an_episode_has_a_key_of_its_own():
+    def step(task, state, action, key):
+        return state, jnp.zeros(1), jax.random.uniform(key), jnp.bool_(False)
+
+    noisy = counter()._replace(step=step, reset=lambda task, key: (jax.random.uniform(key), jnp.zeros(1)))
+    sample, episodes = rl.make_sampler(learner_of, noisy, num_updates=1, **SETTINGS), []
+    drawn, divided = keys_by_use(lambda: episodes.append(sample(jax.random.key(0), PARAMS)))
+    assert len(drawn) == 1 + 2 * (N + H + H * N)  # the task, and before the update and after it: resets, actions, steps
+    assert len(set(drawn)) == len(drawn)
+    assert not divided & set(drawn)
+    rewards = np.concatenate([np.ravel(batch.targets.reward) for batch in episodes[0][:2]])
+    assert len(np.unique(rewards)) == len(rewards)

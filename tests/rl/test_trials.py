@@ -1,10 +1,13 @@
 """RL²: trials of several episodes, the state that crosses them, and the loss."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from key_use import keys_by_use
 
 from maml_jax import Batch, Episode, init_meta_state, make_train_loop, models, parallel, rl
 from maml_jax.rl import Categorical, RecurrentPolicy
@@ -72,6 +75,7 @@ def test_the_horizon_ends_an_episode_that_is_not_done():
     np.testing.assert_array_equal(found.episode, [0, 0, 1, 1, 2, 2])
     assert not np.any(found.done)
     np.testing.assert_array_equal(found.inputs[:, 0], [0, 1, 0, 1, 0, 1])  # the count of the environment starts again
+    np.testing.assert_array_equal(found.inputs[:, -1], [0, 0, 1, 0, 1, 0])  # and the policy sees that
 
 
 def test_the_policy_sees_what_it_did_and_what_that_earned():
@@ -273,8 +277,9 @@ def test_an_end_that_is_no_bool_is_refused():
         rl.run_trial(environment, POLICY, PARAMS, jnp.int32(0), jax.random.key(0), num_episodes=1, horizon=2)
 
 
-def test_a_policy_may_start_with_a_long_memory():
-    policies = [rl.gru_policy(num_actions=A, hidden_size=8, memory=memory) for memory in (None, 40)]
+@pytest.mark.parametrize("build", [rl.gru_policy, functools.partial(rl.associative_policy, observation_size=1)])
+def test_a_policy_may_start_with_a_long_memory(build):
+    policies = [build(num_actions=A, hidden_size=8, memory=memory) for memory in (None, 40)]
     biases = [policy.init(jax.random.key(0), jnp.zeros((1, 1 + A + 2)))["gru"]["iz"]["bias"] for policy in policies]
     assert not np.any(biases[0])
     assert np.all(biases[1] > 0)
@@ -337,3 +342,31 @@ def test_advantages_are_those_of_the_scaled_rewards():
     np.testing.assert_allclose(targets.transition.advantage, expected, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(targets.value, expected + found.value, rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(targets.transition.reward, found.reward)
+
+
+def test_every_draw_of_a_trial_has_a_key_of_its_own():
+    def noisy(task, state, action, key):
+        return state, state[None], jax.random.uniform(key), jnp.bool_(False)
+
+    def reset(task, key):
+        return (state := jax.random.uniform(key)), state[None]
+
+    environment = ENVIRONMENT._replace(step=noisy, reset=reset)
+    sample = rl.make_trial_sampler(environment, COUNTER, num_episodes=E, horizon=H)
+    drawn, divided = keys_by_use(lambda: sample(jax.random.key(0), COUNTER.init(None, None)))
+    assert len(drawn) == 1 + 1 + 3 * E * H  # the task, the first reset, and actions, steps and resets
+    assert len(set(drawn)) == len(drawn)
+    assert not divided & set(drawn)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        rl.rl2,
+        lambda policy: rl.make_trial_sampler(ENVIRONMENT, policy, num_episodes=E, horizon=H),
+        lambda policy: trial(policy=policy),
+    ],
+)
+def test_a_policy_without_a_state_is_refused(use):
+    with pytest.raises(ValueError, match=r"policy must be an rl\.RecurrentPolicy, got Model; rl\.gru_policy"):
+        use(rl.categorical_policy(models.mlp(features=(A,))))
