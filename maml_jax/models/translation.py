@@ -42,7 +42,7 @@ class Translator(NamedTuple):
       start: `(params, sentences, max_length) -> (memory, state)`, leaves [B, ...]: what has been read, and the state
         before the first token.
       step: `(params, memory, state, index, tokens [B]) -> (state, logits [B, V])`, for the token after `tokens`, the
-        ones with this index (a scalar), counted from 0.
+        ones with this index (a scalar), counted from 0 and below `max_length`; a larger one is not noticed.
     """
 
     model: Model

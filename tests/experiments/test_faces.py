@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments import faces, faces_report, runs
+from experiments import faces, faces_report, runs, verification
 from maml_jax import Batch, Episode, losses
 
 TINY = {"num_meta_steps": 4, "val_every": 2, "log_every": 1, "identities": 3}
@@ -341,3 +341,28 @@ def test_the_network_is_that_of_the_settings(network, ndim):
     params = jax.eval_shape(model.init, jax.random.key(0), images)
     assert max(leaf.ndim for leaf in jax.tree.leaves(params)) == ndim  # kernels of convolutions have four axes
     assert jax.eval_shape(model.apply, params, images).shape == (5, 64)
+
+
+def test_a_state_is_selected_by_the_rate_at_one_percent(monkeypatch):
+    # Of 100 pairs of two identities one may be accepted, so the threshold is 0.98.
+    different = np.arange(100) / 100
+    domains = [verification.Pairs(np.array([same]), different) for same in ([0.985, 0.97], [0.985, 0.985])]
+    monkeypatch.setattr(faces, "validation_pairs", lambda *args: domains)
+    assert faces.validation_score(None, {}, None) == 0.75
+
+
+def test_only_seeds_that_both_have_are_paired():
+    results = [result("erm", s, 0.3 + 0.1 * s) for s in range(3)] + [
+        result("mldg", s, 0.31 + 0.1 * s) for s in range(1, 4)
+    ]
+    row = next(line for line in faces_report.section(results, lambda r: []).splitlines() if line.startswith("| MLDG"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["edges", "3", "51.00 ± 24.84", "1.00 ± 0.00"]
+
+
+def test_curves_are_means_over_seeds_of_the_embedding_and_of_the_pixels():
+    results = [result("erm", seed, 0.3) for seed in (0, 1)]
+    results[1]["evaluations"][0]["roc"] = [0.0] * 41
+    found = faces.curves_of({"ERM": results})
+    assert {domain: list(curves) for domain, curves in found.items()} == {"edges": ["ERM", "pixels"]}
+    np.testing.assert_allclose(found["edges"]["ERM"], np.linspace(0, 0.5, 41))
+    np.testing.assert_allclose(found["edges"]["pixels"], np.linspace(0, 1, 41))

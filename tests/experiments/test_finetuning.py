@@ -1,5 +1,6 @@
 """Fine-tunings against a loop by hand, and beam search against all translations."""
 
+import functools
 import itertools
 
 import jax
@@ -10,7 +11,16 @@ import pytest
 
 from experiments import decoding, finetuning, lexical, parallel_text
 from maml_jax import losses, parallel
-from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS, Lexicon, Sentences, transformer_translator
+from maml_jax.models import (
+    PAD,
+    TASK_VECTORS,
+    UNIVERSAL_VECTORS,
+    Lexicon,
+    Sentences,
+    Translator,
+    transformer_translator,
+)
+from maml_jax.types import Model
 
 
 def small_translator():
@@ -185,3 +195,59 @@ def test_jobs_that_are_divided_over_devices_are_the_same_ones(monkeypatch):
         np.testing.assert_allclose(tuned, expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(translations, expected * test[jobs.language], rtol=1e-5, atol=1e-6)
         assert len(tuned.devices()) == len(translations.devices()) == (1 if mesh is None else 2)
+
+
+def beam_search_by_hand(log_p, beam, length):
+    """The tokens that are found, by the log-probabilities [V] after some tokens."""
+    kept = [((), 0.0)]
+    for _ in range(length):
+        grown = [one for one in kept if one[0][-1:] == (decoding.END,)]
+        for tokens, score in kept:
+            if tokens[-1:] != (decoding.END,):
+                grown += [((*tokens, t), score + x) for t, x in enumerate(log_p(tokens)) if t != PAD]
+        kept = sorted(grown, key=lambda one: -one[1])[:beam]
+    return max(kept, key=lambda one: one[1] / len(one[0]) ** decoding.LENGTH_POWER)[0]
+
+
+@pytest.mark.parametrize("beam", [1, 3, 6**3])
+def test_a_beam_search_is_that_of_a_loop(beam):
+    vocabulary, length, count = 6, 4, 30
+    table = np.random.default_rng(0).normal(scale=2.0, size=(count, vocabulary**length, vocabulary)).astype(np.float32)
+
+    def step(params, memory, state, index, tokens):
+        state = state * vocabulary + tokens  # all that has been written
+        return state, params[memory, state]
+
+    def start(params, sentences, max_length):
+        return sentences.tokens[:, 0], jnp.zeros(len(sentences.tokens), jnp.int32)
+
+    translator, source = Translator(None, start, step), Sentences(jnp.arange(count)[:, None])
+    found = decoding.translations(translator, jnp.asarray(table), source, max_length=length, beam=beam)
+    lengths = set()
+    for row, log_p in enumerate(table - np.log(np.exp(table).sum(-1, keepdims=True))):
+
+        def after(tokens, log_p=log_p):
+            return log_p[functools.reduce(lambda state, token: state * vocabulary + token, tokens, decoding.BEGIN)]
+
+        expected = [t for t in beam_search_by_hand(after, beam, length) if t != decoding.END]
+        assert found[row].tolist() == expected + [PAD] * (length - len(expected))
+        lengths.add(len(expected))
+    assert len(lengths) > 1
+
+
+def test_a_fine_tuning_draws_only_as_many_pairs_as_it_has():
+    def apply(params, inputs):  # ignores its inputs
+        return jnp.broadcast_to(params, (*inputs[1].shape, 6))
+
+    rng, how = np.random.default_rng(0), finetuning.FineTuning(rate=0.1, steps=20, batch_size=3)
+    pool, dev = pools(rng), finetuning.stacked([pools(rng)])
+    job = finetuning.Job(jnp.int32(0), jnp.arange(9), jnp.int32(4), None, jax.random.key(0))
+    tune = jax.jit(
+        lambda pool: finetuning.fine_tune(Translator(Model(None, apply), None, None), how, jnp.zeros(6), pool, dev, job)
+    )
+    losses = []
+    for first in (9, 4, 3):  # the first pair that is another
+        target = np.full_like(pool.target, 4)
+        target[first:] = 5
+        losses.append(tune(finetuning.stacked([pool._replace(target=target)])).losses[1])
+    assert losses[0] == losses[1] != losses[2]

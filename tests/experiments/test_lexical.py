@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import lexical
+from experiments.decoding import END
 
 
 def test_vectors_without_a_translation_are_left_as_they_are():
@@ -64,3 +65,20 @@ def test_the_vectors_of_a_short_text_are_the_same_every_time():
     assert len(occurring) < 64
     np.testing.assert_allclose(np.linalg.norm(first[occurring], axis=1), 1.0, rtol=1e-5)
     assert not np.any(np.delete(first, occurring, axis=0))
+
+
+def test_translations_are_mutually_best_by_dices_measure():
+    pairs = [
+        *[([4, 5, 9], [10, 11])] * 3,  # 9 is best translated by 11, which is better translated by 5
+        ([4, 5], [10, 11]),
+        *[([4, 6], [10, 12])] * 3,
+        ([4, 6], [10]),  # 6 is more often beside the frequent 10, but Dice's measure is 6/7 for 12 and 8/14 for 10
+        ([4, 7, 7], [10, 13]),  # twice in a sentence counts once, so two pairs hold 7 and 13
+        ([4, 7], [10, 13]),
+    ]
+    source, target = np.zeros((2, 10, 5), np.int32)
+    for row, sides in enumerate(pairs):
+        for array, tokens in zip((source, target), sides, strict=True):
+            array[row, : len(tokens) + 2] = [*tokens, 1, END]  # special tokens and the unknown one do not count
+    found = lexical.translations(source, target)
+    assert {tuple(pair) for pair in found.tolist()} == {(4, 10), (5, 11), (6, 12)}

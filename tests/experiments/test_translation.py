@@ -5,14 +5,27 @@ import json
 import os
 import shutil
 import sys
+import types
 import zipfile
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sacrebleu.metrics import BLEU
 
-from experiments import cli, decoding, finetuning, low_resource, parallel_text, runs, translation
+from experiments import (
+    bleu,
+    cli,
+    common,
+    decoding,
+    finetuning,
+    low_resource,
+    own_language,
+    parallel_text,
+    runs,
+    translation,
+)
 from maml_jax import Episode, losses
 from maml_jax.models import PAD, TASK_VECTORS, UNIVERSAL_VECTORS
 
@@ -531,3 +544,130 @@ def test_a_fine_tuning_has_the_settings_of_the_run(corpus, monkeypatch):
     assert given == [
         finetuning.FineTuning(rate=0.25, steps=steps, batch_size=3) for steps in (translation.VALIDATION_STEPS, 40)
     ]
+
+
+def test_the_scores_of_fine_tunings_are_those_of_their_translations():
+    references = ("a man in a red shirt is walking", "two dogs play in the snow", "a child")
+    greedy = [list(references), ["a man in a shirt is walking", "dogs play in the snow", "a child"]]
+    wide = [*references[:2], "a man in the park"]
+    found = low_resource._scores(references, greedy, wide)
+
+    def of_corpus(lines):
+        return pytest.approx(BLEU(lowercase=True).corpus_score(lines, [references]).score)
+
+    assert found["bleu"] == list(map(of_corpus, greedy))
+    assert found["bleu_beam"] == [of_corpus(wide)]
+    resampled = [bleu.resampled(bleu.counts(lines, references)) for lines in greedy]
+    np.testing.assert_allclose(found["resampled_bleu"], (resampled[0] + resampled[1]) / 2, atol=1e-3)
+    assert "bleu_beam" not in low_resource._scores(references, greedy, None)
+
+
+def test_the_first_state_gives_the_metrics_and_is_searched(corpus, monkeypatch):
+    given = []
+
+    def evaluate(protocol, text, translator, params, *, beam):
+        given.append((protocol, beam))
+        rows = [(0, [9.0]), (4, [1.0 + params, 3.0 + params]), (8, [3.0 + params, 5.0 + params])]
+        return [{"pairs": pairs, "nll": draws, "bleu": [10 * x for x in draws]} for pairs, draws in rows], [params]
+
+    monkeypatch.setattr(low_resource, "evaluate", evaluate)
+    config = config_of(corpus, beam=3)
+    setup = translation.Setup(None, None, None)
+    found = translation.test(config, setup, {"selected": (2, 0.0), "last": (4, 100.0)})
+    how = finetuning.FineTuning(config.finetune_lr, config.finetune_steps, config.finetune_batch)
+    protocol = low_resource.Protocol(("xc", "xd"), (4, 8), 2, how, 32)
+    assert given == [(protocol, 3), (protocol, 1)]
+    assert [(row["state"], row["step"]) for row in found["evaluations"]] == [("selected", 2)] * 3 + [("last", 4)] * 3
+    assert found["examples"] == [0.0]
+    # Means of both draws over the sizes: 2 and 4, with a standard error of 1 and one degree of freedom.
+    assert found["metrics"]["nll"] == {"mean": [3.0], "ci95": [pytest.approx(12.7062, rel=1e-5)]}
+    assert found["metrics"]["bleu"]["mean"] == [30.0]
+
+
+def test_the_last_state_is_that_of_the_last_checkpoint(corpus, tmp_path, monkeypatch):
+    last = types.SimpleNamespace(step=jnp.int32(4), params="last")
+    monkeypatch.setattr(common, "blank_state", lambda *args: None)
+    monkeypatch.setattr(common, "load_state", lambda directory, blank: {"state": last})
+    training = types.SimpleNamespace(learner=None, optimizer=lambda config, params: None, inputs=None)
+    config, setup = config_of(corpus, run_dir=tmp_path), translation.Setup(None, None, training)
+    for best_step, expected in ((2, {"selected": (2, "best"), "last": (4, "last")}), (4, {"selected": (4, "best")})):
+        trained = types.SimpleNamespace(best_step=best_step, params="best")
+        assert translation.states_of(config, setup, trained) == expected
+
+
+def test_the_inner_optimiser_is_that_of_the_settings():
+    gradient = jnp.array([2.0, -0.5])
+    for settings, expected in (
+        ({}, -0.25 * np.sign(gradient)),
+        ({"eps_root": 3.0}, -0.25 * gradient / np.sqrt(gradient**2 + 3.0)),
+        ({"inner_optimizer": "sgd"}, -0.25 * gradient),
+    ):
+        rule = translation.AdamSteps(inner_lr=0.25, **settings).rule()
+        updates, _ = rule.update(gradient, rule.init(gradient))
+        np.testing.assert_allclose(updates, expected, rtol=1e-5)
+
+
+def test_the_pairs_of_ones_own_are_divided_and_the_fine_tuned_network_translates(corpus, monkeypatch):
+    text, given = translation.text_of(config_of(corpus)), {}
+    network = own_language.Network(text.subwords, None, {"w": 1.0}, None, 32)
+    lines = [parallel_text.Corpus(corpus).lines("train", name)[:20] for name in ("xc", "en")]
+
+    def fine_tune_all(translator, how, params, languages, jobs):
+        given.update(how=how, params=params, languages=languages, size=jobs.size.tolist())
+        return finetuning.Tuned({"w": np.array([7.0])}, np.array([20]), np.array([1.0]), np.array([[2.0, 1.0]]))
+
+    def translated(translator, params, source, vectors, *, max_length, beam):
+        given.update(used=params, max_length=max_length, beam=beam)
+        return np.asarray(parallel_text.encode(text.subwords.target, ["a man"] * len(source)))
+
+    monkeypatch.setattr(finetuning, "fine_tune_all", fine_tune_all)
+    monkeypatch.setattr(finetuning, "translated", translated)
+    how = finetuning.FineTuning(steps=40)
+    found = own_language.adapted(network, *lines, how, vocabulary=60, seed=0)
+    (language,) = given["languages"]
+    few, dev = (set(parallel_text.decode(text.subwords.source, part.source)) for part in language[:2])
+    assert (len(few), len(dev), given["size"]) == (18, 2, [18])
+    assert few | dev == set(lines[0])
+    assert own_language.translations(found, ["kiman"], beam=3) == ["a man"]
+    assert (given["how"], given["params"], given["used"]) == (how, {"w": 1.0}, {"w": 7.0})
+    assert (given["max_length"], given["beam"]) == (32, 3)
+
+
+def test_both_sides_of_every_pair_are_translations(corpus):
+    text = translation.text_of(config_of(corpus))
+    parts = [*text.sources.items()]
+    parts += [(name, pairs) for name, language in text.languages.items() for pairs in language[:3]]
+    for name, pairs in parts:
+        source, target = map(parallel_text.decode, text.subwords, pairs)
+        assert source == [" ".join(LANGUAGES[name].format(word) for word in line.split()) for line in target]
+
+
+def test_nothing_but_the_training_text_gives_subwords_and_vectors(corpus, tmp_path):
+    for file in corpus.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+        if not file.name.startswith("train"):
+            write(tmp_path, *file.name.split("."), ["zebras zigzag"] * LINES[file.name.split(".")[0]])
+    before, after = (translation.text_of(config_of(directory, lexical=True)) for directory in (corpus, tmp_path))
+    assert before.subwords == after.subwords
+    for name in ("keys", "vectors", "sources"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(after, name))
+    for name, language in before.languages.items():
+        np.testing.assert_array_equal(language.vectors, after.languages[name].vectors)
+        assert np.any(language.dev.target != after.languages[name].dev.target)
+
+
+def test_a_sentence_of_the_test_that_is_cut_or_empty_stays_beside_its_reference(corpus, tmp_path):
+    for file in corpus.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    english = ["dog", " ".join(["man"] * 60), "", "a dog", "a man"]
+    for name, form in {"en": "{}", **LANGUAGES}.items():
+        lines = [" ".join(form.format(word) for word in line.split()) for line in english]
+        for part in ("val", "test"):
+            write(tmp_path, part, name, lines)
+    text = translation.text_of(config_of(tmp_path))
+    assert text.languages["xc"].references == tuple(english)
+    for language in text.languages.values():
+        for pairs in (language.dev, language.test):
+            target = parallel_text.decode(text.subwords.target, pairs.target)
+            assert [*target[:1], *target[2:]] == [*english[:1], *english[2:]]
+            assert english[1].startswith(target[1])

@@ -87,3 +87,15 @@ def test_the_figure_has_a_column_for_every_network(tmp_path, monkeypatch):
         "": ["pretraining", "pretraining, last state"],
         "--lexical": ["pretraining", "FOMAML, `--pretrain-steps 5`"],
     }
+
+
+def test_the_table_has_the_means_over_draws_and_the_pairs_that_a_state_has_seen():
+    result = made_up("fomaml", -0.1, query_shot=300, lexical=True)
+    for row in result["evaluations"]:
+        row["bleu"] = [value + row["pairs"] for value in row["bleu"]]
+    result["evaluations"] = [row for row in result["evaluations"] if row["pairs"]]  # no zero shots
+    text = translation_report.section([result, made_up("pretrained", 0.0, query_shot=300)], lambda result: [])
+    assert "| state | pairs seen | language | 0 pairs | 4 pairs | 8 pairs |" in text
+    # The state is of step 5, and each step has two episodes.
+    assert "| FOMAML | selected, step 5 | 3k | xc |  | 15.50 (2.850) | 19.50 (2.850) |" in text
+    assert "| pretraining | selected, step 5 | 3k | xc | 10.00 (3.000) | 10.00 (3.000) | 10.00 (3.000) |" in text
