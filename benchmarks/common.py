@@ -25,7 +25,7 @@ from rich.console import Console
 
 from experiments.runs import RunError, device_name, num_cores, versions, write_json
 from maml_jax import parallel
-from maml_jax.types import Batch, Episode, MetaState
+from maml_jax.types import Batch, Episode, MetaState, check_integer
 
 ConfigT = TypeVar("ConfigT")
 LOAD_BEFORE = os.getloadavg()[0]
@@ -51,6 +51,17 @@ class Settings(Output):
     """Repetitions of each timed program, after one warm-up call."""
     max_seconds: float = 20.0
     """Seconds after which a timed program is not repeated any more. It is timed at least once."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything is measured, for limits that leave nothing to measure."""
+        check_integer("--max-repetitions", self.max_repetitions, at_least=1)
+
+
+def check_not_empty(config: Any, *names: str) -> None:
+    """Raises ValueError if one of these settings has no value."""
+    for name in names:
+        if not getattr(config, name):
+            raise ValueError(f"--{name.replace('_', '-')} needs at least one value")
 
 
 class Timing(NamedTuple):

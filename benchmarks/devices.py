@@ -50,6 +50,11 @@ class Config(common.Settings):
     width: int = 2048
     """Units of each of the two hidden layers of the wide network."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything is measured, for a setting without a value."""
+        super().__post_init__()
+        common.check_not_empty(self, "devices", "workload")
+
 
 SHORT = Config(short=True, max_repetitions=5, max_seconds=8.0, filters=16, width=256)
 NUM_TASKS = 32

@@ -115,6 +115,11 @@ class Config(common.Settings):
     language_model_sequences: int = 8
     """Sequences of 128 tokens in the support and in the query set of the language model; 0 leaves it out."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything is compiled, for a setting without a value."""
+        super().__post_init__()
+        common.check_not_empty(self, "networks", "inner_steps")
+
 
 SHORT = Config(short=True, networks=("conv4",), inner_steps=(1, 5, 20), language_model_sequences=0)
 

@@ -76,6 +76,12 @@ class Config(common.Settings):
     matmul_size: int = 2048
     """Size of the square float32 matrices whose product measures the peak of the machine."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError, before anything is measured, for a setting without a value."""
+        super().__post_init__()
+        swept = ("derivative", "inner_steps", "meta_batch_size", "shot", "convolution", "chunk_size")
+        common.check_not_empty(self, *swept)
+
 
 SHORT = Config(
     short=True,

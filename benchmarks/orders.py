@@ -88,7 +88,10 @@ class Config(common.Settings):
 
     def __post_init__(self) -> None:
         """Raises ValueError, before anything is trained, for settings that do not fit together."""
-        for name in ("parts", "sinusoid_seeds", "omniglot_seeds", "sinusoid_steps", "omniglot_steps"):
+        super().__post_init__()
+        common.check_not_empty(self, "workload", "inner_steps")
+        counts = ("seeds", "steps", "tasks", "compared_tasks")
+        for name in ("parts", *(f"{workload}_{of}" for workload in ("sinusoid", "omniglot") for of in counts)):
             check_integer("--" + name.replace("_", "-"), getattr(self, name), at_least=1)
         for name in ("eval_episodes", "curve_episodes"):
             check_integer("--" + name.replace("_", "-"), getattr(self, name), at_least=2)

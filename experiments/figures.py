@@ -114,20 +114,20 @@ def inner_curves(file: Path, evaluations: dict[str, list[dict]]) -> None:
       file: the PNG to write.
       evaluations: by label, the "evaluations" of a sinusoid result, or those of several seeds, which are averaged.
     """
-    shots = sorted({evaluation["shot"] for evaluation in next(iter(evaluations.values()))})
+    shots = sorted({evaluation["shot"] for of_label in evaluations.values() for evaluation in of_label})
     figure, row = plt.subplots(
         1, len(shots), figsize=(4.5 * len(shots), 4.8), sharey=True, squeeze=False, layout="constrained"
     )
     for axes, shot in zip(row[0], shots, strict=True):
         for index, (label, of_label) in enumerate(evaluations.items()):
             medians = [e["metrics"]["mse"]["median"] for e in of_label if e["shot"] == shot]
-            axes.plot(np.asarray(medians, float).mean(0), markersize=5, label=title(label), **line_style(index))
+            if medians:  # not every command has tested with every number
+                axes.plot(np.asarray(medians, float).mean(0), markersize=5, label=title(label), **line_style(index))
         axes.set(title=f"{shot} support points", xlabel="inner gradient steps at test", yscale="log", ylim=(1e-3, 10))
         axes.grid(alpha=0.3)
     row[0][0].set_ylabel("median squared error on new points")
-    figure.legend(
-        *row[0][0].get_legend_handles_labels(), loc="outside lower center", frameon=False, ncols=2 * len(shots)
-    )
+    handles = {label: line for axes in row[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", frameon=False, ncols=2 * len(shots))
     save(figure, file)
 
 

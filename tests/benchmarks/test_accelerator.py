@@ -120,6 +120,7 @@ def row(value, milliseconds, factor=1.0, spread=0.01, repetitions=10, deviation=
         ("chunk size", [row("32", 10.0), row("8", 9.9, 0.99)], "keep 32: within 2% of the best"),
         ("chunk size", [row("32", 10.0), row("8", 8.0, 0.8, 0.3)], "keep 32: 8 is not clearly faster, 1.25 times"),
         ("chunk size", [row("32", 10.0), row("8", 8.0, 0.8, repetitions=1)], "not decided: 8 looks 1.25 times faster"),
+        ("chunk size", [row("32", 10.0), row("8", 8.0, 0.8, repetitions=2)], "not decided: 8 looks 1.25 times faster"),
         ("precision", [row("float32", 10.0), row("bfloat16", 5.0, 0.5)], "keep float32: bfloat16 computes the same"),
         ("convolution", [row("a", 10.0), row("b", 8.0, 0.8)], "set it to b: 1.25 times faster (1.24-1.26); conv_fn"),
         (
@@ -131,6 +132,12 @@ def row(value, milliseconds, factor=1.0, spread=0.01, repetitions=10, deviation=
 )
 def test_advice_on_a_comparison(stage, rows, advice):
     assert judge(stage, rows)["advice"].startswith(advice)
+
+
+def test_the_best_of_a_comparison_has_the_lowest_median():
+    lucky = row("8", 9.0, 0.9) | {"seconds": common.Timing(9.0, 1.0, 9.5, 10)}
+    found = judge("chunk size", [row("32", 10.0), lucky, row("4", 8.0, 0.8)])
+    assert (found["now"], found["best"]) == ("32", "4")
 
 
 @pytest.mark.parametrize(

@@ -333,6 +333,7 @@ def test_learners_are_told_apart_by_their_names(tmp_path, capsys):
     given = make_run(tmp_path / "a" / "0.4]", inductive=True), make_run(tmp_path / "b[" / "0.4]")
     other = make_run(tmp_path / "rate-0.01")
     assert cross_domain.methods_of(other)[0].label == "ProtoNets (rate-0.01)"
+    assert [cross_domain.methods_of(path)[0].one_query_at_a_time for path in given] == [True, False]
     config = Config(given, data_sets=("digits",), ways=(4,), episodes=2, run_dir=tmp_path / "out")
     labels = [record["label"] for record in cross_domain.run(config)["methods"][:2]]
     assert labels == ["ProtoNets (a/0.4])", "ProtoNets (b[/0.4])"]
