@@ -290,3 +290,62 @@ def test_temporaries_are_those_of_the_program_that_runs():
     gradient = jax.grad(learner.objective, has_aux=True)
     compiled = jax.jit(gradient).lower(params, episode).compile({"xla_backend_optimization_level": 3})
     assert temporary_bytes(gradient, params, episode) == compiled.memory_analysis().temp_size_in_bytes
+
+
+ELEMENTWISE = (
+    *(jnp.abs, jnp.sign, jnp.floor, jnp.ceil, jnp.round, jnp.sqrt, jnp.cbrt, jnp.exp, jnp.exp2, jnp.expm1, jnp.log),
+    *(jnp.log1p, jnp.tanh, jnp.sinh, jnp.cosh, jnp.arcsinh, jnp.arccosh, jnp.arctanh, jnp.sin, jnp.cos, jnp.tan),
+    *(jnp.arcsin, jnp.arccos, jnp.arctan, jnp.negative, jnp.square, lax.rsqrt, lax.logistic, lax.erf, lax.erfc),
+    *(lax.erf_inv, lax.lgamma, lax.digamma, lambda a: a**3, lambda a: lax.clamp(0.0, a, 1.0)),
+)
+
+
+def test_every_elementwise_operation_counts_one_per_element():
+    assert [count_flops(function, A) for function in ELEMENTWISE] == [15] * len(ELEMENTWISE)
+    for function in (lax.sub, lax.mul, lax.div, lax.rem, lax.max, lax.min, lax.pow, lax.atan2):
+        assert count_flops(function, A, A) == 15
+
+
+def test_every_reduction_counts_one_less_than_its_elements():
+    for function in (jnp.max, jnp.min, jnp.prod):
+        assert count_flops(lambda a, f=function: f(a, 1), A) == 3 * 4
+    for function in (jnp.cumprod, lax.cummax, lax.cummin, lax.cumlogsumexp):
+        assert count_flops(function, jnp.ones(9)) == 9
+    for function, start in ((lax.max, -np.inf), (lax.min, np.inf)):
+        pooled = partial(lax.reduce_window, init_value=start, computation=function, window_dimensions=(2, 2))
+        assert count_flops(partial(pooled, window_strides=(2, 2), padding="VALID"), SQUARE) == 4 * 3
+
+
+def test_factorisations_of_several_matrices_are_counted_for_each():
+    matrices = jnp.ones((5, 4, 4))
+    assert count_flops(lambda a: lax.linalg.cholesky(a, symmetrize_input=False), matrices) == 5 * 4**3 // 3
+    solve = partial(lax.linalg.triangular_solve, left_side=True)
+    assert count_flops(solve, matrices, jnp.ones((5, 4, 7))) == 5 * 4 * 4 * 7
+
+
+def test_what_chooses_a_branch_and_what_only_one_of_them_takes_are_counted():
+    def chosen(a):
+        return lax.cond((a @ a)[0, 0] > 0, lambda a: a, lambda a: a + 1, a)
+
+    def first(a, b):
+        return a
+
+    def second(a, b):
+        return b
+
+    assert count_flops(chosen, SQUARE) == SQUARED + 16
+    for branches in ((first, second), (second, first)):
+        assert count_flops(lambda a, of=branches: lax.cond(a[0, 0] > 0, *of, a, a @ a), SQUARE) == SQUARED
+
+
+def test_inner_grad_costs_are_those_of_chunks_of_the_size_asked_for(monkeypatch):
+    monkeypatch.setattr("maml_jax.cost.temporary_bytes", lambda *args: 0)
+    episodes = sinusoid_episodes(4)
+    episodes = episodes._replace(query=jax.tree.map(lambda x: x[:, :3], episodes.query))
+    params = build(1).init(jax.random.key(0), episodes.support.inputs[0])
+    in_chunks, at_once = (inner_grad_costs(partial(build, 1), params, episodes, chunk_size=size) for size in (1, 4))
+    # Four chunks take one addition per parameter more than a vmap.
+    for name in ("first_order", "mixed_mode", "reverse_over_reverse"):
+        assert in_chunks[name].flops > at_once[name].flops
+    # One prediction for the ten support examples of a task, and one for its three queries.
+    assert 10 * at_once["forward"].flops == 4 * 13 * count_flops(build(0).predict, params, jnp.ones((10, 1)))

@@ -1,4 +1,5 @@
 import gc
+import importlib
 
 import chex
 import jax
@@ -393,3 +394,15 @@ def test_the_statistics_of_half_precision_are_not_in_half_precision():
 def test_randomness_that_no_episode_has_is_an_error():
     with pytest.raises(ValueError, match="stochastic=True needs a key in every episode"):
         run(stochastic=True)
+
+
+@pytest.mark.parametrize(("backend", "expected"), [("cpu", 1), ("gpu", 100)])
+def test_a_chunk_has_by_default_one_episode_on_a_cpu_and_a_hundred_elsewhere(monkeypatch, backend, expected):
+    found, module = [], importlib.import_module("maml_jax.evaluate")
+    in_chunks = module._map_in_chunks
+    monkeypatch.setattr(
+        module, "_map_in_chunks", lambda function, xs, size: found.append(size) or in_chunks(function, xs, size)
+    )
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    evaluate(LEARNER, THETA, make_episode, KEY, metric_fn=lambda y, t: half_mse(y, t), num_episodes=2)
+    assert found == [expected]

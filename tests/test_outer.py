@@ -555,3 +555,14 @@ def test_the_norm_of_a_float16_gradient_does_not_overflow(episodes):
     _, info = make_meta_step(learner, optax.sgd(1e-3))(state, episodes)
     chex.assert_trees_all_close(info.grad_norm, jnp.float32(1e3), rtol=1e-3)
     assert info.finite
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_over_a_mesh_the_state_is_deleted_only_if_it_is_donated(episodes, donate):
+    optimizer, mesh = optax.adam(0.1), parallel.task_mesh(jax.devices()[:2])
+    step = make_meta_step(LEARNER, optimizer, mesh=mesh, donate=donate)
+    loop = make_train_loop(LEARNER, optimizer, make_episode, meta_batch_size=2, num_steps=1, mesh=mesh, donate=donate)
+    for program, argument in ((step, episodes), (loop, jax.random.key(0))):
+        state = state_of(optimizer)
+        program(state, argument)
+        assert state.params.is_deleted() == donate

@@ -112,7 +112,8 @@ def scheduled_descent(steps: Steps) -> optax.GradientTransformation:
     def update(grads: Weights, state: RuleState, params: Weights) -> tuple[Weights, RuleState]:
         momentum, rates = jax.tree.map(lambda x: x[state.count], (steps.momentum, steps.rates))
         velocity = jax.tree.map(lambda v, g: momentum * v - (1 - momentum) * g, params.velocity, grads.network)
-        change = {name: jax.tree.map(lambda v, rate=rates[name]: rate * v, velocity[name]) for name in velocity}
+        # By the path, because the network may be another mapping than a dictionary, such as a state of nnx.
+        change = jax.tree.map_with_path(lambda path, v: rates[path[0].key] * v, velocity)
         return Weights(change, jax.tree.map(jnp.subtract, velocity, params.velocity)), RuleState(state.count + 1)
 
     return optax.GradientTransformation(init, update)
@@ -234,8 +235,8 @@ def hypergradient(
     Raises:
       ValueError: if `model` is not a `Model`, a count not a positive integer, `num_segments` does not divide the steps
         that are differentiated, or `truncation` exceeds `num_inner_steps`; from `init`, if the parameters of `model`
-        are no dictionary, or `initial` returns something else; from `adapt`, if there is no key; from `objective`, if
-        there is no query example.
+        are no dictionary, or `initial` returns something else or other layers; from `adapt`, if there is no key; from
+        `objective`, if there is no query example.
 
     References:
       Maclaurin et al., 2015, section 2.
@@ -257,6 +258,12 @@ def hypergradient(
                 f"initial must return RunHyperparameters(log_rates, momentum_logits, log_l2), got a "
                 f"{type(hyperparameters).__name__}"
             )
+        for name in ("log_rates", "log_l2"):
+            if sorted(of_layers := getattr(hyperparameters, name)) != sorted(network):
+                raise ValueError(
+                    f"{name} of initial has the layers {sorted(of_layers)}, and the network has {sorted(network)}; "
+                    "give one entry for each name that initial is called with"
+                )
         return hyperparameters
 
     def adapt(hyperparameters, support, *, key=None, observe_fn=None):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.test_util import check_grads
 
 from maml_jax import (
@@ -22,6 +23,7 @@ from maml_jax import (
     models,
 )
 from maml_jax.algorithms.hypergradient import RunHyperparameters, default_segments, training_run
+from maml_jax.cost import temporary_bytes
 from maml_jax.inner.steps import mini_batches
 from maml_jax.parallel import task_mesh
 
@@ -300,3 +302,92 @@ def test_inputs_may_be_any_pytree(problem):
     pairs = data._replace(inputs=(data.inputs - 1.0, jnp.ones_like(data.inputs)))
     expected = plain.adapt(start, data, key=jax.random.key(0))[0]
     chex.assert_trees_all_close(paired.adapt(start, pairs, key=jax.random.key(0))[0], expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_segments": 3}, {"truncation": 2}, {"truncation": 4, "num_segments": 2}])
+def test_the_losses_of_all_mini_batches_are_in_the_order_of_the_steps(problem, settings):
+    model, data, network, chosen, start = problem
+    plain, found = (
+        training_run(model, losses.cross_entropy, start, network, data, chosen, **kwargs)[1]
+        for kwargs in ({}, settings)
+    )
+    assert plain.shape == (STEPS,)
+    assert np.min(np.abs(np.diff(plain))) > 1e-3
+    np.testing.assert_allclose(found, plain, rtol=1e-12)
+
+
+def test_the_info_of_the_objective_has_the_losses_of_the_run(problem):
+    model, data, _, _, start = problem
+    learner = hypergradient(
+        model, losses.cross_entropy, initial=lambda names: start, num_inner_steps=STEPS, batch_size=4, num_segments=2
+    )
+    episode = Episode(data, data, jax.random.key(3))
+    _, expected = learner.adapt(start, data, key=episode.key)
+    _, info = learner.objective(start, episode)
+    chex.assert_trees_all_close(info.support_loss, expected.support_loss, rtol=1e-12)
+    assert info.metric is None
+
+
+def test_only_the_first_states_of_segments_are_stored():
+    steps, layers = 64, ("dense_0",)
+    model = models.mlp(features=(1000,))
+    data = Batch(jnp.ones((4, 8)), jnp.zeros(4, jnp.int32))
+
+    def initial(names):
+        rates = {name: jnp.zeros(steps) for name in names}
+        return RunHyperparameters(rates, jnp.zeros(steps), {name: jnp.float32(-9.0) for name in names})
+
+    def temporaries(num_segments):
+        settings = {"initial": initial, "num_inner_steps": steps, "batch_size": 4, "num_segments": num_segments}
+        learner = hypergradient(model, losses.cross_entropy, **settings)
+        episode = Episode(data, data, jax.random.key(0))
+        return temporary_bytes(jax.grad(learner.objective, has_aux=True), initial(layers), episode)
+
+    # Eight segments of eight steps keep about 8 + 8 states, and one segment keeps 64.
+    assert temporaries(8) < 0.5 * temporaries(1)
+
+
+def test_a_network_of_nnx_is_trained_as_one_of_dictionaries(problem):
+    plain, data, network, chosen, start = problem
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.dense_0 = nnx.Linear(5, 4, rngs=rngs, param_dtype=jnp.float64)
+            self.dense_1 = nnx.Linear(4, 3, rngs=rngs, param_dtype=jnp.float64)
+
+        def __call__(self, inputs):
+            return self.dense_1(nn.tanh(self.dense_0(inputs)))
+
+    model = models.from_nnx(Network)
+    like = model.init(jax.random.key(0), data.inputs)
+    same = jax.tree.structure(like).unflatten(jax.tree.leaves(network))
+    found, _ = training_run(model, losses.cross_entropy, start, same, data, chosen)
+    expected, _ = training_run(plain, losses.cross_entropy, start, network, data, chosen)
+    assert jax.tree.structure(found) == jax.tree.structure(like)
+    chex.assert_trees_all_close(jax.tree.leaves(found), jax.tree.leaves(expected), rtol=1e-12)
+
+
+@pytest.mark.parametrize("wrong", ["log_rates", "log_l2"])
+def test_every_layer_has_rates_and_a_penalty(problem, wrong):
+    model, data, _, _, start = problem
+    without = start._replace(**{wrong: {"dense_0": getattr(start, wrong)["dense_0"]}})
+    learner = hypergradient(
+        model, losses.cross_entropy, initial=lambda names: without, num_inner_steps=STEPS, batch_size=4
+    )
+    message = rf"{wrong} of initial has the layers \['dense_0'\], and the network has \['dense_0', 'dense_1'\]"
+    with pytest.raises(ValueError, match=message):
+        learner.init(jax.random.key(0), data.inputs)
+
+
+def test_the_inner_gradient_is_the_one_asked_for(problem):
+    model, data, _, _, start = problem
+    taken = []
+
+    def recorded(fun, *args, **kwargs):
+        taken.append(fun)
+        return jax.value_and_grad(fun, *args, **kwargs)
+
+    settings = {"initial": lambda names: start, "num_inner_steps": STEPS, "batch_size": 4, "truncation": 2}
+    learner = hypergradient(model, losses.cross_entropy, inner_grad=recorded, **settings)
+    jax.eval_shape(lambda start: learner.adapt(start, data, key=jax.random.key(0)), start)
+    assert len(taken) == 2  # before the truncation and after it

@@ -107,3 +107,14 @@ def test_wrong_settings_are_refused(wrong, message):
     settings = {"inner_optimizer": optax.sgd(0.1), "num_inner_steps": 1, "strength": 1.0, "num_cg_steps": 1} | wrong
     with pytest.raises(ValueError, match=message):
         imaml(linear_model, half_mse, **settings)
+
+
+def test_there_are_as_many_conjugate_gradient_steps_as_asked_for(x64):
+    # One step from zero goes along v = ∇L_Q(φ_K): the meta-gradient is (vᵀv / vᵀBv) v with B = I + A/λ.
+    episode, theta = make_episode(jax.random.key(0)), jnp.array([0.5, -1.0, 2.0, 0.1], jnp.float64)
+    settings = {"inner_optimizer": optax.sgd(0.3), "num_inner_steps": 3, "strength": STRENGTH}
+    learner = imaml(linear_model, half_mse, num_cg_steps=1, **settings)
+    v = Quadratic.of(episode.query).gradient(learner.adapt(theta, episode.support)[0])
+    matrix = jnp.eye(4) + Quadratic.of(episode.support).hessian / STRENGTH
+    grad, _ = jax.grad(learner.objective, has_aux=True)(theta, episode)
+    chex.assert_trees_all_close(grad, (v @ v) / (v @ matrix @ v) * v, rtol=1e-10)

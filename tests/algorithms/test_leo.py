@@ -454,3 +454,16 @@ def test_the_catalogue_gives_embeddings_unit_length():
 
     chex.assert_trees_all_close(outputs(long), outputs(episode), rtol=1e-4, atol=1e-5)
     assert np.isfinite(learner.objective(params, long)[0])
+
+
+def test_both_inner_gradients_are_the_ones_asked_for():
+    taken = []
+
+    def recorded(fun, *args, **kwargs):
+        taken.append(fun.__name__)
+        return jax.value_and_grad(fun, *args, **kwargs)
+
+    learner, episode = build(inner_grad=recorded), make_episode()
+    params = learner.init(jax.random.key(0), episode.support.inputs)
+    jax.eval_shape(lambda params: learner.adapt(params, episode.support), params)
+    assert len(taken) == 2

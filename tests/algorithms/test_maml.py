@@ -7,7 +7,7 @@ from flax import linen as nn
 from jax.test_util import check_grads
 from linear_regression import ALPHA, Quadratic, half_mse, linear_model, make_episode, make_episodes
 
-from maml_jax import Model, first_order, fomaml, losses, maml, meta_sgd, mixed_mode, models
+from maml_jax import InnerDescent, Model, first_order, fomaml, losses, maml, meta_sgd, mixed_mode, models
 
 
 def meta_gradient(learner, params, episode):
@@ -238,3 +238,11 @@ def test_rules_by_layer_work_beside_parameters_that_do_not_adapt():
     chex.assert_trees_all_equal(task_params["dense_0"]["kernel"], params["dense_0"]["kernel"])
     assert jnp.all(task_params["dense_1"]["kernel"] != params["dense_1"]["kernel"])
     chex.assert_tree_all_finite(meta_gradient(learner, params, episode))
+
+
+def test_the_rule_of_the_record_is_plain_gradient_descent():
+    rule, grads = InnerDescent(inner_lr=0.25).rule(), jnp.array([1.0, -2.0])
+    state = rule.init(grads)
+    for _ in range(2):  # with momentum the second update would be larger
+        updates, state = rule.update(grads, state)
+        chex.assert_trees_all_equal(updates, -0.25 * grads)

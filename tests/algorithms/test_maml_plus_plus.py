@@ -413,3 +413,40 @@ def test_the_query_passes_draw_with_a_key_of_their_own():
     jax.effects_barrier()
     assert (len(drawn["support"]), len(drawn["query"])) == (3, 1)
     assert not drawn["support"] & drawn["query"]
+
+
+def test_parameters_of_each_step_learn_where_rates_do_not(x64):
+    episode, rates = make_episode(jax.random.key(3)), {"w": RATES[:2], "scale": None}
+    meta_params = {"params": {"w": THETA, "scale": jnp.array([1.0, 0.7, 1.3])}, "rates": rates}
+    meta_params = jax.tree.map(jnp.float64, meta_params)
+    settings = {"inner_lr": ALPHA, "num_inner_steps": 2, "per_step": lambda name: name == "scale"}
+    fixed, learned = (
+        gradient(maml_plus_plus(TWO_PARTS, half_mse, learn_rates=learn, **settings), meta_params, episode)
+        for learn in (False, True)
+    )
+    chex.assert_trees_all_close(fixed["params"], learned["params"], rtol=1e-12)
+    chex.assert_trees_all_equal(fixed["rates"]["w"], jnp.zeros(2))
+    assert jnp.all(learned["rates"]["w"] != 0)
+
+
+def test_of_two_learners_the_later_one_adapts_and_predicts():
+    settings = {"inner_optimizer": optax.sgd(ALPHA), "num_inner_steps": 1}
+    before = maml(linear_model, half_mse, **settings)
+    after = maml(Model(lambda key, inputs: THETA, lambda params, inputs: 2.0 * inputs @ params), half_mse, **settings)
+    support = make_episode(jax.random.key(0)).support
+    both = switch_at(3, jnp.int32(0), before, after)
+    chex.assert_trees_all_equal(both.init(jax.random.key(0), support.inputs), THETA)
+    chex.assert_trees_all_equal(both.adapt(THETA, support)[0], after.adapt(THETA, support)[0])
+    chex.assert_trees_all_equal(both.predict(THETA, support.inputs), after.predict(THETA, support.inputs))
+
+
+def test_the_weights_of_the_steps_need_not_have_the_sum_one(x64):
+    episode, params = make_episode(jax.random.key(2)), {"params": THETA, "rates": RATES}
+    params = jax.tree.map(jnp.float64, params)
+    once, twice = (
+        maml_plus_plus(
+            linear_model, half_mse, inner_lr=ALPHA, num_inner_steps=3, step_weights=factor * jnp.array([0.2, 0.3, 0.5])
+        ).objective(params, episode)[0]
+        for factor in (1.0, 2.0)
+    )
+    chex.assert_trees_all_close(twice, 2.0 * once, rtol=1e-12)

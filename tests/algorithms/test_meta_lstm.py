@@ -258,3 +258,13 @@ def test_it_learns_steps_for_sinusoids():
     assert before[-1] > 3.5
     assert after[-1] < 0.5 * after[0]
     assert after[-1] < 0.5 * before[-1]
+
+
+def test_the_support_set_is_cut_into_the_microbatches_asked_for():
+    # A loss that is a sum tells: the mean over three parts is a third of the whole.
+    episode, reported = make_episode(jax.random.key(7)), []
+    for number in (1, 3):
+        learner = build(1, loss_fn=lambda outputs, targets: jnp.sum(outputs**2), num_microbatches=number)
+        params = learner.init(jax.random.key(1), episode.support.inputs)
+        reported.append(learner.adapt(params, episode.support)[1].support_loss)
+    chex.assert_trees_all_close(3.0 * reported[1], reported[0], rtol=1e-5)

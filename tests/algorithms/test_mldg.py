@@ -401,3 +401,8 @@ def test_the_meta_train_domains_have_the_noise_of_the_step_where_others_are_seen
     support = Batch(jnp.zeros((4, 2, 1)), jnp.zeros((4, 2)))
     value, _ = learner.objective(jnp.ones(1), Episode(support, support, jax.random.key(0)))
     np.testing.assert_allclose(value, 0.0, atol=1e-6)
+
+
+def test_defaults_of_the_builder_are_those_of_the_hyperparameters():
+    assert (mldg.__kwdefaults__["beta"], mldg.__kwdefaults__["num_held_out"]) == (1.0, 1)
+    assert (DomainSplits().beta, DomainSplits().num_held_out) == (1.0, 1)

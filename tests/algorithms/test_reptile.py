@@ -216,3 +216,11 @@ def test_a_long_way_is_finite_in_half_precision():
     square = jnp.sum(jnp.square(grad.astype(jnp.float32)))
     assert square > jnp.finfo(jnp.float16).max
     chex.assert_trees_all_close(value, square / 2, rtol=1e-3)
+
+
+def test_the_gradient_descent_of_the_recipe_has_no_momentum():
+    rule, grads = ReptileDescent(inner_lr=0.25, inner_optimizer="sgd").rule(), jnp.array([1.0, -2.0])
+    state = rule.init(grads)
+    for _ in range(2):
+        updates, state = rule.update(grads, state)
+        chex.assert_trees_all_equal(updates, -0.25 * grads)

@@ -6,7 +6,7 @@ import optax
 import pytest
 from linear_regression import Quadratic, half_mse, linear_model, make_episode
 
-from maml_jax import proximal_solution
+from maml_jax import inner_loop, proximal_solution
 from maml_jax.inner import conjugate_gradients
 
 THETA = jnp.array([0.5, -1.0, 2.0, 0.1])
@@ -268,3 +268,21 @@ def test_what_is_not_finite_is_no_zero_after_conjugate_gradients():
         (lambda u: u * bad, jnp.ones(2)),
     ):
         assert not jnp.isfinite(conjugate_gradients(operator, target, 3)).all()
+
+
+def test_the_step_on_the_penalty_alone_has_a_fresh_state_of_the_rule(x64):
+    # The first step of momentum is that of gradient descent: −α λ (φ − θ).
+    support, theta = make_episode(jax.random.key(0)).support, THETA.astype(jnp.float64)
+    rule = optax.sgd(0.1, momentum=0.9)
+    before, _ = inner_loop(loss, rule, theta, support, num_steps=3)
+    found, _ = solve(theta, support, num_steps=3, rule=rule, penalty_last=True)
+    chex.assert_trees_all_close(found, before - 0.1 * STRENGTH * (before - theta), rtol=1e-12)
+
+
+def test_one_conjugate_gradient_step_goes_along_the_cotangent(x64):
+    # From u = 0 the first direction is v itself, and the step minimises ½ uᵀBu − vᵀu: u = (vᵀv / vᵀBv) v.
+    support, theta = make_episode(jax.random.key(0)).support, THETA.astype(jnp.float64)
+    matrix = jnp.eye(4) + Quadratic.of(support).hessian / STRENGTH
+    v = jnp.array([1.0, -2.0, 0.5, 3.0])
+    _, pullback = jax.vjp(lambda theta: solve(theta, support, num_cg_steps=1)[0], theta)
+    chex.assert_trees_all_close(pullback(v)[0], (v @ v) / (v @ matrix @ v) * v, rtol=1e-10)

@@ -287,3 +287,12 @@ def test_sets_without_inputs_and_targets_are_refused():
     for name in ("support", "query"):
         with pytest.raises(ValueError, match=rf"the {name} set is a tuple without inputs and targets; make it"):
             learner.objective(THETA, episode._replace(**{name: tuple(getattr(episode, name))}))
+
+
+@pytest.mark.parametrize("builder", [maml, reptile], ids=by_name)
+def test_what_is_reported_has_no_state_of_the_inner_optimiser(builder):
+    episode = make_episode(jax.random.key(0))
+    rule = optax.sgd(0.1, momentum=0.9)
+    learner = builder(linear_model, half_mse, inner_optimizer=rule, num_inner_steps=2)
+    assert learner.adapt(THETA, episode.support)[1].opt_state is None
+    assert learner.objective(THETA, episode)[1].opt_state is None

@@ -450,3 +450,12 @@ def test_no_steps_need_no_loop(episode):
 def test_an_inner_loss_of_integers_is_refused(episode):
     with pytest.raises(ValueError, match="the inner loss has dtype int32 and no gradient; return a floating number"):
         inner_loop(lambda params, batch: jnp.int32(0), optax.sgd(ALPHA), THETA, episode.support, num_steps=1)
+
+
+def test_steps_may_go_on_from_the_state_of_an_earlier_call(episode):
+    rule = optax.sgd(ALPHA, momentum=0.9)
+    whole, of_whole = adapt(episode, 4, rule=rule)
+    half_way, first = adapt(episode, 2, rule=rule)
+    found, last = adapt(episode, 2, half_way, rule=rule, opt_state=first.opt_state)
+    chex.assert_trees_all_close((found, last.opt_state), (whole, of_whole.opt_state), rtol=1e-5)
+    chex.assert_trees_all_equal(adapt(episode, 0, rule=rule, opt_state=first.opt_state)[1].opt_state, first.opt_state)
