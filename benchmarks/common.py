@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import rich.table
 from rich.console import Console
 
-from experiments.runs import RunError, device_name, num_cores, versions, write_json
+from experiments.runs import RunError, device_name, flag, num_cores, versions, write_json
 from maml_jax import parallel
 from maml_jax.types import Batch, Episode, MetaState, check_integer
 
@@ -61,7 +61,7 @@ def check_not_empty(config: Any, *names: str) -> None:
     """Raises ValueError if one of these settings has no value."""
     for name in names:
         if not getattr(config, name):
-            raise ValueError(f"--{name.replace('_', '-')} needs at least one value")
+            raise ValueError(f"{flag(name)} needs at least one value")
 
 
 class Timing(NamedTuple):

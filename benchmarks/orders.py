@@ -20,7 +20,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from benchmarks import common
 from experiments.devices import mesh_for
 from experiments.intervals import format_mean
-from experiments.runs import RunError, streams
+from experiments.runs import RunError, flag, streams
 from maml_jax import (
     MetaLearner,
     Model,
@@ -92,9 +92,9 @@ class Config(common.Settings):
         common.check_not_empty(self, "workload", "inner_steps")
         counts = ("seeds", "steps", "tasks", "compared_tasks")
         for name in ("parts", *(f"{workload}_{of}" for workload in ("sinusoid", "omniglot") for of in counts)):
-            check_integer("--" + name.replace("_", "-"), getattr(self, name), at_least=1)
+            check_integer(flag(name), getattr(self, name), at_least=1)
         for name in ("eval_episodes", "curve_episodes"):
-            check_integer("--" + name.replace("_", "-"), getattr(self, name), at_least=2)
+            check_integer(flag(name), getattr(self, name), at_least=2)
         for name in ("sinusoid", "omniglot"):
             rates, steps = getattr(self, f"{name}_inner_lr"), getattr(self, f"{name}_steps")
             if len(rates) != len(self.inner_steps):

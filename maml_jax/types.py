@@ -281,7 +281,7 @@ def learner_at(learner: LearnerOrSchedule, step: int | jax.Array) -> MetaLearner
     """The learner of a meta-step.
 
     Raises:
-      ValueError: if it is no `MetaLearner`.
+      ValueError: if it is not a `MetaLearner`.
     """
     built = learner(step) if callable(learner) else learner
     check_learner(built)

@@ -235,8 +235,8 @@ def hypergradient(
     Raises:
       ValueError: if `model` is not a `Model`, a count not a positive integer, `num_segments` does not divide the steps
         that are differentiated, or `truncation` exceeds `num_inner_steps`; from `init`, if the parameters of `model`
-        are no dictionary, or `initial` returns something else or other layers; from `adapt`, if there is no key; from
-        `objective`, if there is no query example.
+        are not a dictionary, or `initial` returns something else or other layers; from `adapt`, if there is no key;
+        from `objective`, if there is no query example.
 
     References:
       Maclaurin et al., 2015, section 2.

@@ -122,11 +122,11 @@ def linear_baseline(observation: ArrayTree, returns: jax.Array, mask: jax.Array,
       Duan et al., 2016, supplementary material, section 2. https://arxiv.org/abs/1604.06778
     """
     leaves = jax.tree.leaves(observation)
-    shapes = [list(jnp.shape(x)) for x in (returns, mask, *leaves)]
-    if len(shapes[1]) != 2 or shapes[0] != shapes[1] or any(shape[:2] != shapes[1] for shape in shapes[2:]):
+    of_returns, of_mask, *observed = (list(jnp.shape(x)) for x in (returns, mask, *leaves))
+    if len(of_mask) != 2 or any(shape != of_mask for shape in (of_returns, *(shape[:2] for shape in observed))):
         raise ValueError(
-            f"returns and mask must be [H, N], time steps by trajectories, got {shapes[0]} and {shapes[1]}, and an "
-            f"observation must begin with these axes, got {', '.join(map(str, shapes[2:]))}"
+            f"returns and mask must be [H, N], time steps by trajectories, got {of_returns} and {of_mask}, and an "
+            f"observation must begin with these axes, got {', '.join(map(str, observed))}"
         )
     horizon, num_trajectories = mask.shape
     returns = returns.astype(jnp.result_type(returns, 0.0))  # integers would take the fractions of the observations

@@ -57,7 +57,7 @@ def meta_policy(learner: MetaLearner, query_loss_fn: LossFn = ratio_surrogate) -
       A `MetaLearner` for episodes of `make_sampler`.
 
     Raises:
-      ValueError: if `learner` is no `MetaLearner`.
+      ValueError: if `learner` is not a `MetaLearner`.
 
     References:
       Finn et al., 2017, Algorithm 3 and section 5.3. https://arxiv.org/abs/1703.03400
@@ -209,7 +209,7 @@ def trust_region(
       that after it: 0 if no step was accepted.
 
     Raises:
-      ValueError: if a number is out of its range, `learner` is no `MetaLearner`, or its objective reports no KL.
+      ValueError: if a number is out of its range, `learner` is not a `MetaLearner`, or its objective reports no KL.
 
     References:
       Schulman et al., 2015, appendix C. https://arxiv.org/abs/1502.05477

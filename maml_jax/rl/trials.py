@@ -128,7 +128,7 @@ def gru_policy(*, num_actions: int, hidden_size: int = 64, memory: int | None = 
     return RecurrentPolicy(network.init, network.start, step, num_actions)
 
 
-def check_recurrent_policy(policy: RecurrentPolicy) -> None:
+def _check_policy(policy: RecurrentPolicy) -> None:
     """Raises ValueError unless `policy` is a `RecurrentPolicy`."""
     if not isinstance(policy, RecurrentPolicy):
         raise ValueError(
@@ -221,9 +221,9 @@ def run_trial(
       A `Trial` with L = E·H.
 
     Raises:
-      ValueError: if a count is wrong, `policy` is no `RecurrentPolicy`, or the environment breaks its contract.
+      ValueError: if a count is wrong, `policy` is not a `RecurrentPolicy`, or the environment breaks its contract.
     """
-    check_recurrent_policy(policy)
+    _check_policy(policy)
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
     task = jax.tree.map(jnp.asarray, task)  # an environment may index it by what is traced
@@ -282,10 +282,10 @@ def make_trial_sampler(
       `sample_episode(key, params)`, an episode whose support set is the trial, [L, ...], with an empty query set.
 
     Raises:
-      ValueError: if `policy` is no `RecurrentPolicy`, a count is wrong, γ or λ negative or above 1, or the scale not
-        positive.
+      ValueError: if `policy` is not a `RecurrentPolicy`, a count is wrong, γ or λ is negative or above 1, or the scale
+        is not positive.
     """
-    check_recurrent_policy(policy)
+    _check_policy(policy)
     num_episodes = check_integer("num_episodes", num_episodes, at_least=1)
     horizon = check_integer("horizon", horizon, at_least=1)
     for name, value in {"discount": discount, "decay": decay}.items():
@@ -335,13 +335,13 @@ def rl2(
       and values. The info of the objective is a `TrialInfo`.
 
     Raises:
-      ValueError: if `policy` is no `RecurrentPolicy`, a weight negative, or `clip` not positive.
+      ValueError: if `policy` is not a `RecurrentPolicy`, a weight is negative, or `clip` is not positive.
 
     References:
       Duan et al., 2016. https://arxiv.org/abs/1611.02779
       Schulman et al., 2017, equation 9. https://arxiv.org/abs/1707.06347
     """
-    check_recurrent_policy(policy)
+    _check_policy(policy)
     surrogate = clipped_surrogate(clip)
     check_not_negative("value_weight", value_weight)
     check_not_negative("entropy_weight", entropy_weight)

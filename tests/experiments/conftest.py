@@ -1,6 +1,7 @@
 """Runs in miniature, without what most of their tests do not need."""
 
 import pytest
+from made_up_languages import write_corpus
 
 from experiments import common, devices, figures
 
@@ -35,6 +36,12 @@ def _figures_of_runs_are_drawn_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(figures, "save", save_once)
         yield
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    """A directory with a text in made-up languages."""
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 class TrainingReached(Exception):
