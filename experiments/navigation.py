@@ -122,9 +122,8 @@ class Config(RunConfig):
         for name in ("max_kl", "clip", "head_scale", "later_lr"):
             if getattr(self, name) is not None:
                 check_positive(flag(name), getattr(self, name))
-        if self.later_lr is not None and (self.algorithm == "oracle" or self.eval_inner_steps == 1):
-            why = "oracle, which makes no updates" if self.algorithm == "oracle" else "--eval-inner-steps 1"
-            raise ValueError(f"{typed('later_lr', self.later_lr)} has no effect with {why}; leave it out")
+        if self.later_lr is not None and self.eval_inner_steps == 1:
+            raise ValueError(f"--later-lr {self.later_lr} has no effect with --eval-inner-steps 1; leave it out")
         clipped = ("clip", "epochs", "outer_lr", "outer_schedule", "outer_clip")
         for name in clipped if self.outer_rule == "trust-region" else ("metric_stride",):
             if getattr(self, name) != (default := getattr(Config, name)):

@@ -191,7 +191,6 @@ def test_adapting_is_descent_at_the_rates(finished):
         ({"horizon": 0}, "--horizon must be an integer of at least 1, got 0"),
         ({"max_kl": float("inf")}, "--max-kl=inf must be a positive number"),
         ({"later_lr": -0.1}, r"--later-lr=-0\.1 must be a positive number"),
-        ({"later_lr": 0.1, "algorithm": "oracle"}, "--later-lr 0.1 has no effect with oracle, which makes no updates"),
         ({"later_lr": 0.1, "eval_inner_steps": 1}, "--later-lr 0.1 has no effect with --eval-inner-steps 1; leave it"),
         ({"epochs": 6}, "--epochs 6 has no effect with --outer-rule trust-region; leave it at 5"),
         ({"outer_rule": "clipped", "metric_stride": 3}, "--metric-stride 3 has no effect with --outer-rule clipped"),
