@@ -465,7 +465,7 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
 
     The number of meta-steps may be any that the training has not passed, if the outer rate does not depend on it. The
     episodes of the test of a finished training may become more. In some experiments its validations have as many, so a
-    training that goes on has those of before.
+    training that goes on has those of before, and so has the first test, whose results say how many they were.
     """
     if not all(isinstance(settings.get("num_meta_steps"), int) for settings in (found, wanted)):
         return []
@@ -474,11 +474,12 @@ def _may_change(run_dir: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     is_ahead = all(step <= wanted["num_meta_steps"] for step in steps)
     may_change = ["num_meta_steps"] if is_fixed and is_ahead else []
     old, new = (settings.get("eval_episodes") for settings in (found, wanted))
-    if not isinstance(old, int):
+    if not (isinstance(old, int) and isinstance(new, int)):
         return may_change
     of_training = min([old, *(int(file.stem.split("_")[2]) for file in results_before(run_dir))])
     most = MOST_VALIDATED.get(str(wanted.get("experiment")), 0)
-    goes_on = bool(steps) and is_ahead and wanted["num_meta_steps"] not in steps
+    is_tested = (run_dir / "results.json").exists() or bool(results_before(run_dir))
+    goes_on = bool(steps) and is_ahead and not (is_tested and wanted["num_meta_steps"] in steps)
     is_changed = (old, found["num_meta_steps"]) != (new, wanted["num_meta_steps"])
     if goes_on and is_changed and min(new, most) > min(of_training, most):
         raise RunError(

@@ -37,7 +37,8 @@ def augmented(
       compiled program.
 
     Raises:
-      ValueError: if `max_shift` is negative or `jitter` is not in [0, 1).
+      ValueError: if `max_shift` is negative or `jitter` is not in [0, 1). The distribution raises it if inputs are no
+        floating images.
     """
     max_shift = check_integer("max_shift", max_shift, at_least=0)
     if not holds_for(jitter, lambda x: (x >= 0) & (x < 1)):
@@ -64,6 +65,11 @@ class _Augmented:
         )
 
     def _change_batch(self, key: PRNGKey, batch: Batch) -> Batch:
+        if batch.inputs.ndim != 4 or not jnp.issubdtype(batch.inputs.dtype, jnp.floating):
+            raise ValueError(
+                f"augmented changes floating images [S, height, width, channels], got {batch.inputs.dtype}"
+                f"{list(batch.inputs.shape)}"
+            )
         if not len(batch.inputs):
             return batch
         keys = jax.random.split(key, len(batch.inputs))

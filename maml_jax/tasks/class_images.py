@@ -77,6 +77,13 @@ def check_counts(counts: dict[str, int], needed: int, what: str) -> None:
         )
 
 
+def check_colour(colour: Any) -> bool:
+    """Returns whether images have 3 channels, or raises ValueError if this is no bool."""
+    if not isinstance(colour, bool):
+        raise ValueError(f"colour must be True or False, got {colour!r}")
+    return colour
+
+
 def default_cache_dir() -> Path:
     """`$XDG_CACHE_HOME/maml_jax/images`, by default `~/.cache/maml_jax/images`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maml_jax" / "images"
@@ -110,8 +117,7 @@ def cached_classes(
       ValueError: if `size` is not a positive integer or `colour` no bool.
     """
     size = check_integer("size", size, at_least=1)
-    if not isinstance(colour, bool):
-        raise ValueError(f"colour must be True or False, got {colour!r}")
+    colour = check_colour(colour)
     description = {**description, "size": size, "colour": colour, "format": _FORMAT}
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     array_file, json_file = (

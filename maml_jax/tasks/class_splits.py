@@ -34,10 +34,10 @@ def make_split(names: Iterable[str], *, seed: int = 0, fractions: Sequence[float
       The sorted names of "train", "val" and "test".
 
     Raises:
-      ValueError: if a name is given twice, the fractions are not as described, or a split would be empty although its
-        fraction is not 0.
+      ValueError: if `names` is one string, a name is given twice, the fractions are not as described, or a split would
+        be empty although its fraction is not 0.
     """
-    names = sorted(_check_names("names", list(names)))
+    names = sorted(_check_names("names", names if isinstance(names, str) else list(names)))
     seed = check_integer("seed", seed, at_least=0)
     if (
         len(fractions) != len(SPLITS)

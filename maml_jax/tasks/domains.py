@@ -88,7 +88,8 @@ def make_identity_sampler(
       within a domain. Pixels become float32 in [0, 1]. The query set is empty, [0, P·K, ...].
 
     Raises:
-      ValueError: if there is no domain, a number is no such integer, or a domain has too few identities or images.
+      ValueError: if there is no domain, a number is no such integer, a domain has too few identities or images, or an
+        image of it has another dtype or shape than those of domain 0.
     """
     num_images = check_integer("num_images", num_images, at_least=2)
     if not len(domains):
@@ -99,6 +100,13 @@ def make_identity_sampler(
             samplers.append(few_shot.make_sampler(images, way=num_identities, shot=num_images - 1, query_shot=1))
         except ValueError as error:
             raise ValueError(f"domain {index}: {error}") from error
+    kinds = [f"{examples.dtype}{list(examples.shape[1:])}" for examples, _ in (sampler.args[0] for sampler in samplers)]
+    for index, kind in enumerate(kinds):
+        if kind != kinds[0]:
+            raise ValueError(
+                f"an image of domain {index} is {kind} and one of domain 0 {kinds[0]}; give all domains images of one "
+                "dtype and one shape"
+            )
     return jax.tree_util.Partial(_identity_batches, tuple(samplers))
 
 

@@ -56,8 +56,8 @@ def read_images(files: Sequence[str | Path], *, size: int = 28, ink: Ink = "auto
     Raises:
       ValueError: if there is no file; else as `read_image`.
     """
-    if not files:
-        raise ValueError("read_images was given no file; name one or more")
+    if isinstance(files, str) or not files:
+        raise ValueError(f"read_images takes a list of one or more files, got {files!r}")
     return np.stack([read_image(file, size=size, ink=ink) for file in files])
 
 

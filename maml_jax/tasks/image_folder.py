@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maml_jax.tasks.class_images import ClassImages as ClassImages
-from maml_jax.tasks.class_images import cached_classes, check_counts, default_cache_dir
+from maml_jax.tasks.class_images import cached_classes, check_colour, check_counts, default_cache_dir
 from maml_jax.tasks.class_images import check_examples as check_examples
 from maml_jax.tasks.class_images import leave_out_small as leave_out_small
 from maml_jax.tasks.class_splits import SPLITS, check_split, read_split
@@ -136,8 +136,12 @@ def read_images(files: Sequence[str | os.PathLike], *, size: int, colour: bool =
     Raises:
       FileNotFoundError: if there is no such file.
       ModuleNotFoundError: if Pillow is not installed.
-      ValueError: if one cannot be read as an image. The message names it.
+      ValueError: if there is no file, `size` or `colour` has no possible value, or one cannot be read as an image. The
+        message names it.
     """
+    if isinstance(files, str) or not files:
+        raise ValueError(f"read_images takes a list of one or more files, got {files!r}")
+    colour = check_colour(colour)
     size, paths = check_integer("size", size, at_least=1), [as_path("an image", file) for file in files]
     for path in paths:
         check_image_name(path)

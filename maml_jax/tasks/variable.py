@@ -50,7 +50,13 @@ class Selection(NamedTuple):
         Returns:
           Inputs [S, ...] and int32 targets [S] in 0..N−1, and the same for the query set. Pixels of uint8 become
           float32 in [0, 1]; others are not changed.
+
+        Raises:
+          ValueError: if there are fewer examples than the selection needs.
         """
+        # An array of jax would repeat its last example.
+        if (last := max(self.support.max(), self.query.max())) >= len(examples):
+            raise ValueError(f"example {last} is chosen and there are {len(examples)}; give one for each of the labels")
         labels = np.arange(len(self.classes), dtype=np.int32)
         return Episode(
             Batch(scale_pixels(examples[self.support]), np.repeat(labels, self.shots)),

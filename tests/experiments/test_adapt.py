@@ -1,10 +1,13 @@
 """Images of your own are classified from a few examples, and every mistake is named before anything is computed."""
 
+import io
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments import adapt, runs
 from experiments.cli import parse
@@ -73,6 +76,9 @@ def test_images_are_classified_and_the_accuracy_is_printed(files, task, algorith
     np.testing.assert_allclose(found, expected, atol=1e-6)
     assert answers["classes"] == names == query_names == ["across", "down", "slant"]
     assert answers["examples"] == [1, 2, 3]
+    assert [query["class"] for query in answers["queries"]] == [
+        Path(query["file"]).parent.name for query in answers["queries"]
+    ]
     right = [query["predicted"] == query["class"] for query in answers["queries"]]
     assert answers["accuracy"] == np.mean(right)
     shown = capsys.readouterr().out
@@ -145,6 +151,17 @@ def test_many_classes_are_shown_without_a_column_for_each(files, task, capsys):
     answers = run_task(files["protonets"], task, query="query/down")
     assert len(answers["classes"]) == 12
     assert "confidence in %" in capsys.readouterr().out
+
+
+def test_without_room_the_most_probable_classes_are_shown(monkeypatch):
+    monkeypatch.setattr(adapt, "console", Console(width=120, file=io.StringIO()))
+    names = [f"class number {index}" for index in range(5)]
+    probabilities = dict(zip(names, (0.1, 0.4, 0.05, 0.3, 0.15), strict=True))
+    query = {"file": "a.png", "predicted": names[1], "probabilities": probabilities}
+    answers = {"algorithm": "maml", "classes": names, "examples": 5 * [1], "one_at_a_time": True, "queries": [query]}
+    adapt.show(answers, Path("a.png"))
+    shown = adapt.console.file.getvalue()
+    assert "class number 1 40.0, class number 3 30.0, class number 4 15.0" in shown
 
 
 def test_light_ink_may_be_named(files, task, capsys):

@@ -112,6 +112,8 @@ def test_the_best_validated_state_is_returned_and_survives_an_interruption(tmp_p
     again = train(tmp_path, validate=validate)  # finished: nothing is trained or validated
     assert again.best_step == 8
     chex.assert_trees_all_equal(again.params, seen[1])
+    loaded = common.load_params(tmp_path, Config(), LEARNER, np.zeros((3, 1), np.float32))
+    chex.assert_trees_all_equal(loaded, seen[1])
 
 
 def test_a_signal_stops_after_the_compiled_call_and_the_run_resumes_from_there(tmp_path):
@@ -445,10 +447,10 @@ def test_without_meta_steps_the_initial_parameters_are_the_result(tmp_path):
 
 
 def test_entries_of_the_meta_gradient_are_bounded_before_the_optimiser():
-    optimizer = common.outer_optimizer(Config(outer_optimizer="sgd", outer_lr=1.0, outer_clip=0.1))
+    optimizer = common.outer_optimizer(Config(outer_optimizer="sgd", outer_lr=0.5, outer_clip=0.1))
     gradient = jnp.array([0.05, -3.0, 7.0])
     updates, _ = optimizer.update(gradient, optimizer.init(gradient))
-    np.testing.assert_allclose(updates, [-0.05, 0.1, -0.1], rtol=1e-6)
+    np.testing.assert_allclose(updates, [-0.025, 0.05, -0.05], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +475,17 @@ def test_the_half_life_is_one_of_meta_steps_however_many_updates_each_has():
         update, state = optimizer.update(jnp.ones(1), state)
         rates.append(-float(update[0]))
     np.testing.assert_allclose([rates[0], rates[5], rates[6], rates[11], rates[12]], [0.5, 0.5, 0.25, 0.25, 0.125])
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_schedule_ends_with_the_last_update_of_the_last_meta_step(schedule):
+    config = Config(outer_optimizer="sgd", outer_lr=0.5, outer_schedule=schedule, outer_lr_end=0.1, num_meta_steps=4)
+    optimizer = common.outer_optimizer(config, updates_per_step=3)
+    state, rates = optimizer.init(jnp.ones(1)), []
+    for _ in range(13):
+        update, state = optimizer.update(jnp.ones(1), state)
+        rates.append(-float(update[0]))
+    np.testing.assert_allclose([rates[0], rates[6], rates[12]], [0.5, 0.3, 0.1], rtol=1e-6)
 
 
 def test_the_best_states_are_kept_in_order():

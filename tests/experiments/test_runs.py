@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 from experiments import intervals, omniglot, report, retest, runs, sinusoid
+from maml_jax import Batch
+from maml_jax.types import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,14 @@ class Config:
     num_meta_steps: int = 10
     data_dir: str | None = None
     run_dir: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Validated:
+    experiment: ClassVar[str] = "omniglot"  # which is validated on as many episodes as it is tested on
+    num_meta_steps: int = 10
+    eval_episodes: int | None = 6
+    outer_schedule: str = "constant"
 
 
 def claim(run_dir, config=Config()):
@@ -53,35 +64,46 @@ def test_what_does_not_change_the_results_may_change_and_the_length_may_grow(tmp
 
 
 def test_a_length_that_was_a_slip_may_be_taken_back_before_the_training_passes_it(tmp_path):
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        experiment: ClassVar[str] = "omniglot"
-        num_meta_steps: int = 10
-        eval_episodes: int = 6
-        outer_schedule: str = "constant"
-
-    results = {"experiment": "other", "config": dataclasses.asdict(Config()), "seed": 0}
-    claim(tmp_path, Config())
+    results = {"experiment": "other", "config": dataclasses.asdict(Validated()), "seed": 0}
+    claim(tmp_path, Validated())
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(
         runs.RunError, match=r"is validated on 6 episodes, .* give --eval-episodes 6 while it is trained"
     ):
-        claim(tmp_path, Config(100, 60))
-    for slip in (Config(num_meta_steps=100), Config(eval_episodes=60)):
+        claim(tmp_path, Validated(100, 60))
+    for slip in (Validated(num_meta_steps=100), Validated(eval_episodes=60)):
         claim(tmp_path, slip)
         assert runs.read_results(tmp_path) is None
-        claim(tmp_path, Config())
+        claim(tmp_path, Validated())
         assert runs.read_results(tmp_path) == results
     with pytest.raises(runs.RunError, match="eval_episodes is 6 there and 5 here"):
-        claim(tmp_path, Config(eval_episodes=5))
-    claim(tmp_path, Config(eval_episodes=60))
+        claim(tmp_path, Validated(eval_episodes=5))
+    claim(tmp_path, Validated(eval_episodes=60))
     with pytest.raises(runs.RunError, match="give --eval-episodes 6 while it is trained"):
-        claim(tmp_path, Config(100, 60))
-    claim(tmp_path, Config(num_meta_steps=100))  # from 60 episodes of the test back to the 6 of the validations
+        claim(tmp_path, Validated(100, 60))
+    claim(tmp_path, Validated(num_meta_steps=100))  # from 60 episodes of the test back to the 6 of the validations
     (tmp_path / "checkpoints" / "11").mkdir()
     with pytest.raises(runs.RunError, match="num_meta_steps is 100 there and 10 here"):
-        claim(tmp_path, Config())
+        claim(tmp_path, Validated())
+
+
+def test_a_training_that_was_not_tested_has_the_episodes_of_its_validations(tmp_path):
+    """Without results nothing would say on how many episodes the states were compared that a longer training keeps."""
+    claim(tmp_path, Validated())
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    with pytest.raises(runs.RunError, match=r"validated on 6 episodes, .* give --eval-episodes 6 while it is trained"):
+        claim(tmp_path, Validated(eval_episodes=60))
+    results = {"experiment": "other", "config": dataclasses.asdict(Validated()), "seed": 0}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    for _ in range(2):  # again after an interruption, when its results were set aside
+        claim(tmp_path, Validated(eval_episodes=60))
+
+
+def test_a_run_without_a_number_of_episodes_is_another(tmp_path):
+    claim(tmp_path, Validated())
+    with pytest.raises(runs.RunError, match="eval_episodes is 6 there and None here"):
+        claim(tmp_path, Validated(eval_episodes=None))
 
 
 def test_a_damaged_file_is_named(tmp_path):
@@ -173,6 +195,8 @@ def test_a_line_that_is_being_written_is_no_record(tmp_path):
     with runs.metrics_log(tmp_path, 1) as log:
         log({"step": 2, "loss": float("nan")})
     assert runs.read_log(tmp_path) == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": None}]
+    with runs.metrics_log(tmp_path, 1):
+        assert runs.read_log(tmp_path) == [{"step": 1, "loss": 0.5}]
 
 
 def test_metrics_that_cannot_be_written_name_the_file(tmp_path):
@@ -269,7 +293,8 @@ def test_a_run_with_a_schedule_is_not_continued_with_more_steps(tmp_path):
         num_meta_steps: int
         outer_schedule: str
 
-    for schedule, message in (("constant", None), ("linear", "num_meta_steps is 5 there and 9 here")):
+    refused = "num_meta_steps is 5 there and 9 here"
+    for schedule, message in (("constant", None), ("halved", None), ("linear", refused), ("cosine", refused)):
         with runs.open_run(tmp_path / schedule, Config(5, schedule)):
             pass
         expectation = contextlib.nullcontext() if message is None else pytest.raises(runs.RunError, match=message)
@@ -326,3 +351,81 @@ def test_results_that_were_set_aside_are_found_without_a_number_of_episodes_too(
     for name in ("results_2000_None.json", "results_2000_600.json", "results.json", "results_2000.json"):
         (tmp_path / name).write_text("{}")
     assert [file.name for file in runs.results_before(tmp_path)] == ["results_2000_600.json", "results_2000_None.json"]
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    file, write_text = tmp_path / "results.json", Path.write_text
+    file.write_text("before")
+
+    def write_half(path, text):
+        write_text(path, text[: len(text) // 2])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "write_text", write_half)
+    with pytest.raises(runs.RunError, match=r"results\.json cannot be written \(No space left on device\)"):
+        runs.write_text(file, "after")
+    assert file.read_text() == "before"
+
+
+def test_a_directory_of_other_data_is_refused(tmp_path):
+    for data_digest in ("images", "images", None):
+        with runs.open_run(tmp_path, Config(), data_digest):
+            pass
+    with pytest.raises(runs.RunError, match="was made with other data"), runs.open_run(tmp_path, Config(), "others"):
+        pass
+
+
+ZEROS, ONES, TWOS = (np.full((3, 2), value, np.uint8) for value in range(3))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        [[ZEROS], [ONES, TWOS]],  # a class in another split
+        [[ZEROS, ONES[:2]], [TWOS]],  # fewer examples
+        [[ZEROS, TWOS], [ONES]],
+        [[ZEROS, ONES.astype(np.int8)], [TWOS]],
+        [[ZEROS, ONES.reshape(3, 1, 2)], [TWOS]],
+    ],
+)
+def test_other_examples_have_another_checksum(other):
+    assert runs.digest([[ZEROS, ONES], [TWOS]]) == runs.digest([[ZEROS.copy(), ONES.copy()], [TWOS.copy()]])
+    assert runs.digest([[ZEROS, ONES], [TWOS]]) != runs.digest(other)
+
+
+def test_the_same_examples_with_other_labels_have_another_checksum():
+    found = {runs.digest_of_batches([Batch(ZEROS, np.array(labels))]) for labels in ([0, 0, 1], [0, 1, 0], [2, 2, 3])}
+    assert len(found) == 3
+
+
+def test_settings_come_back_as_they_were_stored(tmp_path):
+    method = sinusoid.METHODS["maml"]
+    hyperparameters = dataclasses.replace(method.hyperparameters, inner_lr=0.5, num_inner_steps=3)
+    config = dataclasses.replace(method, hyperparameters=hyperparameters, eval_shots=(7, 3), seed=5)
+    config = sinusoid.with_paper_defaults(dataclasses.replace(config, run_dir=tmp_path))
+    claim(tmp_path, config)
+    assert runs.stored_config(sinusoid.METHODS, tmp_path) == config
+
+
+def test_results_say_what_was_trained_and_how(tmp_path):
+    config = dataclasses.replace(sinusoid.METHODS["maml"], seed=3, num_meta_steps=20, outer_lr=0.25)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 20, "loss": 0.5}\n')
+    trained = runs.Trained(None, 10, {"compile": 1.0, "train": 2.0}, {"devices": 4})
+    tested = {"metrics": {"mse": {"mean": [0.5]}}, "inner_lr": 0.1}
+    found = runs.finish(tmp_path, "sinusoid", config, trained, {"query_shot": 4}, lambda: tested)
+    assert found == json.loads((tmp_path / "results.json").read_text())
+    assert found["seconds"].pop("eval") >= 0
+    assert found["config"]["outer_lr"] == 0.25
+    expected = tested | {
+        "experiment": "sinusoid", "algorithm": "maml", "seed": 3, "meta_steps": 20, "execution": {"devices": 4},
+        "seconds": {"compile": 1.0, "train": 2.0}, "curve": [{"step": 20, "loss": 0.5}],
+    }  # fmt: skip
+    assert {name: found[name] for name in expected} == expected
+
+
+def test_a_metric_counts_the_episodes_that_are_not_finite_at_any_step():
+    mean, ci95, median = np.array([0.5, np.nan]), np.array([0.25, np.nan]), np.array([0.5, 0.125])
+    evaluation = Evaluation(mean, ci95, None, np.array([0, 0]), mean, median)
+    assert list(runs.as_metric(evaluation)) == ["mean", "ci95"]
+    found = runs.as_metric(evaluation._replace(num_nonfinite=np.array([0, 3])))
+    assert (found["ci95"][0], found["num_nonfinite"], found["finite_median"]) == (0.25, [0, 3], [0.5, 0.125])

@@ -106,6 +106,14 @@ def test_initial_weights():
         assert not jnp.any(params["head"]["bias"])
 
 
+@pytest.mark.parametrize(("pooling", "flatten"), [(False, True), (True, False)])
+def test_the_head_starts_by_what_it_sees_and_not_by_the_geometry(pooling, flatten):
+    # 16 pixels a side leave one position: D = 8. Of 400 numbers N(0, 1) one is surely beyond the bound of Xavier.
+    model = models.conv4(way=50, features=8, pooling=pooling, flatten=flatten)
+    kernel = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)))["head"]["kernel"]
+    assert (jnp.abs(kernel).max() <= (6 / (8 + 50)) ** 0.5) == flatten
+
+
 @pytest.mark.parametrize("flatten", [False, True])
 def test_the_head_starts_as_it_is_told_to(flatten):
     settings = {"way": 5, "features": 4, "flatten": flatten}

@@ -94,6 +94,11 @@ def test_a_frozen_normalisation_is_meta_learned():
             AVERAGES | {"cache": {"x": jnp.ones(3)}},
             r"of cache/x, frozen has \(3,\) and Averaged has no such",
         ),
+        (
+            Averaged(),
+            {"batch_stats": {"BatchNorm_0": {"mean": jnp.ones(1), "var": jnp.ones(2)}}},
+            r"of batch_stats/BatchNorm_0/mean, frozen has \(1,\) and Averaged has \(2,\)",
+        ),
         (nn.Dense(2), AVERAGES, r"of batch_stats/BatchNorm_0/mean, frozen has \(2,\) and Dense has no such variable"),
         (Normalised(), AVERAGES, r"Normalised changes a variable in a call, .*use_running_average=True"),
     ],
@@ -180,6 +185,16 @@ def test_linen_dropout_draws_from_the_key_and_is_the_identity_without_one(module
     for draw in draws:
         assert jnp.all((draw == 0) | (jnp.abs(draw - 2 * identity) < 1e-5))
         assert 0.3 < jnp.mean(draw == 0) < 0.7  # 192 draws: standard error 0.036
+
+
+def test_dropout_that_is_called_with_keywords_is_the_identity_without_a_key():
+    class Keyword(nn.Module):
+        @nn.compact
+        def __call__(self, inputs):
+            return nn.Dropout(0.5, deterministic=False)(inputs=inputs)
+
+    model, inputs = from_linen(Keyword(), rngs=("dropout",)), jnp.ones((3, 4))
+    chex.assert_trees_all_equal(model.apply(model.init(jax.random.key(0), inputs), inputs), inputs)
 
 
 def test_every_stream_has_its_own_key():

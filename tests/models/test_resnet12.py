@@ -79,6 +79,11 @@ def test_initial_kernels_have_the_variance_of_he(inputs):
     kernel = params["conv_0_1"]["kernel"]
     # 36,864 normal numbers: their standard deviation is known to 1 / √(2n) = 0.4 %; six times that.
     np.testing.assert_allclose(np.std(kernel), np.sqrt(2 / (9 * 64)), rtol=0.022)
+    # Of so many normal numbers about a hundred are beyond three standard deviations.
+    assert 50 < np.sum(np.abs(kernel) > 3 * np.std(kernel)) < 150
+    # The fan-out does not depend on the two channels of the images: 1,152 numbers, and 128 of the shortcut.
+    np.testing.assert_allclose(np.std(params["conv_0_0"]["kernel"]), np.sqrt(2 / (9 * 64)), rtol=0.13)
+    np.testing.assert_allclose(np.std(params["shortcut_0"]["kernel"]), np.sqrt(2 / 64), rtol=0.38)
     np.testing.assert_array_equal(params["norm_0_0"]["scale"], 1.0)
     np.testing.assert_array_equal(params["norm_0_0"]["offset"], 0.0)
 

@@ -114,6 +114,13 @@ def test_settings_out_of_range_are_refused(settings, message):
         augmented(of_constant(jnp.zeros((1, 1, 3))), **settings)
 
 
+@pytest.mark.parametrize("inputs", [jnp.full((2, 4, 4, 1), 200, jnp.uint8), jnp.zeros((2, 4))])
+def test_what_is_no_floating_image_is_refused(inputs):
+    batch = Batch(inputs, jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match=rf"augmented changes floating images .*, got {inputs.dtype}\[2, 4"):
+        augmented(lambda key: Episode(batch, batch, key))(jax.random.key(0))
+
+
 def test_the_changes_of_an_image_are_independent():
     drawn, divided = keys_by_use(
         lambda: augmented(of_constant(jnp.ones((4, 4, 3)) / 2), max_shift=1, jitter=0.3)(jax.random.key(0))

@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from maml_jax.tasks.class_images import cached_classes
+from maml_jax.tasks.class_images import ClassImages, cached_classes, check_examples, leave_out_small
 
 COUNTS = {"a": 2, "b": 7}
 IMAGES = np.random.default_rng(0).integers(0, 256, (9, 4, 4, 3), dtype=np.uint8)
@@ -115,6 +115,13 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"the cache folder .*file/cache cannot be made .*; give another cache_dir"):
         cached(tmp_path / "file" / "cache")
+
+
+def test_a_class_with_just_the_images_that_are_needed_is_kept():
+    kept, left_out = leave_out_small(ClassImages(("a", "b", "c"), (IMAGES[:2], IMAGES[:3], IMAGES[:4])), 3)
+    assert (kept.names, left_out) == (("b", "c"), 1)
+    assert [len(images) for images in kept.images] == [3, 4]
+    assert check_examples(kept, 3) is kept
 
 
 @pytest.mark.parametrize("options", [{"size": 0}, {"size": 2.0}, {"colour": 1}])

@@ -36,6 +36,7 @@ def test_a_class_that_is_added_does_not_mix_the_others():
     ("names", "options", "message"),
     [
         (["a", "b", "a"], {}, "names has the class 'a' twice"),
+        ("abcdef", {}, "names must be a list of names of classes"),
         (["a", 1], {}, "names must be a list of names of classes"),
         (["a", "b"], {}, "2 classes are too few for fractions=.*: 'val' would be empty"),
         (NAMES, {"fractions": (0.5, 0.5)}, "fractions must be three numbers"),

@@ -158,6 +158,12 @@ def test_domains_draw_independently():
         ([telling_identities(2, [3, 3])], {"num_images": 1}, "num_images must be an integer of at least 2, got 1"),
         ([telling_identities(2, [3, 3]), telling_identities(1, [3])], {}, "domain 1: "),
         ([telling_identities(2, [3, 1])], {}, "domain 0: "),
+        (
+            [np.zeros((2, 2, 3)), np.zeros((2, 2, 4))],
+            {},
+            r"an image of domain 1 is float32\[4\] and one of domain 0 float32\[3\]; give all domains",
+        ),
+        ([np.zeros((2, 2, 3)), np.zeros((2, 2, 3), np.float16)], {}, r"an image of domain 1 is float16\[3\] and"),
     ],
 )
 def test_identities_that_do_not_suffice_are_refused(people, settings, message):

@@ -1,5 +1,6 @@
 """Image files of any size and mode become what Omniglot is, and whatever is no image is named."""
 
+import re
 import subprocess
 import sys
 
@@ -92,6 +93,16 @@ def test_ink_is_found_by_the_border(ink, paper, name):
         as_drawing(block(ink=ink, paper=paper), ink=other)
 
 
+def test_ink_is_measured_from_the_median_of_all_four_borders():
+    pixels = np.full((16, 8), 200)
+    pixels[0] = 0  # ten of the 48 pixels of the border, and half of those of its rows
+    pixels[4, 5], pixels[5, 5] = 120, 230  # paler ink, and paper that is lighter than most
+    expected = np.zeros((16, 16))
+    expected[0, 4:12] = 255
+    expected[4, 9] = 102  # 255 (200 - 120) / 200
+    np.testing.assert_array_equal(as_drawing(pixels, size=16)[..., 0], expected)
+
+
 def test_what_is_named_decides_when_the_ink_fills_the_border():
     pixels = block()
     pixels[:5] = pixels[-5:] = 0
@@ -137,6 +148,13 @@ def test_thin_lines_do_not_get_lost():
     pixels = np.full((105, 105), 255)
     pixels[:, 3] = 0  # between the columns that nearest neighbour keeps
     assert as_drawing(pixels).max() == 255
+
+
+def test_a_grey_image_of_the_size_of_an_original_is_averaged():
+    pixels = np.full((105, 105), 255)
+    pixels[:, 50:60] = 0
+    pixels[:, 3] = 100  # between the columns that nearest neighbour keeps
+    assert as_drawing(pixels)[14, 0, 0] > 20
 
 
 # Folders
@@ -243,7 +261,10 @@ def test_pillow_is_only_loaded_when_an_image_is_read(monkeypatch):
 
 
 def test_nothing_to_read_is_an_error():
-    with pytest.raises(ValueError, match="read_images was given no file"):
-        drawings.read_images([])
+    for files in ([], "a.png"):
+        with pytest.raises(
+            ValueError, match=rf"read_images takes a list of one or more files, got {re.escape(repr(files))}"
+        ):
+            drawings.read_images(files)
     with pytest.raises(ValueError, match="as_batch was given no class"):
         drawings.as_batch([])

@@ -57,6 +57,15 @@ def test_a_program_in_an_image_is_not_run(monkeypatch):
         list(decode_images(iter([("a.png", content)]), 8, True))
 
 
+def test_an_image_of_too_many_pixels_is_refused(monkeypatch):
+    content = encoded(pixels(0, 0))
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 64)
+    assert len(list(decode_images(iter([("a.png", content)]), 8, True))) == 1
+    monkeypatch.setattr(image_files, "MOST_PIXELS", 63)
+    with pytest.raises(ValueError, match=r"a\.png cannot be read .*8x8 is more than 63 pixels"):
+        list(decode_images(iter([("a.png", content)]), 8, True))
+
+
 def test_an_image_of_the_right_size_is_not_changed():
     image = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     np.testing.assert_array_equal(resize(Image.fromarray(image), 8, True), image)
@@ -66,6 +75,7 @@ def test_numbers_keep_their_range():
     floats = np.array([[0.0, 0.5], [1.0, -1.0]], np.float32)
     np.testing.assert_array_equal(numbers(Image.fromarray(floats)), [[0, 127.5], [255, 0]])
     np.testing.assert_array_equal(numbers(Image.fromarray(4 * floats)), [[0, 127.5], [255, 0]])
+    np.testing.assert_array_equal(resize(Image.fromarray(floats), 2, False)[..., 0], [[0, 128], [255, 0]])  # rounded
     assert numbers(Image.new("L", (2, 2))) is None
     stream = io.BytesIO()
     Image.fromarray(np.full((2, 2), np.nan, np.float32)).save(stream, "TIFF")

@@ -42,7 +42,7 @@ def source(tmp_path, layout):
     elif layout == "pool":
         write_folder(directory, {**files(), "notes.txt": b"beside the classes", ".hidden/a": b"", "ant/.DS_Store": b""})
     elif layout == "zip":
-        directory = write_zip(tmp_path / "pool.zip", {"./": b"", **files(), "__MACOSX/._a": b"", "notes.txt": b""})
+        directory = write_zip(tmp_path / "pool.zip", {"./": b"", "__MACOSX/": b"", **files(), "notes.txt": b""})
     else:
         directory = write_zip(tmp_path / "pool.zip", {"around/": b"", **{f"around/{n}": c for n, c in files().items()}})
     return directory
@@ -150,6 +150,18 @@ def test_another_image_in_a_zip_is_another_source(tmp_path, split_file):
     assert len(other) == len(content["dog/0.png"])
     write_zip(pool, content | {"dog/0.png": other})
     np.testing.assert_array_equal(load(pool, "test", **arguments).images[0][0], pixels(9, 9))
+
+
+@pytest.mark.parametrize("differs", ["time", "place"])
+def test_an_image_of_as_many_bytes_in_a_folder_is_another_source(tmp_path, split_file, differs):
+    # Without compression all images of a size have as many bytes: the time of the file tells, or the folder.
+    for turn, c in enumerate((3, 9)):
+        image = {"dog/0.png": encoded(pixels(c, 0), compress_level=0)}
+        directory = write_folder(tmp_path / (f"pool {turn}" if differs == "place" else "pool"), files() | image)
+        for file in directory.rglob("*.png"):
+            os.utime(file, ns=(0, turn if differs == "time" else 0))
+        found = load(directory, "test", size=8, split_file=split_file, cache_dir=tmp_path / "cache")
+        np.testing.assert_array_equal(found.images[0][0], pixels(c, 0))
 
 
 def test_the_default_cache_is_that_of_the_user(tmp_path, split_file, monkeypatch):
@@ -280,6 +292,21 @@ def test_what_is_no_file_or_a_huge_one_is_refused_by_name(tmp_path, split_file):
         stream.truncate(2**28 + 1)  # no block is written
     message = refused(directory, "test", split_file=split_file)
     assert message.endswith("dog/huge.png has 268,435,457 bytes, more than 268,435,456; shrink it")
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "message"),
+    [
+        ([], {}, r"read_images takes a list of one or more files, got \[\]"),
+        ("a.png", {}, "read_images takes a list of one or more files, got 'a.png'"),
+        (["a.png"], {"colour": "grey"}, "colour must be True or False, got 'grey'"),
+        (["a.png"], {"size": 0}, "size must be an integer of at least 1, got 0"),
+        (["a.txt"], {}, "a.txt is no image file"),
+    ],
+)
+def test_what_cannot_be_read_without_a_cache_is_refused(files, options, message):
+    with pytest.raises(ValueError, match=message):
+        image_folder.read_images(files, **{"size": 8} | options)
 
 
 def test_links_bombs_and_encrypted_members_are_refused(tmp_path, split_file):

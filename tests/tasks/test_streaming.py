@@ -235,8 +235,15 @@ def test_a_sampler_of_another_kind_is_refused():
         (IMAGES, {"way": 2, "shot": 5, "query_shot": 3}, "exceeds the 7 examples of class 0"),
         ([IMAGES[0], IMAGES[1][:0]], {"way": 2, "shot": 1, "query_shot": 1}, "class 1 is empty"),
         ([IMAGES[0], IMAGES[1][:, :2]], {"way": 2, "shot": 1, "query_shot": 1}, "class 1 is uint8"),
+        ([x[:, :2] for x in IMAGES], {**EPISODES, "rotations": True}, "square images, got 2x4x3"),
+        ([x[:, :2] for x in IMAGES], {**EPISODES, "rotated_classes": True}, "square images, got 2x4x3"),
     ],
 )
 def test_the_errors_are_those_of_few_shot(images, options, message):
     with pytest.raises(ValueError, match=message):
         streaming.make_sampler(images, **options)
+
+
+def test_batches_that_cannot_be_turned_are_refused():
+    with pytest.raises(ValueError, match="square images, got 2x4x3"):
+        streaming.make_batch_sampler([x[:, :2] for x in IMAGES], batch_size=2, rotated_classes=True)

@@ -4,6 +4,7 @@ import collections
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -178,6 +179,15 @@ def test_the_episode_has_the_chosen_examples_and_labels_from_zero(selector):
     pixels = selection.episode(np.full((len(LABELS), 2, 2, 1), 51, np.uint8)).support.inputs
     assert pixels.dtype == np.float32
     np.testing.assert_allclose(pixels, 0.2)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])
+def test_too_few_examples_are_refused(selector, convert):
+    selection = selector(KEYS[0])
+    last = max(*selection.support, *selection.query)
+    selection.episode(convert(np.zeros(last + 1, np.float32)))
+    with pytest.raises(ValueError, match=f"example {last} is chosen and there are {last}; give one for each"):
+        selection.episode(convert(np.zeros(last, np.float32)))
 
 
 def test_an_episode_has_one_member_of_a_group():
