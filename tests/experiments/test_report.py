@@ -188,8 +188,13 @@ def test_the_longest_training_of_a_method_in_each_setting_is_shown():
 
 
 def test_a_time_names_the_device_unless_it_is_a_cpu():
-    assert few_shot_report.training_time({"device": "AMD EPYC, 2 cores"}, 4.6) == "5 min"
-    assert few_shot_report.training_time({"device": "1 x NVIDIA H200"}, 4.6) == "5 min, 1 x NVIDIA H200"
+    def seeds(device, *minutes):
+        return [{"device": device, "seconds": {"train": 60 * of_seed}} for of_seed in minutes]
+
+    on_cpu, on_gpu = seeds("AMD EPYC, 2 cores", 4, 5.2), seeds("1 x NVIDIA H200", 7)
+    assert few_shot_report.training_time(on_cpu) == "5 min"
+    assert few_shot_report.training_time(on_gpu, seeds("1 x NVIDIA H200", 8)) == "7 / 8 min, 1 x NVIDIA H200"
+    assert few_shot_report.training_time(on_gpu, on_cpu) == "7 min, 1 x NVIDIA H200 / 5 min"
 
 
 def test_costs_are_those_of_a_task():
