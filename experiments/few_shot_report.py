@@ -116,10 +116,12 @@ not tuned."""
 
 def training_time(*trainings: Sequence[dict]) -> str:
     """Minutes of one or several trainings as a cell, each the mean of its seeds, with the device if it is no CPU."""
+
+    def device_of(seeds: Sequence[dict]) -> str:
+        return "" if on_cpu(seeds[0]) else f", {seeds[0]['device']}"
+
     shown = []
-    for device, of_device in itertools.groupby(
-        trainings, lambda seeds: "" if on_cpu(seeds[0]) else f", {seeds[0]['device']}"
-    ):
+    for device, of_device in itertools.groupby(trainings, device_of):
         minutes = (statistics.fmean(result["seconds"]["train"] / 60 for result in seeds) for seeds in of_device)
         shown.append(f"{joined(minutes, '.0f')} min{device}")
     return " / ".join(shown)

@@ -77,11 +77,10 @@ def check_counts(counts: dict[str, int], needed: int, what: str) -> None:
         )
 
 
-def check_colour(colour: Any) -> bool:
-    """Returns whether images have 3 channels, or raises ValueError if this is no bool."""
+def check_colour(colour: Any) -> None:
+    """Raises ValueError unless `colour` is a bool."""
     if not isinstance(colour, bool):
         raise ValueError(f"colour must be True or False, got {colour!r}")
-    return colour
 
 
 def default_cache_dir() -> Path:
@@ -114,10 +113,10 @@ def cached_classes(
 
     Raises:
       OSError: if the cache cannot be written or read.
-      ValueError: if `size` is not a positive integer or `colour` no bool.
+      ValueError: if `size` is not a positive integer or `colour` is not a bool.
     """
     size = check_integer("size", size, at_least=1)
-    colour = check_colour(colour)
+    check_colour(colour)
     description = {**description, "size": size, "colour": colour, "format": _FORMAT}
     digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
     array_file, json_file = (

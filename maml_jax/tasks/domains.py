@@ -100,7 +100,8 @@ def make_identity_sampler(
             samplers.append(few_shot.make_sampler(images, way=num_identities, shot=num_images - 1, query_shot=1))
         except ValueError as error:
             raise ValueError(f"domain {index}: {error}") from error
-    kinds = [f"{examples.dtype}{list(examples.shape[1:])}" for examples, _ in (sampler.args[0] for sampler in samplers)]
+    drawn = [jax.eval_shape(sampler, jax.random.key(0)).support.inputs for sampler in samplers]
+    kinds = [f"{inputs.dtype}{list(inputs.shape[1:])}" for inputs in drawn]
     for index, kind in enumerate(kinds):
         if kind != kinds[0]:
             raise ValueError(

@@ -11,6 +11,7 @@ import numpy as np
 
 from maml_jax.tasks.image_files import (
     MOST_PIXELS,
+    check_files,
     check_image_name,
     class_files,
     numbers,
@@ -54,10 +55,9 @@ def read_images(files: Sequence[str | Path], *, size: int = 28, ink: Ink = "auto
     """Reads files as `read_image` does, into one uint8 array [n, H, H, 1].
 
     Raises:
-      ValueError: if there is no file; else as `read_image`.
+      ValueError: if `files` is not a list of one or more; else as `read_image`.
     """
-    if isinstance(files, str) or not files:
-        raise ValueError(f"read_images takes a list of one or more files, got {files!r}")
+    check_files(files)
     return np.stack([read_image(file, size=size, ink=ink) for file in files])
 
 

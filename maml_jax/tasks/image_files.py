@@ -99,6 +99,12 @@ def check_image_name(file: str | PurePath) -> None:
         raise ValueError(f"{file} is no image file such as .png or .jpg; remove it, or convert it to one")
 
 
+def check_files(files: Any) -> None:
+    """Raises ValueError unless `files` is a list of one or more."""
+    if isinstance(files, str | os.PathLike) or not files:
+        raise ValueError(f"read_images takes a list of one or more files, got {files!r}")
+
+
 def pillow() -> Any:
     """The module `PIL.Image` with all its formats.
 

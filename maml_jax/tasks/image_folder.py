@@ -32,6 +32,7 @@ from maml_jax.tasks.class_splits import make_split as make_split
 from maml_jax.tasks.class_splits import write_split as write_split
 from maml_jax.tasks.image_files import (
     as_path,
+    check_files,
     check_image_name,
     class_files,
     decode_images,
@@ -136,12 +137,11 @@ def read_images(files: Sequence[str | os.PathLike], *, size: int, colour: bool =
     Raises:
       FileNotFoundError: if there is no such file.
       ModuleNotFoundError: if Pillow is not installed.
-      ValueError: if there is no file, `size` or `colour` has no possible value, or one cannot be read as an image. The
-        message names it.
+      ValueError: if `files` is not a list of one or more, `size` is not a positive integer, `colour` is not a bool, or
+        a file cannot be read as an image. The message names it.
     """
-    if isinstance(files, str) or not files:
-        raise ValueError(f"read_images takes a list of one or more files, got {files!r}")
-    colour = check_colour(colour)
+    check_files(files)
+    check_colour(colour)
     size, paths = check_integer("size", size, at_least=1), [as_path("an image", file) for file in files]
     for path in paths:
         check_image_name(path)

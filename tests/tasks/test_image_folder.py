@@ -299,6 +299,7 @@ def test_what_is_no_file_or_a_huge_one_is_refused_by_name(tmp_path, split_file):
     [
         ([], {}, r"read_images takes a list of one or more files, got \[\]"),
         ("a.png", {}, "read_images takes a list of one or more files, got 'a.png'"),
+        (Path("a.png"), {}, r"read_images takes a list of one or more files, got .*Path\('a.png'\)"),
         (["a.png"], {"colour": "grey"}, "colour must be True or False, got 'grey'"),
         (["a.png"], {"size": 0}, "size must be an integer of at least 1, got 0"),
         (["a.txt"], {}, "a.txt is no image file"),
