@@ -229,9 +229,11 @@ def main(
     """
     import tyro
 
+    from experiments.cli import wrapped
+
     default = short if "--short" in sys.argv[1:] else config_type()
     prog = f"python -m benchmarks.{Path(sys.argv[0]).stem}"
-    config = tyro.cli(config_type, default=default, description=description, prog=prog)
+    config = tyro.cli(config_type, default=default, description=wrapped(description), prog=prog)
     if "JAX_NUM_CPU_DEVICES" not in os.environ:
         jax.config.update("jax_num_cpu_devices", num_cores())
     jax.config.update("jax_default_matmul_precision", "float32")

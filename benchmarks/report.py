@@ -1,10 +1,7 @@
-"""Generates the tables of benchmarks/README.md and README.md from the result files.
+"""Generates the tables of benchmarks/README.md and README.md from the result files."""
 
-python -m benchmarks.report
-"""
-
+import argparse
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +93,5 @@ def write(readme: Path, project_readme: Path | None, results_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:]:
-        sys.exit(f"{__doc__}\nThis command takes no arguments.")
+    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args()
     write(HERE / "README.md", HERE.parent / "README.md", HERE / "results")

@@ -280,7 +280,7 @@ def parse(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     style = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes)
     if not isinstance(configs, Mapping):
-        parsed = tyro.cli(configs, prog=program, description=_wrapped(description), args=arguments, config=style)
+        parsed = tyro.cli(configs, prog=program, description=wrapped(description), args=arguments, config=style)
         expand_home(parsed)
         return parsed
     first, *rest = _with_method(arguments, list(configs))
@@ -295,7 +295,7 @@ def parse(
             prefix_names=False,
             sort_subcommands=False,
         )
-    parsed = tyro.cli(kind, prog=program, description=_wrapped(description), args=arguments, config=style)
+    parsed = tyro.cli(kind, prog=program, description=wrapped(description), args=arguments, config=style)
     return _ungrouped(parsed, configs)
 
 
@@ -313,7 +313,7 @@ def _is_ignored(config: Any, name: str) -> bool:
     return not _IGNORED_BY.get(name, set()).isdisjoint((config.algorithm, of_experiment))
 
 
-def _wrapped(text: str) -> str:
+def wrapped(text: str) -> str:
     """Text whose lines fit the terminal. Tyro joins the lines of a paragraph, but not those that begin with a space."""
     width = min(shutil.get_terminal_size().columns, 100) - 1
     paragraphs = (" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))  # None under python -OO

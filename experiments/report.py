@@ -521,7 +521,7 @@ def write(results_dir: Path, report: Path, pages: Sequence[Path] = ()) -> None:
 
 def main() -> None:
     """The command line."""
-    config = tyro.cli(Config, prog="python -m experiments.report", description=__doc__)
+    config = tyro.cli(Config, prog="python -m experiments.report", description=cli.wrapped(__doc__))
     with cli.mistakes_in_one_paragraph():
         for run_dir in config.add:
             print(add(run_dir.expanduser(), HERE / "results"))

@@ -370,6 +370,18 @@ def test_an_interrupted_comparison_keeps_what_is_finished_and_the_earlier_result
     assert partial["workloads"]["sinusoid"]["rows"] == [{"inner_steps": 1}]
 
 
+@pytest.mark.parametrize("module", [devices, memory, orders])
+def test_the_help_of_a_benchmark_fits_the_terminal(module, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        common.main(module.Config, module.run, module.__doc__, module.SHORT)
+    assert stopped.value.code == 0
+    about = capsys.readouterr().out.partition("options")[0]
+    assert module.__doc__.split()[0] in about
+    assert max(map(len, about.splitlines())) <= 80
+
+
 def test_a_directory_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")
