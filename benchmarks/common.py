@@ -38,7 +38,7 @@ class Output:
     """Where the results of a benchmark go."""
 
     short: bool = False
-    """Replace the defaults of the other flags by a small sweep that takes a minute or two."""
+    """Replace the defaults of the other flags by a small sweep that takes a few minutes."""
     results_dir: Path = Path("benchmarks/results")
     """The directory of NAME.json and NAME.png. With --short they are written to its subdirectory "short"."""
 
